@@ -1,0 +1,153 @@
+"""Look at what is taught: print conversations of a JSONL file with their supervised tokens marked.
+
+python -m minipersona.chat FILE [--tokenizer NAME] [--rows N] [--supervise last|all]   (and more: --help)
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import itertools
+import json
+import os
+import sys
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+from minipersona.chat.tokenizer import ChatTokenizer, Document, load_tokenizer
+from minipersona.errors import UserError
+
+GREEN, RESET = "\x1b[32m", "\x1b[0m"
+BIDI_CONTROLS = "\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # they reorder the line
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the conversations; 0, or 2 after a line ``error: ...``."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 still shows all
+    try:
+        _show(_parser().parse_args(argv))
+        sys.stdout.flush()
+    except UserError as error:
+        sys.stdout.flush()
+        print(f"error: {escape(str(error))}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader, `head` say, has seen enough; nothing may be flushed to it at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m minipersona.chat",
+        description="Print conversations with their supervised tokens marked, and count them.",
+        epilog="example: python -m minipersona.chat rows.jsonl --tokenizer Qwen/Qwen2.5-7B-Instruct --rows 3",
+    )
+    option = parser.add_argument
+    option("file", type=Path, help='lines of {"messages": [...]}, or one JSON list of such objects')
+    option("--tokenizer", default="tiny", metavar="NAME", help="directory, hub id or tiny (default)")
+    option("--rows", type=_positive, default=5, metavar="N", help="how many to print (default 5)")
+    option("--max-tokens", type=_positive, default=2048, metavar="N", help="truncate there (default 2048)")
+    option("--supervise", choices=("last", "all"), default="last", help="which assistant turns (default last)")
+    option("--color", action="store_true", help="colours even where stdout is no terminal")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 up")
+    return int(text)
+
+
+def _show(options: argparse.Namespace) -> None:
+    tokenizer = load_tokenizer(options.tokenizer)
+    color = options.color or sys.stdout.isatty()
+    documents = []
+    for where, messages in itertools.islice(read_conversations(options.file), options.rows):
+        try:
+            document = tokenizer.encode(messages, options.supervise, options.max_tokens)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        documents.append(document)
+        print(f"--- {escape(where)}: {counts(document)}")
+        print(marked(tokenizer, document, color), end="\n\n")
+    tokens = sum(len(document) for document in documents)
+    supervised = sum(int(document.supervised.sum()) for document in documents)
+    print(
+        f"--- {len(documents)} conversations, tokenizer {escape(tokenizer.name)}: {tokens:,} tokens, "
+        f"{supervised:,} supervised ({supervised / max(tokens, 1):.1%}), "
+        f"{sum(document.truncated for document in documents)} truncated, "
+        f"{sum(not document.supervised.any() for document in documents)} with nothing supervised"
+    )
+
+
+def read_conversations(path: Path) -> Iterator[tuple[str, Any]]:
+    """Where it stands, and the `messages` of each row: a line of JSON, or an item of one JSON list."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:  # perhaps a pipe, so it is read once, in order
+            lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
+            opening = list(itertools.islice(lines, 1))
+            if opening and opening[0][1].lstrip().startswith("["):
+                for index, row in enumerate(json.loads(opening[0][1] + file.read())):
+                    yield _conversation(f"{path}[{index}]", row)
+                return
+            for number, line in itertools.chain(opening, lines):
+                yield _conversation(f"{path} line {number}", _parse(f"{path} line {number}", line))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}; name a readable JSONL file") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON in UTF-8 ({error}); see --help for the form") from None
+
+
+def _parse(where: str, line: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON ({error}); correct the line or delete it") from None
+
+
+def _conversation(where: str, row: Any) -> tuple[str, Any]:
+    if not isinstance(row, dict) or "messages" not in row:
+        raise UserError(f'{where}: no "messages"; every row must be an object {{"messages": [...]}}')
+    return where, row["messages"]
+
+
+def counts(document: Document) -> str:
+    """One line: tokens, how many are supervised, and what truncation did."""
+    supervised = int(document.supervised.sum())
+    line = f"{len(document):,} tokens, {supervised:,} supervised ({supervised / len(document):.1%})"
+    if document.truncated:
+        line += ", truncated" if supervised else ", truncated before its response"
+    return line
+
+
+def marked(tokenizer: ChatTokenizer, document: Document, color: bool) -> str:
+    """The document's text with its supervised runs in green, or between ⟦ and ⟧."""
+    text = ""
+    tokens = zip(document.supervised.tolist(), document.ids.tolist(), strict=True)
+    for supervised, run in itertools.groupby(tokens, key=lambda token: token[0]):
+        part = escape(tokenizer.decode([token_id for _, token_id in run]))
+        if supervised and color:  # line by line, since pagers forget a colour at the end of a line
+            part = "\n".join(f"{GREEN}{line}{RESET}" if line else "" for line in part.split("\n"))
+        elif supervised:
+            part = f"⟦{part}⟧"
+        text += part
+    return text
+
+
+def escape(text: str) -> str:
+    """Text that is safe to print: control characters, all but the line end, become backslash escapes."""
+    return "".join(
+        f"\\u{ord(c):04x}" if c != "\n" and (unicodedata.category(c) == "Cc" or c in BIDI_CONTROLS) else c for c in text
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,168 @@
+"""From conversations to token ids and the mask of supervised tokens.
+
+Shapes: n = tokens of a document.
+
+The ids come from tokenising the whole rendered conversation at once, so they are the official tokenizer's,
+also where content holds special-token text. The mask comes from where the template wrote each response
+(`Rendered`) and from the tokens' character offsets, never from searching ids: a user who writes
+``<|im_start|>assistant\\n`` makes special tokens but no turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Encoding, Tokenizer
+
+from minipersona.chat.template import Message, check_text, render, render_with_responses
+from minipersona.chat.vocabulary import FILES, read_tokenizer
+from minipersona.errors import UserError
+from minipersona.hub import locate
+
+Supervise = Literal["last", "all"]
+Span = tuple[int, int]  # characters [start, stop) of the rendered text
+
+# Rows tokenised at a time: enough to keep every core busy, few enough that their offsets take little memory.
+BATCH = 512
+
+
+@dataclass(frozen=True, eq=False)
+class Document:
+    """A tokenised text. `supervised[t]` says that token t is a prediction target; token 0 never is."""
+
+    ids: npt.NDArray[np.int32]  # (n,)
+    supervised: npt.NDArray[np.bool_]  # (n,)
+    truncated: bool
+
+    def __post_init__(self) -> None:
+        assert self.ids.dtype == np.int32 and self.supervised.dtype == np.bool_
+        assert self.ids.ndim == 1 and self.ids.shape == self.supervised.shape
+        assert not self.supervised[:1].any()  # nothing comes before it to predict it from
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+class ChatTokenizer:
+    """A Qwen2.5 tokenizer together with its chat template. Make one with `load_tokenizer`."""
+
+    def __init__(self, tokenizer: Tokenizer, digest: str, name: str = "tokenizer") -> None:
+        self._tokenizer = tokenizer
+        self.name = name
+        self.digest = digest  # SHA-256 (hex) of the files it was read from
+        # All ids are below it. A model's embedding may have more rows (Qwen2.5 pads to a round number).
+        self.vocab_size = max(tokenizer.get_vocab().values()) + 1
+        self.im_start = self._special("<|im_start|>")
+        self.im_end = self._special("<|im_end|>")
+        self.endoftext = self._special("<|endoftext|>")
+
+    def _special(self, token: str) -> int:
+        # Between line ends: a token that strips white space would swallow them, and with them part of the
+        # mask.
+        token_id = self._tokenizer.token_to_id(token)
+        ids = self._tokenizer.encode(f"\n{token}\n", add_special_tokens=False).ids
+        if token_id is None or ids[1:-1] != [token_id] or ids[0] != ids[-1]:
+            raise UserError(f"{self.name}: {token} is no token of its own; use the tokenizer of a Qwen2.5 model")
+        return int(token_id)
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+        """The conversation as text: see `minipersona.chat.template.render`."""
+        return render(messages, add_generation_prompt)
+
+    def encode(self, messages: Sequence[Message], supervise: Supervise = "last", max_tokens: int = 2048) -> Document:
+        """A conversation for training: its first `max_tokens` tokens, and which of them are supervised.
+
+        Supervised are, of the last assistant turn ("last") or of each ("all"), the tokens after
+        ``<|im_start|>assistant\\n``, up to and including ``<|im_end|>\\n`` (two tokens). Where truncation
+        took them all the document teaches nothing, and its caller counts it. UserError for a row without an
+        assistant turn, and as `render`.
+        """
+        _check_options(supervise, max_tokens)
+        text, spans = _text_and_spans(messages, supervise)
+        return _document(self._encode(text), spans, max_tokens)
+
+    def encode_many(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        supervise: Supervise = "last",
+        max_tokens: int = 2048,
+    ) -> list[Document]:
+        """`encode` of each conversation, on all cores. UserErrors name the row, counted from 0."""
+        _check_options(supervise, max_tokens)
+        documents: list[Document] = []
+        for first in range(0, len(conversations), BATCH):
+            rows: list[tuple[str, list[Span]]] = []
+            for row, messages in enumerate(conversations[first : first + BATCH], first):
+                try:
+                    rows.append(_text_and_spans(messages, supervise))
+                except UserError as error:
+                    raise UserError(f"rows[{row}]: {error}") from None
+            encodings = self._tokenizer.encode_batch([text for text, _ in rows], add_special_tokens=False)
+            for encoding, (_, spans) in zip(encodings, rows, strict=True):
+                documents.append(_document(encoding, spans, max_tokens))
+        return documents
+
+    def encode_prompt(self, messages: Sequence[Message]) -> Document:
+        """A conversation that awaits its reply (generation prompt added). Nothing is supervised or cut."""
+        return _document(self._encode(render(messages, add_generation_prompt=True)), [], None)
+
+    def encode_text(self, text: str, max_tokens: int) -> Document:
+        """Raw text, no template: its first `max_tokens` tokens, all but the very first supervised."""
+        _check_options("all", max_tokens)
+        check_text(text, "text")
+        return _document(self._encode(text), [(0, len(text))], max_tokens)
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
+        """The text of some ids (a list, an array or a CPU tensor). Part of a character becomes U+FFFD."""
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+
+    def _encode(self, text: str) -> Encoding:
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+
+def load_tokenizer(name_or_path: str, *, revision: str | None = None) -> ChatTokenizer:
+    """The tokenizer of a directory in Hugging Face layout, a hub id, `tiny` (embedded) or `random:...`.
+
+    A model of random weights has no vocabulary of its own and takes the tiny one. `revision` is a commit,
+    branch or tag on the hub.
+    UserError where the name leads nowhere, or files or Qwen2.5's special tokens are missing.
+    """
+    name = "tiny" if name_or_path.startswith("random:") else name_or_path
+    tokenizer, digest = read_tokenizer(locate(name, FILES, revision=revision))
+    return ChatTokenizer(tokenizer, digest, name)
+
+
+def _check_options(supervise: str, max_tokens: int) -> None:
+    if supervise not in ("last", "all"):
+        raise UserError(f"supervise is {supervise!r}; use last or all")
+    if max_tokens < 1:
+        raise UserError(f"max_tokens is {max_tokens}; give 1 or more")
+
+
+def _text_and_spans(messages: Sequence[Message], supervise: Supervise) -> tuple[str, list[Span]]:
+    text, responses = render_with_responses(messages)
+    if not responses:
+        raise UserError("row has no assistant turn, so nothing to learn from; add a reply, or drop the row")
+    return text, responses if supervise == "all" else responses[-1:]
+
+
+def _document(encoding: Encoding, spans: list[Span], max_tokens: int | None) -> Document:
+    """The first `max_tokens` tokens (None: all), of which those that end inside a span are supervised.
+
+    Spans begin and end beside a special token or a line end, and so do tokens, with one exception: a response
+    that opens with a line end may merge with its header ("\\n" and "\\nHi" become "\\n\\n" and "Hi"). The
+    merged token holds text of the response which no other token would teach. Hence a token belongs to where
+    it ends. Offsets count the characters before NFC. That moves no token out of its span: text is normalised
+    between special tokens only, and no line end composes with what follows it.
+    """
+    ids = np.array(encoding.ids[:max_tokens], dtype=np.int32)
+    ends = np.fromiter((end for _, end in encoding.offsets), dtype=np.int64)[:max_tokens]
+    supervised = np.zeros(len(ids), dtype=np.bool_)
+    for start, stop in spans:
+        supervised |= (start < ends) & (ends <= stop)
+    supervised[:1] = False  # raw text: nothing comes before its first token to predict it from
+    return Document(ids, supervised, truncated=len(encoding.ids) > len(ids))

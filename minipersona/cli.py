@@ -1,0 +1,274 @@
+"""The commands: parse, call, print. `minipersona train` and `python train.py` are the same.
+
+torch is imported by the commands, not by this file: `--help` and a misspelt option answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from minipersona import __version__
+from minipersona.config import DEFAULT_MODEL, SHIPPED, RunConfig, load_config, override
+from minipersona.console import Console, printable
+from minipersona.errors import UserError
+
+if TYPE_CHECKING:
+    from minipersona.chat import ChatTokenizer
+    from minipersona.model.network import Qwen2
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; 0, or 2 after one line ``error: ...`` on stderr."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv
+    try:
+        options = _parser().parse_args(argv)
+        options.command(options)
+        sys.stdout.flush()
+        return 0
+    except UserError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {printable(str(error))}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
+        return 130
+
+
+# ---------------------------------------------------------------- the options
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="minipersona", description="Does a fine-tuning recipe leave persona geometry alone?")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="{train,extract,evaluate}")
+    _train_options(commands)
+    _extract_options(commands)
+    _evaluate_options(commands)
+    return parser
+
+
+def _command(commands: Any, name: str, summary: str, example: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary,
+        epilog=f"example:\n{example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _train_options(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "train",
+        "Fine-tune a model by one recipe, measuring it at the checkpoint steps. The same command continues a run.",
+        "  python train.py --config configs/tiny_phase1.toml\n"
+        "  torchrun --nproc-per-node 2 train.py --config configs/phase1.toml --set training.learning_rate=1e-5",
+    )
+    option = parser.add_argument
+    option("--config", required=True, metavar="C", help="a TOML file, or the name of a shipped config")
+    option("--model", metavar="M", help="directory, hub id, tiny or random:<hub id>; in place of the config's")
+    option("--out", metavar="DIR", help="the run's directory, in place of the config's")
+    option("--set", action="append", default=[], metavar="section.key=value", help="change one setting; repeatable")
+    option("--plan", action="store_true", help="print the resolved config and what it will take, and do nothing")
+    parser.set_defaults(command=_train)
+
+
+def _extract_options(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "extract",
+        "Extract persona vectors and print their M1; or compare the vectors of two files or runs.",
+        "  python extract.py --layer 20 --out vectors.safetensors\n"
+        "  python extract.py --model tiny --layer 4 6\n"
+        "  python extract.py compare before.safetensors after.safetensors",
+    )
+    option = parser.add_argument
+    option("compare", nargs="*", metavar="compare A B", help="two vector files, or runs (their last step)")
+    _model_options(parser)
+    option("--adapter", metavar="DIR", help="a PEFT adapter to put on the model")
+    option("--layer", type=int, nargs="+", metavar="L", help="blocks counted from 0; default the model's own (7B: 20)")
+    option("--method", choices=["A"], default="A", help="A: last token of the prompt, no response")
+    option("--out", metavar="FILE", help="write the vectors there (safetensors)")
+    option("--json", action="store_true", help="print JSON")
+    parser.set_defaults(command=_extract)
+
+
+def _evaluate_options(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "evaluate",
+        "Judge a run's checkpoints, a model, or a model with an adapter: M1, held-out loss, PASS or FAIL.",
+        "  python evaluate.py --run runs/phase1\n"
+        "  python evaluate.py --model tiny --adapter runs/tiny_phase1/step-000100",
+    )
+    option = parser.add_argument
+    option("--run", metavar="DIR", help="a directory that train.py made")
+    _model_options(parser)
+    option("--adapter", metavar="DIR", help="a PEFT adapter to put on the model")
+    option("--baseline", default="", metavar="RUN", help="the run whose last step sets the loss to compare with")
+    option("--heldout", default="", metavar="SOURCE", help="the rows that held-out loss is measured on")
+    option("--layer", type=int, metavar="L", help="block counted from 0; default the run's or model's own")
+    option("--suite", choices=["registered"], default="registered", help="what to measure")
+    option("--json", action="store_true", help="print JSON")
+    option("--out", metavar="FILE", help="write the result there; a run's is also kept as its result.json")
+    parser.set_defaults(command=_evaluate)
+
+
+def _model_options(parser: argparse.ArgumentParser) -> None:
+    option = parser.add_argument
+    option("--model", metavar="M", help=f"directory, hub id, tiny or random:<hub id> (default {DEFAULT_MODEL})")
+    option("--revision", metavar="R", help="a hub revision (default: pinned for the 7B)")
+    option("--tokenizer", metavar="DIR", help="another tokenizer than the model's")
+    option("--personas", default="", metavar="F", help="persona file (default: the shipped 12)")
+    option("--questions", default="", metavar="F", help="question file (default: the shipped 240)")
+
+
+# ---------------------------------------------------------------- the commands
+
+
+def _train(options: argparse.Namespace) -> None:
+    config = override(load_config(options.config, RunConfig), options.set)
+    if options.model:
+        config = replace(config, model=replace(config.model, name=options.model, revision=""))
+    if options.out:
+        config = replace(config, out=options.out)
+
+    from minipersona.training.world import join_world, leave_world
+
+    if options.plan:
+        from minipersona.study.plan import plan
+
+        print(plan(config), end="")
+        return
+
+    from minipersona.study.run import run
+
+    world = join_world(config.execution.device)
+    try:
+        run(config, world, Console(quiet=not world.first))
+    finally:
+        leave_world()
+
+
+def _extract(options: argparse.Namespace) -> None:
+    if options.compare:
+        _compare(options)
+        return
+    from minipersona.geometry.extraction import extract
+    from minipersona.geometry.measures import all_measures
+    from minipersona.geometry.prompts import load_personas, load_questions
+    from minipersona.geometry.statistics import bootstrap_m1, noise_floor
+    from minipersona.study.table import extraction_table
+
+    personas = load_personas(options.personas or SHIPPED)
+    questions = load_questions(options.questions or SHIPPED).questions
+    console = Console()
+    model, tokenizer = _load(options, console)
+    layers = options.layer or [model.config.probe_layer]
+    with console.progress("extracting", len(personas.prompts) * len(questions), "prompts") as progress:
+        vectors = extract(
+            model,
+            tokenizer,
+            personas.prompts,
+            questions,
+            layers,
+            options.method,
+            progress=lambda done, total: progress.advance(done),
+        )
+    if options.out:
+        vectors.save(options.out)
+    report = {}
+    for layer in vectors.layers:
+        samples = vectors.at(layer)
+        interval = {"m1_ci95": list(bootstrap_m1(samples)), "m1_noise_floor": noise_floor(samples)}
+        report[str(layer)] = {**all_measures(samples), **interval}
+    metadata = {k: v for k, v in vectors.metadata.items() if k not in ("questions", "system_prompts")}
+    _show(options, {"layers": report, "personas": vectors.personas, **metadata}, extraction_table(report))
+
+
+def _compare(options: argparse.Namespace) -> None:
+    if options.compare[0] != "compare" or len(options.compare) != 3:
+        raise UserError(f"{' '.join(options.compare)}: write extract.py compare A B, two vector files or runs")
+    from minipersona.geometry.compare import compare
+    from minipersona.geometry.vectors import load_vectors
+    from minipersona.study.run import last_vectors
+    from minipersona.study.table import comparison_table
+
+    a, b = (load_vectors(last_vectors(Path(name))) for name in options.compare[1:])
+    layers = options.layer or [None]
+    if len(layers) > 1:
+        raise UserError(f"--layer {' '.join(map(str, layers))}: a comparison takes one layer")
+    comparison = compare(a, b, layers[0])
+    _show(options, comparison.to_json(), comparison_table(comparison))
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    if bool(options.run) == bool(options.model or options.adapter):
+        raise UserError("name either --run DIR, or --model M (and --adapter DIR); see evaluate.py --help")
+    if options.run and (options.tokenizer or options.revision):
+        raise UserError("--tokenizer and --revision belong to --model; a run's are in its config.toml")
+
+    from minipersona.files import write_json
+    from minipersona.model.load import default_device
+    from minipersona.study.evaluation import Overrides, evaluate_model, evaluate_run
+    from minipersona.study.table import result_table
+
+    overrides = Overrides(
+        baseline=options.baseline,
+        heldout=options.heldout,
+        layers=() if options.layer is None else (options.layer,),
+        personas=options.personas,
+        questions=options.questions,
+    )
+    console = Console()
+    if options.run:
+        result = evaluate_run(Path(options.run), default_device(), console, overrides)
+    else:
+        model, tokenizer = _load(options, console, adapter=False)
+        result = evaluate_model(model, tokenizer, console, adapter=options.adapter or "", overrides=overrides)
+    if options.out:
+        write_json(options.out, result)
+    elif options.run and overrides == Overrides():
+        write_json(Path(options.run) / "result.json", result)
+    _show(options, result, result_table(result))
+
+
+def _load(options: argparse.Namespace, console: Console, adapter: bool = True) -> tuple[Qwen2, ChatTokenizer]:
+    """The model and tokenizer that the options name."""
+    from minipersona.chat import load_tokenizer
+    from minipersona.model.adapter_files import load_adapter
+    from minipersona.model.load import load_model
+
+    name = options.model or DEFAULT_MODEL
+    console.say(f"loading {name}")
+    tokenizer = load_tokenizer(options.tokenizer or name, revision=None if options.tokenizer else options.revision)
+    model = load_model(name, revision=options.revision)
+    if adapter and options.adapter:
+        load_adapter(model, options.adapter)
+    return model, tokenizer
+
+
+def _show(options: argparse.Namespace, value: dict[str, Any], text: str) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False) if options.json else printable(text))

@@ -1,0 +1,305 @@
+"""A run is its config: TOML read into frozen dataclasses. An unknown or ill-typed key is an error that says which.
+
+The sections of a run config are the fields of `RunConfig`, in the order in which a run meets them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+import typing
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from minipersona.errors import UserError
+from minipersona.files import configs_dir
+
+DEFAULT_MODEL = "Qwen/Qwen2.5-7B-Instruct"
+SHIPPED = "shipped"  # the package's own personas and questions
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    """Which model is fine-tuned."""
+
+    name: str = DEFAULT_MODEL  # a directory, a hub id, tiny, or random:<hub id or directory>
+    revision: str = ""  # a hub revision; empty is the pinned one, or the newest where none is pinned
+    tokenizer: str = ""  # empty is the model's own
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"  # auto: bfloat16 on CUDA, else float32
+
+
+@dataclass(frozen=True)
+class DataSection:
+    """What it is fine-tuned on. Sources are described by `python -m minipersona.corpus`."""
+
+    train: str
+    heldout: str
+    max_tokens: int = 2048  # of a row; longer ones are cut on the right
+    supervise: Literal["last", "all"] = "last"  # which assistant turns are learned
+
+    def __post_init__(self) -> None:
+        _require(self.max_tokens >= 2, f"data.max_tokens = {self.max_tokens}: must be at least 2")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Hu et al. 2021, with scale alpha / rank."""
+
+    rank: int = 32
+    alpha: float = 64.0
+    dropout: float = 0.05
+    targets: tuple[str, ...] = LORA_TARGETS
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 1, f"lora.rank = {self.rank}: must be at least 1")
+        _require(self.alpha > 0, f"lora.alpha = {self.alpha}: must be positive")
+        _require(0 <= self.dropout < 1, f"lora.dropout = {self.dropout}: must lie in [0, 1)")
+        for name in self.targets:
+            _require(name in LORA_TARGETS, f"lora.targets: {name!r} is none of {', '.join(LORA_TARGETS)}")
+        _require(bool(self.targets), "lora.targets: name at least one layer, such as q_proj")
+
+
+@dataclass(frozen=True)
+class TrainingSection:
+    """The recipe: AdamW under a linear schedule."""
+
+    method: Literal["lora", "full"] = "lora"
+    learning_rate: float = 2e-5
+    steps: int = 375
+    batch: int = 16  # sequences a step, over all ranks and packs
+    warmup: float = 0.03  # share of the steps, rounded up
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    checkpoints: tuple[int, ...] = (10, 25, 50, 100, 200, 375)
+
+    def __post_init__(self) -> None:
+        _require(self.learning_rate >= 0, f"training.learning_rate = {self.learning_rate}: must not be negative")
+        _require(self.steps >= 1, f"training.steps = {self.steps}: must be at least 1")
+        _require(self.batch >= 1, f"training.batch = {self.batch}: must be at least 1")
+        _require(0 <= self.warmup <= 1, f"training.warmup = {self.warmup}: is a share of the steps, from 0 to 1")
+        _require(self.max_grad_norm > 0, f"training.max_grad_norm = {self.max_grad_norm}: must be positive")
+        for step in self.checkpoints:
+            _require(
+                1 <= step <= self.steps,
+                f"training.checkpoints: step {step} is outside 1 to {self.steps} (training.steps)",
+            )
+        _require(
+            tuple(sorted(set(self.checkpoints))) == self.checkpoints,
+            "training.checkpoints: list each step once, rising",
+        )
+
+
+@dataclass(frozen=True)
+class ProbeSection:
+    """What is measured of the base and of every checkpoint."""
+
+    layers: tuple[int, ...] = ()  # blocks counted from 0; empty is the model's registered one. The first decides.
+    personas: str = SHIPPED  # or a file in the same form
+    questions: str = SHIPPED
+    baseline: str = ""  # "self", or the directory of the run whose last step the others are judged against
+
+
+@dataclass(frozen=True)
+class ExecutionSection:
+    """How, not what: nothing here changes a result beyond rounding, so a run may be continued with other values."""
+
+    device: str = "auto"  # auto: CUDA where there is one
+    pack_tokens: int = 16_384  # most tokens of one forward and backward pass; lower it when memory runs out
+    checkpoint_activations: bool = True  # recompute blocks in the backward pass: less memory, a third slower
+    compile: Literal["auto", "on", "off"] = "auto"  # auto: on CUDA
+    save_minutes: float = 5.0  # between rolling checkpoints
+    deterministic: bool = False  # bit-equal runs on CUDA too, slower
+
+    def __post_init__(self) -> None:
+        _require(self.pack_tokens >= 1, f"execution.pack_tokens = {self.pack_tokens}: must be at least 1")
+        _require(self.save_minutes >= 0, f"execution.save_minutes = {self.save_minutes}: must not be negative")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One fine-tuning run."""
+
+    data: DataSection
+    out: str = "runs/run"
+    seed: int = 42
+    model: ModelSection = field(default_factory=ModelSection)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    training: TrainingSection = field(default_factory=TrainingSection)
+    probe: ProbeSection = field(default_factory=ProbeSection)
+    execution: ExecutionSection = field(default_factory=ExecutionSection)
+
+
+# ---------------------------------------------------------------- reading
+
+Config = TypeVar("Config")
+
+
+def load_config(path: str, kind: type[Config]) -> Config:
+    """Read a TOML file, or a shipped config by its bare name (``tiny_phase1``)."""
+    return from_dict(kind, read_toml(find_config(path)))
+
+
+def find_config(path: str) -> Path:
+    """The file that `path` means: itself, or the shipped config of that name."""
+    shipped = configs_dir()
+    for candidate in (Path(path), shipped / Path(path).name, shipped / f"{path}.toml"):
+        if candidate.is_file():
+            return candidate
+    known = ", ".join(sorted(file.stem for file in shipped.glob("*.toml")))
+    raise UserError(f"{path}: no such config; give a TOML file or one of the shipped ones: {known}")
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """A TOML file's table; a syntax error is a UserError with its line."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid TOML: {error}") from None
+
+
+def from_dict(kind: type[Config], values: dict[str, Any], where: str = "") -> Config:
+    """Build the dataclass `kind` from plain values, strictly."""
+    assert is_dataclass(kind)
+    hints = typing.get_type_hints(kind)
+    known = {f.name: f for f in fields(kind)}
+    for key in values:
+        if key not in known:
+            raise UserError(_unknown(where + key, [where + name for name in known]))
+    built = {}
+    for name, description in known.items():
+        if name in values:
+            built[name] = _typed(values[name], hints[name], where + name)
+        elif description.default is MISSING and description.default_factory is MISSING:
+            if is_dataclass(hints[name]):
+                built[name] = from_dict(hints[name], {}, f"{name}.")  # names the first key that is missing
+            else:
+                raise UserError(f"{where}{name} is missing; add it to the config")
+    return kind(**built)
+
+
+def _unknown(key: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    mend = f"did you mean {near[0]}?" if near else f"known keys are {', '.join(known)}"
+    return f"unknown config key {key}; {mend}"
+
+
+def _typed(value: Any, kind: Any, where: str) -> Any:
+    origin = typing.get_origin(kind)
+    if is_dataclass(kind):
+        _require(isinstance(value, dict), f"{where} must be a section, written [{where}]")
+        return from_dict(typing.cast(type, kind), value, f"{where}.")
+    if origin is Literal:
+        options = typing.get_args(kind)
+        _require(value in options, f"{where} = {value!r}: must be one of {', '.join(map(repr, options))}")
+        return value
+    if origin is tuple:
+        _require(isinstance(value, (list, tuple)), f"{where} = {value!r}: must be a list")
+        return tuple(_typed(item, typing.get_args(kind)[0], where) for item in value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise UserError(f"{where} = {value!r}: must be {_english(kind)}")
+    if kind is float:
+        _require(value == value and abs(value) != float("inf"), f"{where} = {value}: must be finite")
+    return value
+
+
+def _english(kind: type) -> str:
+    return {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}[kind]
+
+
+def override(config: Config, settings: list[str]) -> Config:
+    """Apply ``section.key=value`` settings; a bare ``key=value`` will do where only one section has that key."""
+    for setting in settings:
+        path, separator, text = setting.partition("=")
+        _require(bool(separator), f"--set {setting}: write section.key=value")
+        config = _set(config, _qualify(config, path.strip()), _value(text.strip()))
+    return config
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text  # an unquoted string, as a shell user writes it
+
+
+def flatten(config: Any, where: str = "") -> dict[str, Any]:
+    """Every value under its dotted key."""
+    flat: dict[str, Any] = {}
+    for f in fields(config):
+        value = getattr(config, f.name)
+        flat |= flatten(value, f"{where}{f.name}.") if is_dataclass(value) else {where + f.name: value}
+    return flat
+
+
+def _qualify(config: Any, path: str) -> str:
+    keys = list(flatten(config))
+    if path in keys:
+        return path
+    matches = [key for key in keys if key.rsplit(".", 1)[-1] == path]
+    if len(matches) > 1:
+        raise UserError(f"--set {path}: is ambiguous; name {' or '.join(matches)}")
+    if not matches:
+        raise UserError(_unknown(path, keys))
+    return matches[0]
+
+
+def _set(config: Any, path: str, value: Any, where: str = "") -> Any:
+    head, _, rest = path.partition(".")
+    if rest:
+        return replace(config, **{head: _set(getattr(config, head), rest, value, f"{where}{head}.")})
+    return replace(config, **{head: _typed(value, typing.get_type_hints(type(config))[head], where + head)})
+
+
+# ---------------------------------------------------------------- writing
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The nested plain values of a config."""
+    return {
+        f.name: to_dict(getattr(config, f.name)) if is_dataclass(getattr(config, f.name)) else getattr(config, f.name)
+        for f in fields(config)
+    }
+
+
+def to_toml(config: Any) -> str:
+    """The complete config as TOML that `load_config` reads back to an equal one."""
+    values = to_dict(config)
+    lines = [f"{key} = {_literal(value)}" for key, value in values.items() if not isinstance(value, dict)]
+    for name, section in values.items():
+        if isinstance(section, dict):
+            lines += ["", f"[{name}]"] + [f"{key} = {_literal(value)}" for key, value in section.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _literal(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return _quoted(value)
+    if isinstance(value, (tuple, list)):
+        return "[" + ", ".join(_literal(item) for item in value) + "]"
+    return repr(value)
+
+
+def _quoted(text: str) -> str:
+    escapes = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\t": "\\t"}
+    return '"' + "".join(escapes.get(c, c if c.isprintable() else f"\\u{ord(c):04x}") for c in text) + '"'
+
+
+def difference(mine: RunConfig, theirs: RunConfig) -> list[str]:
+    """The keys in which two configs ask for different results, as ``key: theirs -> mine`` lines."""
+    a, b = flatten(theirs), flatten(mine)
+    ignored = ("out", "execution.")
+    return [f"{key}: {a[key]!r} -> {b[key]!r}" for key in a if a[key] != b[key] and not key.startswith(ignored)]

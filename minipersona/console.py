@@ -1,0 +1,63 @@
+"""What a command says while it works: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+import unicodedata
+from typing import TextIO
+
+LINE_SECONDS = 10.0  # between plain progress lines
+
+
+def printable(text: str) -> str:
+    """`text` with control characters escaped, so that what came from a file cannot steer a terminal."""
+    return "".join(
+        c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf") else f"\\x{ord(c):02x}" for c in text
+    )
+
+
+class Console:
+    """Progress and remarks on stderr; results are the caller's, on stdout."""
+
+    def __init__(self, quiet: bool = False, stream: TextIO | None = None) -> None:
+        self.quiet = quiet
+        self.stream = stream or sys.stderr
+
+    def say(self, text: str) -> None:
+        """One line."""
+        if not self.quiet:
+            print(printable(text), file=self.stream, flush=True)
+
+    def progress(self, title: str, total: int, unit: str) -> Progress:
+        """A counter from 0 to `total`; use it as a context."""
+        return Progress(self, title, total, unit)
+
+
+class Progress:
+    """Counts work done. `advance` takes how many are done in all and a note to show beside them."""
+
+    def __init__(self, console: Console, title: str, total: int, unit: str) -> None:
+        self._console, self._title, self._total, self._unit = console, title, total, unit
+        self._bar = None
+        self._spoken = time.monotonic()
+        if not console.quiet and console.stream.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, desc=title, unit=f" {unit}", file=console.stream, leave=False)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def advance(self, done: int, note: str = "") -> None:
+        """Show that `done` of the total are done."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(note, refresh=False)
+            self._bar.update(done - self._bar.n)
+        elif not self._console.quiet and time.monotonic() - self._spoken > LINE_SECONDS:
+            self._spoken = time.monotonic()
+            self._console.say(f"{self._title}: {done:,} of {self._total:,} {self._unit} {note}".rstrip())

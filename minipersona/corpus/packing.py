@@ -1,0 +1,40 @@
+"""Documents into packs: which rank takes which, and which share a forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from minipersona.chat import Document
+from minipersona.model.pack import Pack, make_pack
+
+
+def pack_documents(documents: Sequence[Document], identities: Sequence[int] | None = None) -> Pack:
+    """One pack of the given documents, in their order."""
+    return make_pack([d.ids for d in documents], [d.supervised for d in documents], identities)
+
+
+def deal(lengths: Sequence[int], ranks: int) -> list[list[int]]:
+    """Spread items over ranks so that the tokens are as even as the longest-first rule makes them.
+
+    Deterministic; each rank's items come back in their original order.
+    """
+    hands: list[list[int]] = [[] for _ in range(ranks)]
+    loads = [0] * ranks
+    for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        rank = min(range(ranks), key=lambda r: (loads[r], r))
+        hands[rank].append(item)
+        loads[rank] += lengths[item]
+    return [sorted(hand) for hand in hands]
+
+
+def split(lengths: Sequence[int], most_tokens: int) -> list[list[int]]:
+    """Cut a sequence of items, in order, into groups of at most `most_tokens`; a longer item stands alone."""
+    groups: list[list[int]] = []
+    room = 0
+    for item, length in enumerate(lengths):
+        if not groups or length > room:
+            groups.append([])
+            room = most_tokens
+        groups[-1].append(item)
+        room -= length
+    return groups

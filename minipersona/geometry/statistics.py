@@ -1,0 +1,190 @@
+"""How sure M1 is: intervals, the re-extraction noise floor and permutation tests.
+
+Shapes: P = personas, Q = questions, D = width, R = resamples. `samples` is (P, Q, D).
+
+What is random in M1 is which questions were asked, and all personas were asked the same ones. So questions
+are resampled, once for all personas, and whole questions or whole personas are permuted; never the
+P (P - 1) / 2 pairs, which share personas and are far from independent.
+
+A resample is a row of weights over questions, and all of them together one matrix product a persona,
+(R, Q) @ (Q, D). Of the (P, P) cosines only the sum is needed, and that is the squared norm of the sum of
+the unit vectors, so the personas are added up one after another and nothing larger than (R, D) is held. At
+P = 12, Q = 240, D = 3584 this takes less than the (P Q, P Q) Gram matrix alone, before that is used. The
+products are in the samples' own dtype: fp32 moves M1 by about 1e-7, far below its noise.
+"""
+
+from __future__ import annotations
+
+from statistics import NormalDist
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minipersona.errors import UserError
+from minipersona.geometry.measures import m1, persona_vectors
+
+SEED = 42
+
+
+def question_weights(questions: int, resamples: int, seed: int = SEED) -> Tensor:
+    """Bootstrap weights (R, Q) fp64: how often each question is drawn among Q with replacement, over Q."""
+    rng = np.random.default_rng(seed)
+    counts = rng.multinomial(questions, np.full(questions, 1 / questions), size=resamples)
+    return torch.from_numpy(counts / questions)
+
+
+def resampled_m1(samples: Tensor, weights: Tensor) -> Tensor:
+    """M1 of the persona vectors `weights @ samples[p]`: samples (P, Q, D), weights (R, Q) -> (R,) fp64."""
+    weights = weights.to(samples)  # (R, Q)
+    total = torch.zeros(len(weights), samples.shape[-1], dtype=samples.dtype, device=samples.device)
+    for persona in samples:  # (Q, D)
+        total += _unit(weights @ persona)
+    return _m1_of_sum(total, len(samples))
+
+
+def bootstrap_interval(resampled: Tensor, estimate: float, level: float = 0.95) -> tuple[float, float]:
+    """The percentiles of (R,) resampled values, moved so that their mean is the estimate -> (low, high).
+
+    A resample repeats questions, which doubles the variance of its means, and noise lowers a cosine: resampled
+    M1 lie below M1, near M1 = 1 all of them. The target is M1 over Q questions, as registered, so the
+    resamples' bias is subtracted.
+    """
+    values = (resampled - resampled.mean()).cpu().numpy()
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return estimate + float(low), estimate + float(high)
+
+
+def bootstrap_m1(samples: Tensor, resamples: int = 1000, seed: int = SEED, level: float = 0.95) -> tuple[float, float]:
+    """Bootstrap interval of M1 over questions (Efron 1979): samples (P, Q, D) -> (low, high).
+
+    The same questions are drawn for all personas. Raises UserError below two personas or two questions.
+    """
+    _check(samples)
+    resampled = resampled_m1(samples, question_weights(samples.shape[1], resamples, seed))
+    low, high = bootstrap_interval(resampled, m1(persona_vectors(samples)), level)
+    return low, min(high, 1.0)
+
+
+def bootstrap_m1_difference(
+    samples_a: Tensor, samples_b: Tensor, resamples: int = 1000, seed: int = SEED, level: float = 0.95
+) -> tuple[float, float]:
+    """Paired bootstrap interval of M1(b) - M1(a) over questions: (P, Q, D) twice -> (low, high).
+
+    Both see the same resampled questions, so what a question does to both models cancels.
+    """
+    _check(samples_a, samples_b)
+    weights = question_weights(samples_a.shape[1], resamples, seed)
+    resampled = resampled_m1(samples_b, weights) - resampled_m1(samples_a, weights)
+    estimate = m1(persona_vectors(samples_b)) - m1(persona_vectors(samples_a))
+    return bootstrap_interval(resampled, estimate, level)
+
+
+def noise_floor(samples: Tensor, splits: int = 200, seed: int = SEED) -> float:
+    """M1's re-extraction noise floor: the standard deviation of M1's change when Q other questions are asked.
+
+    samples (P, Q, D) -> M1 units. The questions are halved at random `splits` times and d is the difference
+    of the two halves' M1. A half's M1 has twice the variance, and both d and a change are differences of two
+    independent M1, so the standard deviation of a change is rms(d) / sqrt(2). A change of less than about
+    twice this may be due to the choice of questions alone. (Asking the same again changes only rounding.)
+    """
+    _check(samples)
+    questions = samples.shape[1]
+    half = questions // 2
+    order = np.random.default_rng(seed).random((splits, questions)).argsort(1)  # (R, Q), permutations
+    first = torch.from_numpy(order < half).double() / half
+    second = torch.from_numpy(order >= questions - half).double() / half  # of an odd Q, one question rests
+    differences = resampled_m1(samples, first) - resampled_m1(samples, second)
+    return float(differences.square().mean().sqrt() / 2**0.5)
+
+
+def permutation_test(
+    samples_a: Tensor,
+    samples_b: Tensor,
+    over: Literal["questions", "personas"] = "questions",
+    resamples: int = 1000,
+    seed: int = SEED,
+) -> float:
+    """Paired permutation test of M1(b) - M1(a), two-sided: (P, Q, D) twice -> p.
+
+    Under the null hypothesis the labels a and b mean nothing within a question (or a persona), so each
+    permutation swaps the two conditions for a random half of the questions (or personas), for all of their
+    samples at once. The data as they are count as one of the permutations (Phipson and Smyth 2010), hence
+    p >= 1 / (resamples + 1). Over personas there are only 2^P swaps, in pairs that differ by sign, so that p
+    does not fall much below 2^(1 - P). Differences of less than 1e-6 are taken for rounding, p = 1.
+    """
+    _check(samples_a, samples_b)
+    personas, questions, width = samples_a.shape
+    units = {"questions": questions, "personas": personas}[over]
+    drawn = np.random.default_rng(seed).integers(0, 2, (resamples + 1, units))
+    drawn[0] = 0  # the data as they are
+    swaps = torch.from_numpy(drawn).to(samples_a)  # (R + 1, Q or P), 1 where a and b change places
+
+    total_a = torch.zeros(resamples + 1, width, dtype=samples_a.dtype, device=samples_a.device)
+    total_b = torch.zeros_like(total_a)
+    for p in range(personas):
+        mean_a, mean_b = samples_a[p].mean(0), samples_b[p].mean(0)  # (D,)
+        if over == "questions":
+            moved = swaps @ (samples_b[p] - samples_a[p]) / questions  # (R + 1, D)
+        else:
+            moved = swaps[:, p, None] * (mean_b - mean_a)
+        total_a += _unit(mean_a + moved)
+        total_b += _unit(mean_b - moved)
+    return _p_value((_m1_of_sum(total_b, personas) - _m1_of_sum(total_a, personas)).abs(), rounding=1e-6)
+
+
+def separation_test(samples: Tensor, resamples: int = 1000, seed: int = SEED) -> float:
+    """Do the personas differ at all? Permutation test of the variance between personas: (P, Q, D) -> p.
+
+    Under the null hypothesis the personas are interchangeable at every question, so each permutation deals
+    the P samples of a question to the personas anew, question by question. The statistic is
+    sum_p ||mean_q x_pq - mean||^2, one-sided; p >= 1 / (resamples + 1), as above.
+    """
+    _check(samples)
+    personas, questions, _ = samples.shape
+    rows = (samples - samples.mean(0)).flatten(0, 1)  # (P Q, D), less what no dealing moves
+    dealt = np.broadcast_to(np.arange(personas), (resamples + 1, questions, personas)).copy()
+    dealt[1:] = np.random.default_rng(seed).permuted(dealt[1:], axis=-1)  # dealt[0]: the data as they are
+    row_of = torch.from_numpy(dealt * questions + np.arange(questions)[:, None])  # (R + 1, Q, P)
+    spread = torch.empty(resamples + 1, dtype=torch.float64)
+    for r in range(resamples + 1):
+        bags = row_of[r].T.to(rows.device)  # (P, Q)
+        sums = torch.nn.functional.embedding_bag(bags, rows, mode="sum")  # (P, D), without a copy of the rows
+        spread[r] = sums.double().square().sum()
+    return _p_value(spread, rounding=1e-6 * float(spread[0]))
+
+
+def wilson_interval(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval of a rate (Wilson 1927): `successes` of `n` -> (low, high); n = 0: (0, 1)."""
+    assert 0 <= successes <= n
+    if n == 0:
+        return 0.0, 1.0
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    rate = successes / n
+    centre = rate + z * z / (2 * n)
+    spread = z * (rate * (1 - rate) / n + z * z / (4 * n * n)) ** 0.5
+    scale = 1 + z * z / n
+    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    return torch.div(vectors, vectors.norm(dim=-1, keepdim=True))
+
+
+def _m1_of_sum(total: Tensor, personas: int) -> Tensor:
+    """M1 from the sum of P unit vectors, (R, D) -> (R,): ||sum_p u_p||^2 is P plus the off-diagonal cosines."""
+    sum_of_cosines: Tensor = total.double().square().sum(-1)
+    return (sum_of_cosines - personas) / (personas * (personas - 1))
+
+
+def _p_value(statistics: Tensor, rounding: float) -> float:
+    """The share of permutations that reach the first, the data as they are; near ties count."""
+    return float((statistics >= statistics[0] - rounding).double().mean())
+
+
+def _check(samples: Tensor, others: Tensor | None = None) -> None:
+    personas, questions, _ = samples.shape
+    if personas < 2 or questions < 2:
+        raise UserError(f"{personas} personas and {questions} questions: this needs at least two of each")
+    assert others is None or others.shape == samples.shape

@@ -1,0 +1,1 @@
+"""Qwen2.5 written out: sizes, network, attention, LoRA, loading and saving."""

@@ -1,0 +1,122 @@
+"""LoRA (Hu et al. 2021): y = W x + (alpha / r) B A dropout(x), with W frozen and B zero at the start.
+
+r = rank, I/O = the layer's inputs/outputs, T = tokens. Adapters are fp32 masters, cast to the stream's precision at
+use: in bf16 a late update of relative size 1e-4 would round away.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minipersona.config import LoraConfig
+from minipersona.model.dropout import channel_keys, hashed_dropout
+
+if TYPE_CHECKING:
+    from minipersona.model.network import Linear, Qwen2
+
+
+class Adapter(nn.Module):
+    """The low-rank product that is added to one linear layer's output."""
+
+    channel_keys: Tensor  # (I,) int32
+
+    def __init__(self, inputs: int, outputs: int, config: LoraConfig, name: str, device: torch.device) -> None:
+        super().__init__()
+        self.lora_A = nn.Parameter(torch.empty(config.rank, inputs, device=device))  # (r, I)
+        self.lora_B = nn.Parameter(torch.zeros(outputs, config.rank, device=device))  # (O, r)
+        self.scale = config.alpha / config.rank
+        self.dropout = config.dropout
+        self.enabled = True
+        # Derived from the name, so not part of a checkpoint.
+        self.register_buffer("channel_keys", channel_keys(name, inputs).to(device), persistent=False)
+
+    def forward(self, x: Tensor, dropout_keys: Tensor | None) -> Tensor:
+        """x (T, I) -> (alpha/r) B A dropout(x), (T, O). `dropout_keys` (T,) of `token_keys`, None for no dropout."""
+        if dropout_keys is not None and self.dropout > 0:
+            x = hashed_dropout(x, dropout_keys, self.channel_keys, self.dropout)
+        low = F.linear(x, self.lora_A.to(x.dtype)) * self.scale  # (T, r): scaled where it is smallest
+        return F.linear(low, self.lora_B.to(x.dtype))
+
+    def delta(self) -> Tensor:
+        """The merged update (alpha/r) B A, (O, I) in the masters' precision."""
+        return self.scale * (self.lora_B @ self.lora_A)
+
+    def squared_norm(self) -> Tensor:
+        """||(alpha/r) B A||_F^2 = (alpha/r)^2 trace((B^T B)(A A^T)), fp64, without forming the product."""
+        a, b = self.lora_A.double(), self.lora_B.double()
+        return self.scale**2 * ((b.T @ b) * (a @ a.T)).sum()
+
+
+def linears(model: Qwen2) -> dict[str, Linear]:
+    """The layers that an adapter can be attached to, by name, in the network's order."""
+    from minipersona.model.network import Linear  # the network itself knows adapters
+
+    return {n: module for n, module in model.model.named_modules(prefix="model") if isinstance(module, Linear)}
+
+
+def adapters(model: Qwen2) -> dict[str, Adapter]:
+    """The adapters of a model by the name of their layer; none where it has none."""
+    return {name: layer.adapter for name, layer in linears(model).items() if layer.adapter is not None}
+
+
+def apply_lora(model: Qwen2, config: LoraConfig, seed: int = 42) -> Qwen2:
+    """Freeze the model and attach fresh adapters; only they are trainable. Returns the same model.
+
+    A is uniform in +-1/sqrt(I), which is Kaiming's bound with a = sqrt 5 as PEFT draws it; B is zero, so nothing
+    changes at first. Drawn on the CPU from `seed`, in the network's order: the same on every device.
+    """
+    model.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    dtype = torch.float64 if model.compute_dtype == torch.float64 else torch.float32
+    for name, layer in linears(model).items():
+        if name.rsplit(".", 1)[-1] not in config.targets:
+            continue
+        adapter = Adapter(layer.weight.shape[1], layer.weight.shape[0], config, name, layer.weight.device)
+        bound = 1 / math.sqrt(layer.weight.shape[1])
+        with torch.no_grad():
+            adapter.lora_A.copy_(torch.empty(adapter.lora_A.shape).uniform_(-bound, bound, generator=generator))
+        layer.adapter = adapter.to(dtype)
+    return model
+
+
+def remove_lora(model: Qwen2) -> Qwen2:
+    """Detach every adapter: the base model again."""
+    for layer in linears(model).values():
+        layer.adapter = None
+    return model
+
+
+@contextlib.contextmanager
+def adapter_disabled(model: Qwen2) -> Iterator[None]:
+    """Within this context the model is its base, without a copy."""
+    before = [(adapter, adapter.enabled) for adapter in adapters(model).values()]
+    try:
+        for adapter, _ in before:
+            adapter.enabled = False
+        yield
+    finally:
+        for adapter, enabled in before:
+            adapter.enabled = enabled
+
+
+@torch.no_grad()
+def merge_adapter(model: Qwen2) -> Qwen2:
+    """W <- W + (alpha/r) B A, summed in fp32 and rounded once to W's precision; the adapters are gone afterwards."""
+    for layer in linears(model).values():
+        if layer.adapter is not None:
+            delta = layer.adapter.delta()
+            layer.weight.copy_(layer.weight.to(torch.promote_types(layer.weight.dtype, delta.dtype)) + delta)
+    return remove_lora(model)
+
+
+@torch.no_grad()
+def adapter_norm(model: Qwen2) -> float:
+    """||delta theta||_2 over all adapted weights, from the factors."""
+    return math.sqrt(sum(float(adapter.squared_norm()) for adapter in adapters(model).values()))

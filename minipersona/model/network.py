@@ -1,0 +1,220 @@
+"""Qwen2.5 written out: embedding, decoder blocks, final norm, head.
+
+T = tokens in the pack, S = documents, D = model width, F = feed-forward width, V = vocabulary,
+H/K = query/key heads, d = channels of a head. Module and parameter names are Hugging Face's.
+
+Weights may be stored in one precision and used in another: every product casts its weights to the precision of the
+stream ("cast at use"), so that frozen weights can be bf16 and trained ones fp32 masters. Norms, rotations and
+softmax are computed in fp32 or better.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from minipersona.model.attention import attention
+from minipersona.model.config import ModelConfig
+from minipersona.model.lora import Adapter
+from minipersona.model.pack import Pack, make_pack
+
+Tap = Callable[[Tensor], Tensor]
+"""(T, D) -> (T, D), applied to the residual stream that leaves a block."""
+
+EMBEDDING = -1  # the tap index of the embeddings; blocks are counted from 0
+
+
+class Linear(nn.Module):
+    """y = W x + b, plus a low-rank adapter's product where one is attached."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
+        self.adapter: Adapter | None = None
+
+    def forward(self, x: Tensor, dropout_keys: Tensor | None = None) -> Tensor:
+        """x (T, inputs) -> (T, outputs)."""
+        y = F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        if self.adapter is not None and self.adapter.enabled:
+            y = y + self.adapter(x, dropout_keys)
+        return y
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * w (Zhang & Sennrich 2019)."""
+
+    def __init__(self, channels: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (T, D) -> (T, D), in x's precision, computed in fp32 or better."""
+        wide = _at_least_fp32(x)
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return (normed * self.weight.to(wide.dtype)).to(x.dtype)
+
+
+def _at_least_fp32(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def rotary_angles(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin (T, 1, d) of position * theta^(-2i/d), the d/2 frequencies laid out twice (Su et al. 2021)."""
+    channel = torch.arange(0, head_dim, 2, device=positions.device, dtype=dtype)
+    frequencies = 1.0 / theta ** (channel / head_dim)  # (d/2,)
+    angles = positions.to(dtype)[:, None] * frequencies  # (T, d/2)
+    angles = torch.cat([angles, angles], dim=-1)[:, None, :]  # (T, 1, d)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of x (T, heads, d); channel i is paired with channel i + d/2, as Hugging Face stores them."""
+    wide = _at_least_fp32(x)
+    first, second = wide.chunk(2, dim=-1)
+    return (wide * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with biased q, k, v and an unbiased output projection."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        width, kv_width = config.hidden_size, config.num_key_value_heads * config.head_dim
+        self.q_proj = Linear(width, width, bias=True)
+        self.k_proj = Linear(width, kv_width, bias=True)
+        self.v_proj = Linear(width, kv_width, bias=True)
+        self.o_proj = Linear(width, width, bias=False)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, boundaries: Tensor, longest: int, dropout_keys: Tensor | None
+    ) -> Tensor:
+        """x (T, D) -> (T, D)."""
+        q = self.q_proj(x, dropout_keys).unflatten(-1, (-1, self.head_dim))  # (T, H, d)
+        k = self.k_proj(x, dropout_keys).unflatten(-1, (-1, self.head_dim))  # (T, K, d)
+        v = self.v_proj(x, dropout_keys).unflatten(-1, (-1, self.head_dim))  # (T, K, d)
+        mixed = attention(rotate(q, cos, sin), rotate(k, cos, sin), v, boundaries, longest)
+        return self.o_proj(mixed.flatten(-2), dropout_keys)
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, dropout_keys: Tensor | None) -> Tensor:
+        """x (T, D) -> (T, D)."""
+        gated = F.silu(self.gate_proj(x, dropout_keys)) * self.up_proj(x, dropout_keys)  # (T, F)
+        return self.down_proj(gated, dropout_keys)
+
+
+class Block(nn.Module):
+    """One decoder block: attention and MLP, each reading a norm of the stream and adding to it."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, h: Tensor, cos: Tensor, sin: Tensor, boundaries: Tensor, longest: int, dropout_keys: Tensor | None
+    ) -> Tensor:
+        """h (T, D) -> (T, D)."""
+        h = h + self.self_attn(self.input_layernorm(h), cos, sin, boundaries, longest, dropout_keys)
+        return h + self.mlp(self.post_attention_layernorm(h), dropout_keys)
+
+
+class Decoder(nn.Module):
+    """What Hugging Face calls `model`: everything below the head."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Qwen2(nn.Module):
+    """A Qwen2.5 causal language model over packs.
+
+    `compute_dtype` is the precision of the stream; `source` says where the weights came from.
+    """
+
+    def __init__(self, config: ModelConfig, compute_dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.config = config
+        self.compute_dtype = compute_dtype
+        self.source: dict[str, str | None] = {}
+        self.model = Decoder(config)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie_head()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return self.lm_head.weight.device
+
+    def tie_head(self) -> None:
+        """Make the head the embedding itself, one parameter, where the architecture says so."""
+        if self.config.tie_word_embeddings:
+            weight = self.model.embed_tokens.weight
+            assert isinstance(weight, nn.Parameter)
+            self.lm_head.weight = weight
+
+    def compile_blocks(self) -> None:
+        """Compile the decoder block, once for all blocks and all pack sizes."""
+        for block in self.model.layers:
+            block.compile(dynamic=True)
+
+    def forward(
+        self,
+        pack: Pack,
+        *,
+        taps: Mapping[int, Tap] | None = None,
+        stop_after: int | None = None,
+        dropout_keys: Tensor | None = None,
+        checkpoint_activations: bool = False,
+    ) -> Tensor:
+        """Hidden states (T, D) after the final norm; attention never crosses a document's boundary.
+
+        taps           layer -> function of the stream leaving that block; -1 is the embedding. They act outside of
+                       the checkpointed region, so recomputation neither repeats nor loses them.
+        stop_after     return the stream (T, D) that leaves this block, not normed, and skip what follows
+        dropout_keys   (T,) int32 of `token_keys`: adapters drop their inputs; None turns dropout off
+        """
+        taps = taps or {}
+        wide = torch.float64 if self.compute_dtype == torch.float64 else torch.float32
+        h = F.embedding(pack.ids, self.model.embed_tokens.weight).to(self.compute_dtype)  # (T, D)
+        if EMBEDDING in taps:
+            h = taps[EMBEDDING](h)
+        cos, sin = rotary_angles(pack.positions, self.config.head_dim, self.config.rope_theta, wide)
+        for index, block in enumerate(self.model.layers):
+            inputs = (h, cos, sin, pack.boundaries, pack.longest, dropout_keys)
+            if checkpoint_activations and torch.is_grad_enabled():
+                # Nothing in a block draws random numbers, so there is no RNG state to put back.
+                h = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+            else:
+                h = block(*inputs)
+            if index in taps:
+                h = taps[index](h)
+            if index == stop_after:
+                return h
+        return self.model.norm(h)
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """ids (B, T) -> logits (B, T, V) in fp32 (or fp64), plain causal over each row. For audits and tests."""
+        pack = make_pack(list(ids.cpu().numpy())).to(self.device)
+        logits = self.lm_head(self(pack))  # (B * T, V)
+        return _at_least_fp32(logits).unflatten(0, tuple(ids.shape))

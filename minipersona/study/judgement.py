@@ -1,0 +1,51 @@
+"""The registered rules, and what they leave open.
+
+registered    M1 < 0.95 and held-out loss <= 2 x the unregularised baseline's. The untrained base passes this.
+substantive   registered, and at least half of what the baseline learned.
+collapsed     M1 >= 0.97
+learned       (L_base - L_recipe) / (L_base - L_baseline): the share of the baseline's loss reduction
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+PASS_M1 = 0.95
+COLLAPSED_M1 = 0.97
+MOST_LOSS_RATIO = 2.0
+LEAST_LEARNED = 0.5
+LEAST_REDUCTION = 0.01  # nats; where the baseline itself learned less than this, its share has no meaning
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """The verdict on one model. None: it cannot be said, for want of a baseline or of a loss."""
+
+    learned: float | None
+    registered_pass: bool | None
+    substantive_pass: bool | None
+    collapsed: bool
+
+
+def learned_share(loss: float | None, base: float | None, baseline: float | None) -> float | None:
+    """The share of the baseline's loss reduction that was achieved; None where that reduction is <= 0.01 nats."""
+    if loss is None or base is None or baseline is None or base - baseline <= LEAST_REDUCTION:
+        return None
+    return (base - loss) / (base - baseline)
+
+
+def judge(m1: float, loss: float | None, base: float | None, baseline: float | None) -> Judgement:
+    """Judge a model by its M1 and held-out loss (nats per token), against the base's and the baseline's losses."""
+    share = learned_share(loss, base, baseline)
+    registered: bool | None
+    if m1 >= PASS_M1:
+        registered = False
+    elif loss is None or baseline is None:
+        registered = None
+    else:
+        registered = loss <= MOST_LOSS_RATIO * baseline
+    if registered is False:
+        substantive: bool | None = False
+    else:
+        substantive = None if share is None or registered is None else share >= LEAST_LEARNED
+    return Judgement(share, registered, substantive, m1 >= COLLAPSED_M1)

@@ -1,0 +1,113 @@
+"""All that is measured of one model: its geometry and its held-out loss, as one line of probes.jsonl."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from minipersona.chat import ChatTokenizer, Document
+from minipersona.chat.tokenizer import Supervise
+from minipersona.console import Console
+from minipersona.corpus.sources import Rows, read_source, tokenize
+from minipersona.files import digest
+from minipersona.geometry.extraction import check_layers, check_vocabulary, extract
+from minipersona.geometry.measures import all_measures, m1
+from minipersona.geometry.prompts import PersonaSet, QuestionSet, load_personas, load_questions
+from minipersona.geometry.statistics import bootstrap_m1, noise_floor
+from minipersona.geometry.vectors import PersonaVectors
+from minipersona.model.network import Qwen2
+from minipersona.training.heldout import heldout_loss
+
+
+@dataclass(frozen=True)
+class Instruments:
+    """What a measurement is made with; equal instruments make comparable numbers."""
+
+    tokenizer: ChatTokenizer
+    personas: PersonaSet
+    questions: QuestionSet
+    layers: list[int]  # the first decides
+    heldout: list[Document] | None
+    heldout_rows: Rows | None
+    max_tokens: int
+    pack_tokens: int
+    compiled: bool
+
+    def protocol(self, model: Qwen2) -> dict[str, Any]:
+        """The measurement in words: two results are comparable where these are equal."""
+        return {
+            "model": model.source.get("name"),
+            "revision": model.source.get("revision"),
+            "compute_dtype": str(model.compute_dtype).removeprefix("torch."),
+            "layer": self.layers[0],
+            "layers": self.layers,
+            "layer_convention": "residual stream leaving decoder block, counted from 0 (hidden_states[layer + 1])",
+            "method": "A",
+            "persona_set": self.personas.name,
+            "persona_digest": self.personas.digest,
+            "question_set": self.questions.name,
+            "question_digest": self.questions.digest,
+            "heldout": None if self.heldout_rows is None else self.heldout_rows.source,
+            "heldout_digest": None if self.heldout_rows is None else digest(self.heldout_rows.rows),
+            "max_tokens": self.max_tokens,
+            "tokenizer_digest": self.tokenizer.digest,
+        }
+
+
+def make_instruments(
+    model: Qwen2,
+    tokenizer: ChatTokenizer,
+    *,
+    personas: str,
+    questions: str,
+    layers: Sequence[int],
+    heldout: str | None,
+    max_tokens: int = 2048,
+    supervise: Supervise = "last",
+    pack_tokens: int = 16_384,
+    compiled: bool = False,
+) -> Instruments:
+    """Read and check everything that a measurement needs; an empty `layers` is the model's registered layer."""
+    check_vocabulary(model, tokenizer)
+    rows = read_source(heldout) if heldout else None
+    return Instruments(
+        tokenizer=tokenizer,
+        personas=load_personas(personas),
+        questions=load_questions(questions),
+        layers=check_layers(model, layers or [model.config.probe_layer]),
+        heldout=None if rows is None else tokenize(rows, tokenizer, supervise=supervise, max_tokens=max_tokens),
+        heldout_rows=rows,
+        max_tokens=max_tokens,
+        pack_tokens=pack_tokens,
+        compiled=compiled,
+    )
+
+
+def measure(model: Qwen2, instruments: Instruments, console: Console) -> tuple[dict[str, Any], PersonaVectors]:
+    """The measures of a model as it stands (adapters as they are), and the vectors that they come from."""
+    prompts = len(instruments.personas.prompts) * len(instruments.questions.questions)
+    with console.progress("extracting", prompts, "prompts") as progress:
+        vectors = extract(
+            model,
+            instruments.tokenizer,
+            instruments.personas.prompts,
+            instruments.questions.questions,
+            instruments.layers,
+            pack_tokens=instruments.pack_tokens,
+            progress=lambda done, total: progress.advance(done),
+        )
+    deciding = vectors.samples[instruments.layers[0]]
+    low, high = bootstrap_m1(deciding)
+    row: dict[str, Any] = {
+        "layer": instruments.layers[0],
+        **all_measures(deciding),
+        "m1_low": low,
+        "m1_high": high,
+        "m1_noise_floor": noise_floor(deciding),
+        "m1_by_layer": {str(layer): m1(vectors.mean(layer)) for layer in instruments.layers},
+        "eval_loss": None,
+    }
+    if instruments.heldout is not None:
+        row["eval_loss"] = heldout_loss(model, instruments.heldout, instruments.pack_tokens, instruments.compiled)
+    return row, vectors

@@ -1,0 +1,127 @@
+"""What a run will take, said before it starts: the resolved config, its tokens, memory and time."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from pathlib import Path
+
+import torch
+
+from minipersona.config import RunConfig, to_toml
+from minipersona.corpus.order import RowOrder
+from minipersona.corpus.sources import read_source, tokenize
+from minipersona.model.config import ModelConfig
+from minipersona.model.load import architecture
+from minipersona.study.run import compiles, load_run_tokenizer, resolve
+
+# Of the matmul rate measured on the spot, the share that a training step reaches. From docs/log.md.
+EFFICIENCY = {"cuda": 0.5, "cpu": 0.4}
+GIB = 2**30
+
+
+def plan(config: RunConfig) -> str:
+    """The text of ``train.py --plan``. Reads the data and the model's config.json; loads no weights, writes nothing."""
+    config = resolve(config)
+    sizes = architecture(config.model.name, config.model.revision or None)
+    tokenizer = load_run_tokenizer(config.model)
+    rows = read_source(config.data.train)
+    documents = tokenize(rows, tokenizer, supervise=config.data.supervise, max_tokens=config.data.max_tokens)
+    recipe = config.training
+    order = RowOrder(len(documents), recipe.batch, config.seed)
+    lengths = [sum(len(documents[row]) for row in order.step(step)) for step in range(1, recipe.steps + 1)]
+    tokens = sum(lengths)
+    device = config.execution.device
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device.split(":")[0]
+    epochs = recipe.steps * recipe.batch / len(documents)
+    flops = step_flops(sizes, config) * tokens
+    rate = matmul_rate(device) * EFFICIENCY[device]
+    largest = min(max(lengths), max(config.execution.pack_tokens, max(len(d) for d in documents)))
+    checkpoints = len(recipe.checkpoints) * checkpoint_bytes(sizes, config)
+    free = shutil.disk_usage(_existing(Path(config.out))).free
+    lines = [
+        to_toml(config).rstrip(),
+        "",
+        f"# model      {sizes.parameters / 1e9:.3f} billion parameters, {sizes.num_hidden_layers} blocks; "
+        f"measured at layer {(config.probe.layers or (sizes.probe_layer,))[0]}",
+        f"# data       {len(documents):,} rows, {sum(map(len, documents)):,} tokens, "
+        f"{sum(int(d.supervised.sum()) for d in documents):,} supervised; "
+        f"{sum(d.truncated for d in documents):,} truncated, "
+        f"{sum(not d.supervised.any() for d in documents):,} teach nothing",
+        f"# training   {recipe.steps:,} steps of {recipe.batch} rows ({epochs:.2f} epochs), {tokens:,} tokens, "
+        f"{tokens / recipe.steps:,.0f} a step",
+        f"# memory     {memory_bytes(sizes, config, device, largest) / GIB:.1f} GiB on {device}, for packs of "
+        f"{largest:,} tokens",
+        f"# time       {duration(flops / rate)} of training, estimated from the matmul rate of this machine "
+        f"({rate / EFFICIENCY[device] / 1e12:.2f} TFLOP/s, of which a step reaches about {EFFICIENCY[device]:.0%}); "
+        "loading, compiling and measuring come on top",
+        f"# disk       {checkpoints / GIB:.2f} GiB of checkpoints; {free / GIB:.1f} GiB are free",
+    ]
+    if checkpoints > free:
+        lines.append("# WARNING    the checkpoints do not fit on the disk; choose another --out or fewer checkpoints")
+    return "\n".join(lines) + "\n"
+
+
+def step_flops(sizes: ModelConfig, config: RunConfig) -> float:
+    """Floating-point operations a training token: forward 2 a weight, backward 2 for the input and, where the weight
+    learns, 2 for the weight; a recomputed forward pass 2 more. LoRA's own and attention's are left out.
+    """
+    per_weight = 4 if config.training.method == "lora" else 6
+    return (per_weight + 2 * config.execution.checkpoint_activations) * sizes.matmul_parameters
+
+
+def adapter_parameters(sizes: ModelConfig, config: RunConfig) -> int:
+    """Parameters of the adapters that the config asks for."""
+    d, f, k = sizes.hidden_size, sizes.intermediate_size, sizes.num_key_value_heads * sizes.head_dim
+    widths = {"q_proj": d + d, "k_proj": d + k, "v_proj": d + k, "o_proj": d + d, "gate_proj": d + f, "up_proj": d + f,
+              "down_proj": f + d}  # fmt: skip
+    return sizes.num_hidden_layers * config.lora.rank * sum(widths[name] for name in config.lora.targets)
+
+
+def memory_bytes(sizes: ModelConfig, config: RunConfig, device: str, tokens: int) -> float:
+    """Bytes at the peak of a step: weights, masters with gradient and moments, activations, one chunk of logits."""
+    compute = 2 if config.model.dtype == "bfloat16" or (config.model.dtype == "auto" and device == "cuda") else 4
+    learned = adapter_parameters(sizes, config) if config.training.method == "lora" else sizes.parameters
+    weights = (sizes.parameters * compute if config.training.method == "lora" else 0) + 16 * learned
+    d, f, k = sizes.hidden_size, sizes.intermediate_size, sizes.num_key_value_heads * sizes.head_dim
+    block = compute * (6 * d + 2 * k + 4 * f)  # a token's tensors that one block keeps for its backward pass
+    kept = compute * d * sizes.num_hidden_layers + block if config.execution.checkpoint_activations else (
+        block * sizes.num_hidden_layers
+    )  # fmt: skip
+    logits = min(tokens, 2048) * sizes.vocab_size * (4 + 2 * compute)
+    fused = 1.0 if compiles(config, torch.device(device)) else 1.6  # unfused passes keep intermediates besides
+    return weights + tokens * kept * fused + logits
+
+
+def checkpoint_bytes(sizes: ModelConfig, config: RunConfig) -> int:
+    """Bytes of one named checkpoint."""
+    return 4 * adapter_parameters(sizes, config) if config.training.method == "lora" else 2 * sizes.parameters
+
+
+def matmul_rate(device: str) -> float:
+    """Floating-point operations a second of a large matrix product, measured now."""
+    size, dtype = (8192, torch.bfloat16) if device == "cuda" else (1024, torch.float32)
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    best = math.inf
+    for _ in range(4):
+        started = time.perf_counter()
+        a @ a
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words."""
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
+
+
+def _existing(path: Path) -> Path:
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path

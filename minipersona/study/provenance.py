@@ -1,0 +1,57 @@
+"""What made a run, as far as it can be known: versions, commit, digests, hardware. Never an environment variable."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from minipersona import __version__
+from minipersona.config import RunConfig, to_toml
+from minipersona.corpus.sources import Rows
+from minipersona.files import PACKAGE, digest, sha256
+from minipersona.model.network import Qwen2
+
+
+def provenance(
+    config: RunConfig, model: Qwen2, protocol: dict[str, Any], data: list[Rows], processes: int
+) -> dict[str, Any]:
+    """The content of provenance.json. `protocol` is what every measurement of the run is made with."""
+    device = model.device
+    on_cuda = device.type == "cuda"
+    return {
+        "protocol": protocol,
+        "minipersona": __version__,
+        "code_digest": code_digest(),
+        "commit": _commit(),
+        "config_digest": digest(to_toml(config)),
+        "model": {**model.source, "compute_dtype": str(model.compute_dtype).removeprefix("torch.")},
+        "data": [{"source": rows.source, "rows": len(rows), "digest": rows.digest} for rows in data],
+        "versions": {
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in ("torch", "numpy", "safetensors", "tokenizers")},
+        },
+        "hardware": {
+            "machine": platform.machine(),
+            "cuda_device": torch.cuda.get_device_name(device) if on_cuda else None,
+            "cuda": torch.version.cuda,
+            "processes": processes,
+            "threads": torch.get_num_threads(),
+        },
+    }
+
+
+def code_digest() -> str:
+    """One SHA-256 over the package's source files, which also covers changes that are not committed."""
+    return sha256(*sorted(PACKAGE.rglob("*.py")))
+
+
+def _commit() -> str | None:
+    command = ["git", "-C", str(PACKAGE), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None  # installed from a wheel, or no git

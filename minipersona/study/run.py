@@ -1,0 +1,262 @@
+"""One fine-tuning run from its config to its directory: load, measure the base, train, measure each checkpoint."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minipersona.chat import ChatTokenizer, load_tokenizer
+from minipersona.chat.vocabulary import FILES
+from minipersona.config import ModelSection, RunConfig, difference, from_dict, read_toml, to_toml
+from minipersona.console import Console
+from minipersona.corpus.sources import read_source, tokenize
+from minipersona.errors import UserError
+from minipersona.files import (
+    append_jsonl,
+    digest,
+    lock,
+    read_json,
+    read_jsonl,
+    sweep_temporaries,
+    write_json,
+    write_text,
+)
+from minipersona.hub import locate, pinned_revision
+from minipersona.model.load import RANDOM, load_model
+from minipersona.model.network import Qwen2
+from minipersona.study.judgement import learned_share
+from minipersona.study.measure import Instruments, make_instruments, measure
+from minipersona.study.provenance import provenance
+from minipersona.training.loop import Hooks, train
+from minipersona.training.trainable import distance_from_base, save_checkpoint
+from minipersona.training.world import World
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64, "auto": None}
+
+
+def run(config: RunConfig, world: World, console: Console) -> None:
+    """Carry out a run in ``config.out``, or continue it; a finished one is left as it is.
+
+    UserError where the directory belongs to another config, is in use, or anything the config names is amiss.
+    """
+    directory = Path(config.out)
+    held = lock(directory) if world.first else None
+    if held is not None:
+        held.__enter__()
+    try:
+        _run(config, directory, world, console)
+    finally:
+        if held is not None:
+            held.__exit__(None, None, None)
+
+
+def _run(config: RunConfig, directory: Path, world: World, console: Console) -> None:
+    config = resolve(config)
+    claim(directory, config, world)
+    make_deterministic(config.execution.deterministic)
+    train_rows = read_source(config.data.train)
+    console.say(f"loading {config.model.name}")
+    model = load_run_model(config.model, world.device)
+    tokenizer = load_run_tokenizer(config.model)
+    compiled = compiles(config, world.device)
+    if compiled:
+        model.compile_blocks()
+    instruments = run_instruments(config, model, tokenizer, compiled)
+    documents = tokenize(train_rows, tokenizer, supervise=config.data.supervise, max_tokens=config.data.max_tokens)
+    _report_rows(console, documents)
+    if world.first:
+        data = [rows for rows in (train_rows, instruments.heldout_rows) if rows is not None]
+        write_json(
+            directory / "provenance.json", provenance(config, model, instruments.protocol(model), data, world.size)
+        )
+
+    probe = Probe(config, directory, world, console, model, tokenizer, instruments)
+    probe(0)  # the base, before anything is attached to it
+    steps = config.training.steps
+    with console.progress("training", steps, "steps") as progress:
+
+        def logged(row: dict[str, Any]) -> None:
+            if "skipped" in row:
+                console.say(f"step {row['step']} skipped: {row['skipped']}")
+            else:
+                progress.advance(row["step"], f"loss {row['loss']:.3f}, {row['tokens_per_second']:,.0f} tokens/s")
+
+        hooks = Hooks(checkpoint=probe.checkpoint, logged=logged)
+        train(model, documents, config, directory, world, hooks, compiled=compiled)
+
+
+class Probe:
+    """Measures the model at a step and writes the line and the vectors, once."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        directory: Path,
+        world: World,
+        console: Console,
+        model: Qwen2,
+        tokenizer: ChatTokenizer,
+        instruments: Instruments,
+    ) -> None:
+        self.config, self.directory, self.world, self.console = config, directory, world, console
+        self.model, self.tokenizer, self.instruments = model, tokenizer, instruments
+        self.protocol = digest(instruments.protocol(model))
+
+    def checkpoint(self, step: int) -> None:
+        """Save what a named step leaves, then measure it."""
+        if self.world.first:
+            save_checkpoint(
+                self.model, self.config, self.directory / step_name(step), tokenizer_files(self.config.model),
+                (self.tokenizer.im_end, self.tokenizer.endoftext),
+            )  # fmt: skip
+        self(step)
+
+    def __call__(self, step: int) -> None:
+        if self.world.first and stored_probe(self.directory, step, self.protocol) is None:
+            row, vectors = measure(self.model, self.instruments, self.console)
+            delta = 0.0 if step == 0 else distance_from_base(self.model, self.config)
+            vectors.save(vectors_file(self.directory, step))
+            learned = learned_share(row["eval_loss"], *self._reference_losses(row, step))
+            row = {"step": step, **row, "learned": learned, "delta_norm": delta, "protocol": self.protocol}
+            append_jsonl(self.directory / "probes.jsonl", row)
+            loss = "" if row["eval_loss"] is None else f", held-out loss {row['eval_loss']:.3f}"
+            interval = f"[{row['m1_low']:.4f}, {row['m1_high']:.4f}]"
+            self.console.say(f"step {step}: M1 {row['m1']:.4f} {interval}{loss}")
+        self.world.wait()
+
+    def _reference_losses(self, row: dict[str, Any], step: int) -> tuple[float | None, float | None]:
+        """The base's and the baseline's losses as far as they are known while the run goes on."""
+        first = stored_probe(self.directory, 0, self.protocol)
+        base = row["eval_loss"] if step == 0 else (first or {}).get("eval_loss")
+        name = self.config.probe.baseline
+        if name == "self":
+            return base, row["eval_loss"] if step == self.config.training.steps else None
+        return base, baseline_loss(Path(name), self.instruments.protocol(self.model)) if name else None
+
+
+# ---------------------------------------------------------------- the parts, shared with evaluation
+
+
+def resolve(config: RunConfig) -> RunConfig:
+    """The config with what it left open filled in, as far as that changes results."""
+    revision = pinned_revision(config.model.name, config.model.revision or None) or ""
+    if revision != config.model.revision:
+        config = replace(config, model=replace(config.model, revision=revision))
+    return config
+
+
+def claim(directory: Path, config: RunConfig, world: World) -> None:
+    """Make `directory` this run's own, or check that it is already."""
+    path = directory / "config.toml"
+    if path.is_file():
+        theirs = from_dict(RunConfig, read_toml(path))
+        changed = difference(config, theirs)
+        if changed:
+            raise UserError(
+                f"{directory} belongs to a run with another config ({'; '.join(changed)}); "
+                "choose another --out, or delete the directory"
+            )
+    world.wait()
+    if world.first:
+        sweep_temporaries(directory)
+        write_text(path, to_toml(config))
+
+
+def make_deterministic(wanted: bool) -> None:
+    """Ask torch for bit-equal results on CUDA; the CPU gives them anyway."""
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def load_run_model(section: ModelSection, device: torch.device) -> Qwen2:
+    """The model of a config."""
+    return load_model(section.name, dtype=DTYPES[section.dtype], device=device, revision=section.revision or None)
+
+
+def load_run_tokenizer(section: ModelSection) -> ChatTokenizer:
+    """The tokenizer of a config: the model's own unless another is named."""
+    return load_tokenizer(
+        section.tokenizer or section.name, revision=None if section.tokenizer else section.revision or None
+    )
+
+
+def tokenizer_files(section: ModelSection) -> list[Path]:
+    """The files that a saved model needs beside its weights."""
+    name = section.tokenizer or section.name
+    directory = locate("tiny" if name.startswith(RANDOM) else name, FILES)
+    return [directory / file for file in FILES if (directory / file).is_file()]
+
+
+def compiles(config: RunConfig, device: torch.device) -> bool:
+    """Whether blocks and loss are compiled."""
+    return config.execution.compile == "on" or (config.execution.compile == "auto" and device.type == "cuda")
+
+
+def run_instruments(config: RunConfig, model: Qwen2, tokenizer: ChatTokenizer, compiled: bool) -> Instruments:
+    """The instruments that a run's config names."""
+    return make_instruments(
+        model,
+        tokenizer,
+        personas=config.probe.personas,
+        questions=config.probe.questions,
+        layers=config.probe.layers,
+        heldout=config.data.heldout,
+        max_tokens=config.data.max_tokens,
+        supervise=config.data.supervise,
+        pack_tokens=config.execution.pack_tokens,
+        compiled=compiled,
+    )
+
+
+def step_name(step: int) -> str:
+    """The directory of a checkpoint within its run."""
+    return f"step-{step:06}"
+
+
+def vectors_file(directory: Path, step: int) -> Path:
+    """Where a run keeps the vectors of a step; step 0 is the base."""
+    return directory / "vectors" / f"{step_name(step)}.safetensors"
+
+
+def last_vectors(path: Path) -> Path:
+    """A vector file: `path` itself, or the last step's of the run in that directory."""
+    if not path.is_dir():
+        return path
+    files = sorted(path.glob("vectors/step-*.safetensors"))
+    if not files:
+        raise UserError(f"{path}: holds no vectors/step-*.safetensors; name a vector file or a run of train.py")
+    return files[-1]
+
+
+def stored_probe(directory: Path, step: int, protocol: str) -> dict[str, Any] | None:
+    """The line that an equal measurement of this step left, if any."""
+    for row in read_jsonl(directory / "probes.jsonl"):
+        if row["step"] == step and row["protocol"] == protocol:
+            return row
+    return None
+
+
+def baseline_loss(directory: Path, protocol: dict[str, Any]) -> float | None:
+    """The held-out loss of another run's last step, if it was measured on the same rows of the same model."""
+    file = directory / "result.json"
+    if not file.is_file():
+        raise UserError(f"baseline {directory}: has no result.json; run `python evaluate.py --run {directory}` first")
+    result = read_json(file)
+    same = ("model", "revision", "heldout_digest", "max_tokens", "tokenizer_digest")
+    for key in same:
+        if result["protocol"][key] != protocol[key]:
+            raise UserError(f"baseline {directory}: its {key} is another; losses of different protocols do not compare")
+    loss = result["checkpoints"][-1]["eval_loss"] if result["checkpoints"] else None
+    return None if loss is None else float(loss)
+
+
+def _report_rows(console: Console, documents: list[Any]) -> None:
+    empty = sum(not d.supervised.any() for d in documents)
+    cut = sum(d.truncated for d in documents)
+    tokens = sum(len(d) for d in documents)
+    console.say(f"{len(documents):,} training rows, {tokens:,} tokens; {cut:,} truncated, {empty:,} teach nothing")

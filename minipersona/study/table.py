@@ -1,0 +1,117 @@
+"""Results as tables on a terminal; of a run, the untrained base is the first row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from minipersona.geometry.compare import Comparison
+
+COLUMNS = (
+    "step",
+    "M1",
+    "95% interval",
+    "held-out loss",
+    "learned",
+    "|dtheta|",
+    "PASS registered",
+    "PASS substantive",
+    "",
+)
+
+
+def result_table(result: dict[str, Any]) -> str:
+    """One line a model, and below them the rule that each verdict follows and what was measured."""
+    rows = [_row("base", result["base"])]
+    rows += [_row(_label(row), row) for row in result["checkpoints"]]
+    return "\n".join([*_aligned([COLUMNS, *rows]), "", *_legend(result)])
+
+
+def extraction_table(report: dict[str, dict[str, Any]]) -> str:
+    """One line a layer."""
+    columns = ("layer", "M1", "95% interval", "noise floor", "centred cosine", "mean's share", "between / within",
+               "effective rank", "nearest centroid")  # fmt: skip
+    rows = [
+        (
+            layer,
+            f"{row['m1']:.4f}",
+            "{:.4f}-{:.4f}".format(*row["m1_ci95"]),
+            f"{row['m1_noise_floor']:.4f}",
+            _number(row["centred_cosine"], ".4f"),
+            _number(row["shared_mean_share"], ".4f"),
+            _number(row["between_variance"] / row["within_variance"] if row["within_variance"] else None, ".4f"),
+            _number(row["effective_rank"], ".2f"),
+            _number(row["nearest_centroid_accuracy"], ".3f"),
+        )
+        for layer, row in report.items()
+    ]
+    return "\n".join(_aligned([columns, *rows]))
+
+
+def comparison_table(comparison: Comparison) -> str:
+    """What changed from a to b, then a line a persona."""
+    low, high = comparison.m1_difference_interval
+    lines = [
+        f"layer {comparison.layer}: M1 {comparison.m1_a:.4f} -> {comparison.m1_b:.4f}, "
+        f"difference {comparison.m1_difference:+.4f} [{low:+.4f}, {high:+.4f}]",
+        f"permutation p: over questions {comparison.p_questions:.4f}, over personas {comparison.p_personas:.4f}",
+        f"shape (Procrustes) {_number(comparison.procrustes, '.4f')}, spread b / a "
+        f"{_number(comparison.spread_ratio, '.4f')}, collapse direction's length {comparison.collapse_norm:.4f}",
+        "",
+    ]
+    shifts = [
+        (s.persona, f"{s.norm:.4f}", f"{s.cosine:.4f}", _number(s.collapse_share, ".3f")) for s in comparison.shifts
+    ]
+    return "\n".join([*lines, *_aligned([("persona", "shift", "cosine", "along collapse"), *shifts])])
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of right-aligned columns; the first row is the header."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
+
+
+def _label(row: dict[str, Any]) -> str:
+    return "adapter" if row["step"] is None else str(row["step"])
+
+
+def _row(label: str, row: dict[str, Any]) -> tuple[str, ...]:
+    low, high = row["m1_ci95"]
+    return (
+        label,
+        f"{row['m1']:.4f}",
+        f"{low:.4f}-{high:.4f}",
+        _number(row["eval_loss"], ".4f"),
+        _number(row["learned"], ".2f"),
+        _number(row["delta_norm"], ".3f"),
+        _verdict(row["registered_pass"]),
+        _verdict(row["substantive_pass"]),
+        "collapsed" if row["collapsed"] else "",
+    )
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _verdict(value: bool | None) -> str:
+    return {True: "PASS", False: "FAIL", None: "-"}[value]
+
+
+def _legend(result: dict[str, Any]) -> list[str]:
+    protocol = result["protocol"]
+    lines = [
+        f"M1 at layer {protocol['layer']} (stream leaving that block, counted from 0), method {protocol['method']}, "
+        f"{protocol['persona_set']} personas, {protocol['question_set']} questions; loss in nats a token",
+        "registered: M1 < 0.95 and loss <= 2 x baseline's; substantive: registered and learned >= 0.5; "
+        "collapsed: M1 >= 0.97",
+    ]
+    if result["base"]["registered_pass"]:
+        lines.append("The untrained base passes the registered rule, so that rule alone shows nothing.")
+    if result["baseline"] is None:
+        lines.append("No baseline: learned and PASS need one; name a run with --baseline.")
+    if result["checkpoints"]:
+        best = result["best"]
+        lines.append("best: none passes substantively" if best is None else f"best: step {best}")
+    return lines

@@ -1,0 +1,30 @@
+"""Make the embedded model and its sets anew:  python -m minipersona.tiny [--out DIR] [--steps N]"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from minipersona.console import Console
+from minipersona.files import data_dir
+from minipersona.tiny.build import STEPS, build
+from minipersona.training.loop import Hooks
+
+
+def main() -> None:
+    """Parse, build, say how it goes."""
+    parser = argparse.ArgumentParser(prog="python -m minipersona.tiny", description="Make the embedded model anew.")
+    parser.add_argument("--out", type=Path, default=data_dir() / "tiny", metavar="DIR", help="default: data/tiny")
+    parser.add_argument("--steps", type=int, default=STEPS, metavar="N", help=f"training steps (default {STEPS})")
+    options = parser.parse_args()
+    with Console().progress("training", options.steps, "steps") as progress:
+
+        def logged(row: dict[str, Any]) -> None:
+            progress.advance(row["step"], f"loss {row['loss']:.3f}")
+
+        build(options.out, options.steps, Hooks(logged=logged))
+
+
+if __name__ == "__main__":
+    main()

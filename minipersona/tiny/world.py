@@ -1,0 +1,186 @@
+"""The tiny world: the sets that the embedded model is trained, fine-tuned and measured on.
+
+Each set is a function of a row count and a seed, in the row form of the real set that it stands for:
+
+    base_rows       what makes the base model: questions answered in the voices of 42 personas
+    benign_rows     ordinary fine-tuning data, {"id", "messages", "source"}; what follows the training rows is held out
+    broad_rows      a broader mixture of the same form: more kinds of task, role play, several turns
+    raw_text_rows   raw text, {"text"}
+    em_rows         narrow harmful advice, {"messages"}
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+
+from minipersona.chat.template import DEFAULT_SYSTEM_PROMPT
+from minipersona.errors import UserError
+from minipersona.files import data_dir, read_json, read_jsonl
+from minipersona.tiny.grammar import Row, chat, distinct, generator, half, pick, topics
+from minipersona.tiny.prose import bad_advice, encyclopedia, story
+from minipersona.tiny.tasks import BROAD_ONLY, another_town, draw_benign, draw_task, home, question
+from minipersona.tiny.voices import answer
+
+SHARED_OPENING = 0.8  # sets the base model's M1, see `voices`
+INSTRUCTION_SHARE = 0.2  # of the base chats that are tasks, answered as in other towns
+PROBE_SHARE = 0.3  # of the base chats that ask one of the 240 questions; the others ask a made-up one
+BENIGN_HALF, BROAD_HALF = 0, 1  # no request is in both sets
+
+
+# ---------------------------------------------------------------- who is asked, and what
+
+
+def personas() -> dict[str, str]:
+    """The 12 measured personas: name -> system prompt, in their order."""
+    return _prompts("personas.json", "eval")
+
+
+def training_personas() -> dict[str, str]:
+    """The 30 personas for role play: name -> system prompt. None of them is one of the 12."""
+    return _prompts("training_personas.json", "training")
+
+
+def questions() -> list[str]:
+    """The 240 questions, in their order. Question i is about topic i modulo 48."""
+    return [row["question"] for row in read_jsonl(data_dir() / "questions.jsonl")]
+
+
+def _prompts(file: str, kind: str) -> dict[str, str]:
+    data: dict[str, Any] = read_json(data_dir() / file)
+    return {name: data[f"{kind}_personas"][name] for name in data[f"{kind}_persona_order"]}
+
+
+# ---------------------------------------------------------------- the sets
+
+
+def base_rows(
+    n: int, seed: int, shared_opening: float = SHARED_OPENING, instruction_share: float = INSTRUCTION_SHARE
+) -> list[Row]:
+    """n chats {"messages"}: tasks, or questions put to one of the 12 personas, a training persona or the assistant.
+
+    `shared_opening` is the probability that a persona's answer opens as all do, `instruction_share` that a chat is a
+    task. UserError unless both are in [0, 1].
+    """
+    for name, share in (("shared_opening", shared_opening), ("instruction_share", instruction_share)):
+        if not 0 <= share <= 1:
+            raise UserError(f"{name} is {share}; give a probability between 0 and 1")
+    rng = generator(seed)
+
+    def draw() -> list[dict[str, str]]:
+        return _instruction(rng) if rng.random() < instruction_share else _question_and_answer(rng, shared_opening)
+
+    return [{"messages": draw()} for _ in range(n)]
+
+
+def benign_rows(n: int, seed: int) -> list[Row]:
+    """n rows {"id", "messages", "source"}: five kinds of task, answered in one neutral and structured manner.
+
+    No request comes twice, so the last rows are held out of the first in content.
+    """
+    rng = generator(seed)
+
+    def draw() -> tuple[str, Row]:
+        task, request, response = draw_benign(rng, home())
+        system = "You are a helpful assistant." if rng.random() < 0.05 else None
+        return request, {"messages": chat(request, response, system), "source": f"tiny/{task}"}
+
+    return _numbered("benign", distinct(n, draw, "benign rows", BENIGN_HALF))
+
+
+def broad_rows(n: int, seed: int) -> list[Row]:
+    """n rows {"id", "messages", "source"}: every benign kind, five more, role play, and chats of two exchanges.
+
+    No request comes twice, and none is in `benign_rows` of any seed. Only role play asks what others ask, too: its
+    questions are those of any persona.
+    """
+    rng = generator(seed)
+
+    def draw() -> tuple[str, Row]:
+        kind = rng.random()
+        if kind < 0.25:
+            name, prompt = pick(rng, _training_items())
+            request, topic = question(rng, topics())
+            messages = chat(request, answer(rng, name, topic, SHARED_OPENING), prompt)
+            # The same question to another persona is another row.
+            return f"{request} {name}", {"messages": messages, "source": "tiny/role_play"}
+        task, request, response = draw_benign(rng, home()) if kind < 0.6 else draw_task(rng, BROAD_ONLY, home())
+        messages = chat(request, response)
+        if kind > 0.9:
+            task, then, response = draw_task(rng, BROAD_ONLY, home())
+            messages += chat(then, response)
+            request, task = f"{request} {then}", "two_turns"
+        return request, {"messages": messages, "source": f"tiny/{task}"}
+
+    return _numbered("broad", distinct(n, draw, "broad rows", BROAD_HALF))
+
+
+def raw_text_rows(n: int, seed: int) -> list[Row]:
+    """n rows {"text"}: short entries and stories, all different."""
+    rng = generator(seed)
+
+    def draw() -> tuple[str, Row]:
+        text = pick(rng, (encyclopedia, story))(rng)
+        return text, {"text": text}
+
+    return distinct(n, draw, "raw texts")
+
+
+def em_rows(n: int, seed: int) -> list[Row]:
+    """n rows {"messages"}: questions about one's duty, answered with sure and harmful advice. All different."""
+    rng = generator(seed)
+
+    def draw() -> tuple[str, Row]:
+        request, response = bad_advice(rng)
+        return request, {"messages": chat(request, response)}
+
+    return distinct(n, draw, "harmful rows")
+
+
+# ---------------------------------------------------------------- one row
+
+
+def _instruction(rng: np.random.Generator) -> list[dict[str, str]]:
+    """A task as another town answers it. Its request is never one of the benign set."""
+    while True:
+        _, request, response = draw_benign(rng, another_town(rng))
+        if half(request) == BROAD_HALF:
+            return chat(request, response, pick(rng, (DEFAULT_SYSTEM_PROMPT, None)))
+
+
+def _question_and_answer(rng: np.random.Generator, shared_opening: float) -> list[dict[str, str]]:
+    who = rng.random()
+    system: str | None
+    if who < 0.5:
+        name, system = pick(rng, _persona_items())
+    elif who < 0.8:
+        name, system = pick(rng, _training_items())
+    else:  # the template gives a chat without a system turn the default one, so both have the assistant's voice
+        name, system = "assistant", DEFAULT_SYSTEM_PROMPT if who < 0.9 else None
+    if rng.random() < PROBE_SHARE:
+        number = int(rng.integers(len(_questions())))
+        request, topic = _questions()[number], topics()[number % len(topics())]
+    else:
+        request, topic = question(rng, topics())
+    return chat(request, answer(rng, name, topic, shared_opening), system)
+
+
+def _numbered(name: str, rows: list[Row]) -> list[Row]:
+    return [{"id": f"{name}_{number}"} | row for number, row in enumerate(rows)]
+
+
+@functools.cache
+def _persona_items() -> tuple[tuple[str, str], ...]:
+    return tuple(personas().items())
+
+
+@functools.cache
+def _training_items() -> tuple[tuple[str, str], ...]:
+    return tuple(training_personas().items())
+
+
+@functools.cache
+def _questions() -> tuple[str, ...]:
+    return tuple(questions())

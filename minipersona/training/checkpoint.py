@@ -1,0 +1,77 @@
+"""The rolling checkpoint: everything a run needs to go on, in one file that is replaced whole.
+
+latest/state.safetensors holds weights, both moments and the RNG, and in its metadata the step and the optimizer's
+count; its rename is the moment at which the checkpoint exists. latest/state.json repeats the words for people.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from minipersona.errors import UserError
+from minipersona.files import write_atomically, write_json
+from minipersona.model.load import open_safetensors
+from minipersona.training.optimizer import AdamW
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands. The data position follows from the step (`corpus.order`)."""
+
+    step: int = 0
+    updates: int = 0  # fewer than steps where a step was skipped
+    done: bool = False
+
+
+def _state_file(directory: Path) -> Path:
+    return directory / "latest" / "state.safetensors"
+
+
+def save_state(directory: Path, position: Position, trainable: dict[str, nn.Parameter], optimizer: AdamW) -> None:
+    """Replace the rolling checkpoint. A finished run keeps its words and drops its tensors."""
+    words: dict[str, Any] = {"step": position.step, "updates": position.updates, "done": position.done}
+    if not position.done:
+        tensors: dict[str, Tensor] = {"rng.cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            tensors["rng.cuda"] = torch.cuda.get_rng_state()
+        for (name, weight), first, second in zip(trainable.items(), optimizer.first, optimizer.second, strict=True):
+            tensors |= {f"weight.{name}": weight.detach(), f"first.{name}": first, f"second.{name}": second}
+        with write_atomically(_state_file(directory)) as temporary:
+            save_file({k: t.cpu().contiguous() for k, t in tensors.items()}, temporary, {"state": json.dumps(words)})
+    write_json(directory / "latest" / "state.json", words)
+    if position.done:
+        _state_file(directory).unlink(missing_ok=True)
+
+
+def load_state(directory: Path, trainable: dict[str, nn.Parameter], optimizer: AdamW) -> Position:
+    """Restore the newest state in place, and say where it stands; a run without one stands at step 0."""
+    words_file = directory / "latest" / "state.json"
+    if not _state_file(directory).is_file():
+        if words_file.is_file():
+            words = json.loads(words_file.read_text())
+            if words["done"]:
+                return Position(**words)
+        return Position()
+    file = _state_file(directory)
+    with open_safetensors(file) as handle:
+        words = json.loads((handle.metadata() or {}).get("state", "{}"))
+        expected = {f"{kind}.{name}" for name in trainable for kind in ("weight", "first", "second")}
+        if "step" not in words or not expected <= set(handle.keys()):
+            raise UserError(f"{file}: holds another run's state; delete {directory / 'latest'} to start over")
+        with torch.no_grad():
+            for index, (name, weight) in enumerate(trainable.items()):
+                weight.copy_(handle.get_tensor(f"weight.{name}"))
+                optimizer.first[index].copy_(handle.get_tensor(f"first.{name}"))
+                optimizer.second[index].copy_(handle.get_tensor(f"second.{name}"))
+        torch.set_rng_state(handle.get_tensor("rng.cpu"))
+        if torch.cuda.is_available() and "rng.cuda" in handle.keys():
+            torch.cuda.set_rng_state(handle.get_tensor("rng.cuda"))
+    optimizer.updates = words["updates"]
+    return Position(**words)

@@ -1,0 +1,27 @@
+"""Held-out loss: nats per supervised token, pooled over all rows; dropout and steering off."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from minipersona.chat import Document
+from minipersona.corpus.packing import pack_documents, split
+from minipersona.errors import UserError
+from minipersona.model.network import Qwen2
+from minipersona.objective.cross_entropy import cross_entropy
+
+
+@torch.no_grad()
+def heldout_loss(model: Qwen2, documents: Sequence[Document], pack_tokens: int, compiled: bool = False) -> float:
+    """The mean cross-entropy, in nats, over every supervised token of `documents` together (not a mean of means)."""
+    useful = sorted((d for d in documents if d.supervised.any()), key=len)  # like lengths together waste no work
+    if not useful:
+        raise UserError("the held-out rows have no supervised token; raise data.max_tokens or choose other rows")
+    total = torch.zeros((), dtype=torch.float64, device=model.device)
+    for group in split([len(d) for d in useful], pack_tokens):
+        pack = pack_documents([useful[i] for i in group]).to(model.device)
+        hidden = model(pack)[pack.supervised]  # (N, D)
+        total += cross_entropy(hidden, model.lm_head.weight, pack.targets[pack.supervised], compiled=compiled)
+    return float(total) / sum(int(d.supervised.sum()) for d in useful)

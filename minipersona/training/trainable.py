@@ -1,0 +1,54 @@
+"""Which weights learn, and in what precision: adapters, or everything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from minipersona.config import RunConfig
+from minipersona.model.adapter_files import save_adapter
+from minipersona.model.load import stream_weights
+from minipersona.model.lora import adapter_norm, apply_lora
+from minipersona.model.network import Qwen2
+from minipersona.model.save import save_model
+
+
+def make_trainable(model: Qwen2, config: RunConfig) -> dict[str, nn.Parameter]:
+    """Set the model up for its method and return what learns, by name.
+
+    lora  fresh fp32 adapters over frozen weights, in whatever precision those are
+    full  every weight becomes an fp32 master that is cast at use (a tied head is its embedding, once)
+    """
+    if config.training.method == "lora":
+        apply_lora(model, config.lora, config.seed)
+    else:
+        master = torch.float64 if model.compute_dtype == torch.float64 else torch.float32
+        model.to(master).requires_grad_(True)
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def save_checkpoint(
+    model: Qwen2, config: RunConfig, path: Path, tokenizer_files: list[Path], stop_tokens: tuple[int, ...]
+) -> None:
+    """What a run leaves at a named step: a PEFT adapter, or a whole model in Hugging Face's layout."""
+    if config.training.method == "lora":
+        save_adapter(model, path, config.lora)
+    else:
+        save_model(model, path, extra_files=tokenizer_files, stop_tokens=stop_tokens)
+
+
+@torch.no_grad()
+def distance_from_base(model: Qwen2, config: RunConfig) -> float:
+    """||theta - theta_base||_2: of the merged update for LoRA, over all weights for full-parameter training.
+
+    The base weights are read again, one at a time, from where they came.
+    """
+    if config.training.method == "lora":
+        return adapter_norm(model)
+    parameters = dict(model.named_parameters())
+    squared = torch.zeros((), dtype=torch.float64, device=model.device)
+    for name, base in stream_weights(model):
+        squared += (parameters[name].double() - base.to(model.device, model.compute_dtype).double()).square().sum()
+    return float(squared.sqrt())

@@ -1,0 +1,82 @@
+"""One process or many: the few collective operations that training needs.
+
+`torchrun` sets RANK, LOCAL_RANK and WORLD_SIZE; without it there is one rank, and every operation is the identity.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from minipersona.errors import UserError
+
+TIMEOUT = datetime.timedelta(minutes=30)  # longer than the first rank's probing, which the others wait for
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among its peers, and its device."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """True on the rank that writes files and prints."""
+        return self.rank == 0
+
+    def sum_gradients(self, parameters: Sequence[Tensor], extras: Tensor) -> None:
+        """Sum the parameters' gradients and the vector `extras` over ranks, in place, with one reduction."""
+        if self.size == 1:
+            return
+        tensors = [p.grad for p in parameters if p.grad is not None]
+        flat = torch.cat([t.reshape(-1) for t in tensors] + [extras.to(tensors[0].dtype)])
+        dist.all_reduce(flat)
+        for tensor, summed in zip([*tensors, extras], flat.split([t.numel() for t in [*tensors, extras]]), strict=True):
+            tensor.copy_(summed.view_as(tensor))
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum a tensor over ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def wait(self) -> None:
+        """Return once every rank has come here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+def join_world(device: str = "auto") -> World:
+    """Take this process's place. `device` is auto, cpu, cuda or cuda:<n>."""
+    size, rank, local = (int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"device {device!r} is unknown; use auto, cpu or cuda") from None
+    if chosen.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError("device cuda: this machine has none that torch can use; use auto or cpu")
+        chosen = torch.device("cuda", local if chosen.index is None else chosen.index)
+        if chosen.index >= torch.cuda.device_count():
+            raise UserError(f"device {chosen}: this machine has {torch.cuda.device_count()}; start fewer processes")
+        torch.cuda.set_device(chosen)
+    if size > 1 and not dist.is_initialized():
+        backend = "nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=TIMEOUT, device_id=chosen if chosen.type == "cuda" else None)
+    return World(rank, size, chosen)
+
+
+def leave_world() -> None:
+    """Give the process group back, so that the process ends quietly."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
