@@ -1,0 +1,1 @@
+"""Measurements, side by side with peers. Never part of the test run."""
