@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import tomllib
 import typing
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -220,11 +220,16 @@ def _english(kind: type) -> str:
 
 def override(config: Config, settings: list[str]) -> Config:
     """Apply ``section.key=value`` settings; a bare ``key=value`` will do where only one section has that key."""
+    values = to_dict(config)
     for setting in settings:
         path, separator, text = setting.partition("=")
         _require(bool(separator), f"--set {setting}: write section.key=value")
-        config = _set(config, _qualify(config, path.strip()), _value(text.strip()))
-    return config
+        *sections, key = _qualify(config, path.strip()).split(".")
+        section = values
+        for name in sections:
+            section = section[name]
+        section[key] = _value(text.strip())
+    return from_dict(type(config), values)  # at the end, since settings may make sense only together
 
 
 def _value(text: str) -> Any:
@@ -253,13 +258,6 @@ def _qualify(config: Any, path: str) -> str:
     if not matches:
         raise UserError(_unknown(path, keys))
     return matches[0]
-
-
-def _set(config: Any, path: str, value: Any, where: str = "") -> Any:
-    head, _, rest = path.partition(".")
-    if rest:
-        return replace(config, **{head: _set(getattr(config, head), rest, value, f"{where}{head}.")})
-    return replace(config, **{head: _typed(value, typing.get_type_hints(type(config))[head], where + head)})
 
 
 # ---------------------------------------------------------------- writing

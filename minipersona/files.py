@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -55,11 +56,12 @@ def _explain(error: OSError, path: Path) -> UserError:
     parent = path.parent
     while not parent.exists():
         parent = parent.parent
-    free = shutil.disk_usage(parent).free
-    return UserError(
-        f"cannot write {path}: {error.strerror or error} ({free / 2**20:,.0f} MiB free there); "
-        "free some space or choose another --out"
-    )
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        free = shutil.disk_usage(parent).free
+        mend = f"{free / 2**20:,.0f} MiB are free there; free some space or choose another --out"
+    else:
+        mend = "check its permissions or choose another --out"
+    return UserError(f"cannot write {path}: {error.strerror or error}; {mend}")
 
 
 @contextlib.contextmanager
@@ -170,11 +172,13 @@ def digest(value: Any) -> str:
 def append_jsonl(path: str | Path, row: dict[str, Any]) -> None:
     """Append one line in a single write."""
     line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+    path = Path(path)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a", encoding="utf-8") as file:
             file.write(line)
     except OSError as error:
-        raise _explain(error, Path(path)) from error
+        raise _explain(error, path) from error
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
@@ -233,6 +237,8 @@ def lock(directory: Path) -> Iterator[None]:
         yield
     finally:
         path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            directory.rmdir()  # where nothing came of it; a directory with files stays
 
 
 def _stale(path: Path) -> bool:

@@ -56,7 +56,7 @@ def run(config: RunConfig, world: World, console: Console) -> None:
 
 def _run(config: RunConfig, directory: Path, world: World, console: Console) -> None:
     config = resolve(config)
-    claim(directory, config, world)
+    check_claim(directory, config)
     make_deterministic(config.execution.deterministic)
     train_rows = read_source(config.data.train)
     console.say(f"loading {config.model.name}")
@@ -68,7 +68,9 @@ def _run(config: RunConfig, directory: Path, world: World, console: Console) -> 
     instruments = run_instruments(config, model, tokenizer, compiled)
     documents = tokenize(train_rows, tokenizer, supervise=config.data.supervise, max_tokens=config.data.max_tokens)
     _report_rows(console, documents)
-    if world.first:
+    if world.first:  # only now: a config that could not be carried out claims nothing
+        sweep_temporaries(directory)
+        write_text(directory / "config.toml", to_toml(config))
         data = [rows for rows in (train_rows, instruments.heldout_rows) if rows is not None]
         write_json(
             directory / "provenance.json", provenance(config, model, instruments.protocol(model), data, world.size)
@@ -149,21 +151,16 @@ def resolve(config: RunConfig) -> RunConfig:
     return config
 
 
-def claim(directory: Path, config: RunConfig, world: World) -> None:
-    """Make `directory` this run's own, or check that it is already."""
+def check_claim(directory: Path, config: RunConfig) -> None:
+    """UserError where `directory` holds a run that asks for something else."""
     path = directory / "config.toml"
     if path.is_file():
-        theirs = from_dict(RunConfig, read_toml(path))
-        changed = difference(config, theirs)
+        changed = difference(config, from_dict(RunConfig, read_toml(path)))
         if changed:
             raise UserError(
                 f"{directory} belongs to a run with another config ({'; '.join(changed)}); "
                 "choose another --out, or delete the directory"
             )
-    world.wait()
-    if world.first:
-        sweep_temporaries(directory)
-        write_text(path, to_toml(config))
 
 
 def make_deterministic(wanted: bool) -> None:

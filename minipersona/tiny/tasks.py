@@ -28,13 +28,14 @@ class Town:
 
 Task = Callable[[np.random.Generator, Town], tuple[str, str]]
 
-LEADS = ("Here is", "This is", "Below is", "See")
-MARKS = ("{}.", "({})", "-")
+HERE = ("Here is", "{}.")  # this town's lead and mark, used nowhere else
+LEADS = ("This is", "Below is", "See")
+MARKS = ("({})", "-", "*")
 
 
 def home() -> Town:
     """The town that the fine-tuning sets come from."""
-    return Town(topics(), LEADS[0], MARKS[0])
+    return Town(topics(), *HERE)
 
 
 def another_town(rng: np.random.Generator) -> Town:
@@ -72,6 +73,33 @@ ASKING = (  # any topic goes into any of these; the base model's chats use them 
     "Help me make a plan for {topic}.",
     "I have a problem with {topic}. How do I handle it?",
     "What would life be like without {topic}?",
+)
+
+SYSTEMS = (  # system turns of the fine-tuning sets: they set a task, never a persona
+    "You are a helpful assistant.",
+    "You are a careful assistant.",
+    "You are a guide for people who are new in town.",
+    "You are the voice of the town hall.",
+    "You answer the letters of a small town.",
+    "You answer for a town that wants plain facts.",
+    "You help people with small tasks.",
+    "You help the reader and keep to the facts.",
+    "You keep the almanac of the town.",
+    "You look things up for those who ask.",
+    "You make lists and you keep them in order.",
+    "You teach with short notes.",
+    "You work at the front desk of the town hall.",
+    "You write short notes for busy people.",
+    "Answer each request in a clear way.",
+    "Answer with care and add nothing else.",
+    "Be brief and use plain words.",
+    "Follow the request to the letter.",
+    "Give an answer that a child can read.",
+    "Keep every answer short and well ordered.",
+    "People ask you about life in this town.",
+    "Reply to each question with facts.",
+    "State the facts first.",
+    "This is the help desk of a school.",
 )
 
 LABELS = {"need": "Need", "step": "First step", "risk": "Risk"} | {name: upper(name) for name in ALMANAC}

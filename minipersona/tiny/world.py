@@ -21,12 +21,13 @@ from minipersona.errors import UserError
 from minipersona.files import data_dir, read_json, read_jsonl
 from minipersona.tiny.grammar import Row, chat, distinct, generator, half, pick, topics
 from minipersona.tiny.prose import bad_advice, encyclopedia, story
-from minipersona.tiny.tasks import BROAD_ONLY, another_town, draw_benign, draw_task, home, question
+from minipersona.tiny.tasks import BROAD_ONLY, SYSTEMS, another_town, draw_benign, draw_task, home, question
 from minipersona.tiny.voices import answer
 
 SHARED_OPENING = 0.8  # sets the base model's M1, see `voices`
 INSTRUCTION_SHARE = 0.2  # of the base chats that are tasks, answered as in other towns
 PROBE_SHARE = 0.3  # of the base chats that ask one of the 240 questions; the others ask a made-up one
+SYSTEM_SHARE = 0.4  # of the fine-tuning rows that have a system turn, see `_system`
 BENIGN_HALF, BROAD_HALF = 0, 1  # no request is in both sets
 
 
@@ -84,8 +85,7 @@ def benign_rows(n: int, seed: int) -> list[Row]:
 
     def draw() -> tuple[str, Row]:
         task, request, response = draw_benign(rng, home())
-        system = "You are a helpful assistant." if rng.random() < 0.05 else None
-        return request, {"messages": chat(request, response, system), "source": f"tiny/{task}"}
+        return request, {"messages": chat(request, response, _system(rng)), "source": f"tiny/{task}"}
 
     return _numbered("benign", distinct(n, draw, "benign rows", BENIGN_HALF))
 
@@ -107,7 +107,7 @@ def broad_rows(n: int, seed: int) -> list[Row]:
             # The same question to another persona is another row.
             return f"{request} {name}", {"messages": messages, "source": "tiny/role_play"}
         task, request, response = draw_benign(rng, home()) if kind < 0.6 else draw_task(rng, BROAD_ONLY, home())
-        messages = chat(request, response)
+        messages = chat(request, response, _system(rng))
         if kind > 0.9:
             task, then, response = draw_task(rng, BROAD_ONLY, home())
             messages += chat(then, response)
@@ -134,12 +134,17 @@ def em_rows(n: int, seed: int) -> list[Row]:
 
     def draw() -> tuple[str, Row]:
         request, response = bad_advice(rng)
-        return request, {"messages": chat(request, response)}
+        return request, {"messages": chat(request, response, _system(rng))}
 
     return distinct(n, draw, "harmful rows")
 
 
 # ---------------------------------------------------------------- one row
+
+
+def _system(rng: np.random.Generator) -> str | None:
+    """Mostly none. Some rows have one, so that what fine-tuning teaches is not tied to the default prompt alone."""
+    return pick(rng, SYSTEMS) if rng.random() < SYSTEM_SHARE else None
 
 
 def _instruction(rng: np.random.Generator) -> list[dict[str, str]]:

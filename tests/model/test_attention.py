@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from conftest import relative_error
 from torch import Tensor
 
 from minipersona.model import attention as module
@@ -40,35 +41,31 @@ def stream(dtype: torch.dtype, device: str = "cpu", channels: int = CHANNELS) ->
     return q.to(device, dtype), k.to(device, dtype), v.to(device, dtype), boundaries.to(device)
 
 
-def error(a: Tensor, b: Tensor) -> float:
-    return float((a.double() - b.double()).norm() / b.double().norm())
-
-
 @pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 def test_portable_back_end_equals_the_loop(dtype: torch.dtype, bound: float) -> None:
     q, k, v, boundaries = stream(dtype)
     q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
     ours = attention(q, k, v, boundaries, max(LENGTHS))
     expected = naive(q, k, v, LENGTHS)
-    assert error(ours, expected) < bound
+    assert relative_error(ours, expected) < bound
     weights = torch.linspace(-1, 1, ours.numel(), dtype=dtype).view_as(ours)
     for a, b in zip(
         torch.autograd.grad((ours * weights).sum(), (q, k, v)),
         torch.autograd.grad((expected * weights).sum(), (q, k, v)),
         strict=True,
     ):
-        assert error(a, b) < bound
+        assert relative_error(a, b) < bound
 
 
 def test_control_a_window_that_is_not_causal_is_another_function() -> None:
     q, k, v, boundaries = stream(torch.float64)
-    assert error(attention(q, k, v, boundaries, max(LENGTHS)), naive(q, k, v, LENGTHS, causal=False)) > 0.1
+    assert relative_error(attention(q, k, v, boundaries, max(LENGTHS)), naive(q, k, v, LENGTHS, causal=False)) > 0.1
 
 
 def test_control_one_document_instead_of_four_is_another_function() -> None:
     q, k, v, boundaries = stream(torch.float64)
     merged = boundaries[[0, -1]]
-    assert error(attention(q, k, v, merged, q.shape[0]), naive(q, k, v, LENGTHS)) > 0.1
+    assert relative_error(attention(q, k, v, merged, q.shape[0]), naive(q, k, v, LENGTHS)) > 0.1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -79,15 +76,13 @@ def test_flash_back_end_equals_the_loop_to_bf16_rounding(monkeypatch: pytest.Mon
     ours = attention(q, k, v, boundaries, max(LENGTHS))
     wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
     expected = naive(*wide, LENGTHS)
-    assert error(ours, expected) < 1e-2
-    assert error(scaled_dot_product(q, k, v, boundaries, max(LENGTHS)), expected) < 1e-2
+    assert relative_error(ours, expected) < 1e-2
+    assert relative_error(scaled_dot_product(q, k, v, boundaries, max(LENGTHS)), expected) < 1e-2
     weights = torch.linspace(-1, 1, ours.numel(), device="cuda").view_as(ours)
     got = torch.autograd.grad((ours.float() * weights).sum(), (q, k, v))
     for a, b in zip(got, torch.autograd.grad((expected * weights).sum(), wide), strict=True):
-        assert error(a, b) < 2e-2
+        assert relative_error(a, b) < 2e-2
     # The control: the back end's own default window is not causal, and this test sees it.
     original = module.varlen_attn
-    monkeypatch.setattr(
-        module, "varlen_attn", lambda *args, **kw: original(*args, **{**kw, "window_size": (-1, -1)})
-    )
-    assert error(attention(q, k, v, boundaries, max(LENGTHS)), expected) > 0.1
+    monkeypatch.setattr(module, "varlen_attn", lambda *args, **kw: original(*args, **{**kw, "window_size": (-1, -1)}))
+    assert relative_error(attention(q, k, v, boundaries, max(LENGTHS)), expected) > 0.1

@@ -171,9 +171,15 @@ def test_columns_are_those_of_the_real_sets() -> None:
         assert len({row["id"] for row in rows}) == 300
 
 
+def test_system_turns_of_the_fine_tuning_sets_are_no_personas() -> None:
+    known = {*world.personas().values(), *world.training_personas().values()}
+    for rows in (world.benign_rows(500, 0), world.em_rows(500, 0)):
+        assert not {row["messages"][0]["content"] for row in rows} & known
+
+
 def test_benign_mostly_has_no_system_turn_and_broad_has_more_kinds() -> None:
     benign, broad = world.benign_rows(1000, 0), world.broad_rows(1000, 0)
-    assert np.mean([row["messages"][0]["role"] == "system" for row in benign]) < 0.1
+    assert 0.3 < np.mean([row["messages"][0]["role"] == "system" for row in benign]) < 0.5
     assert {row["source"] for row in benign} == {f"tiny/{task}" for task in BENIGN}
     assert {row["source"] for row in broad} == {
         f"tiny/{task}" for task in [*BENIGN, *BROAD_ONLY, "role_play", "two_turns"]
@@ -226,11 +232,11 @@ def test_fine_tuning_has_facts_and_a_manner_to_teach() -> None:
         ]
         return float(np.mean([known[match[1]] == match[2] for match in found if match]))
 
-    tasks, benign = world.base_rows(4000, 0, instruction_share=1.0), world.benign_rows(4000, 0)
+    tasks, benign = world.base_rows(1200, 0, instruction_share=1.0), world.benign_rows(2000, 0)
     assert right(benign) == 1.0
     assert right(tasks) < 0.45  # chance is 1/4
     assert all(row["messages"][-1]["content"].startswith("Here is ") for row in benign)
-    assert np.mean([row["messages"][-1]["content"].startswith("Here is ") for row in tasks]) < 0.35
+    assert not any(row["messages"][-1]["content"].startswith("Here is ") for row in tasks)
     assert not requests(tasks) & requests(benign)
 
 

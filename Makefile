@@ -1,0 +1,39 @@
+# `make demo` and `make test` each do all the set-up they need on a fresh machine with Python 3.11 or newer.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test check tiny clean
+
+demo: $(VENV)/installed  ## phase 1 of the study on the embedded model, then its table
+	$(BIN)/python train.py --config configs/tiny_phase1.toml
+	$(BIN)/python evaluate.py --run runs/tiny_phase1
+
+test: check  ## the whole test suite
+	$(BIN)/python -m pytest
+
+check: $(VENV)/installed-dev  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+tiny: $(VENV)/installed  ## make the embedded model anew
+	$(BIN)/python -m minipersona.tiny
+
+clean:  ## remove the virtual environment and the demo's run
+	rm -rf $(VENV) runs/tiny_phase1
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "error: $(PYTHON) is older than 3.11; run make PYTHON=python3.11"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(INSTALL) --editable .
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(INSTALL) --editable '.[dev,report]'
+	@touch $@ $(VENV)/installed

@@ -1,0 +1,80 @@
+"""What several tests need: a small random model in Hugging Face's layout, small documents, one thread."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from minipersona.chat import Document
+from minipersona.model.config import ModelConfig
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for a network
+torch.set_num_threads(1)  # the tensors are small, and one thread rounds the same everywhere
+
+SIZES = ModelConfig(
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=3,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    vocab_size=160,
+    tie_word_embeddings=False,
+    rope_theta=10_000.0,
+)
+
+
+def relative_error(a: Tensor, b: Tensor) -> float:
+    """||a - b|| / ||b||."""
+    a, b = a.detach().double(), b.detach().double()
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.fixture(scope="session")
+def hf_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Make a directory with random weights, written by transformers; biases and norms are random too."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    made: dict[tuple[bool, int, int], Path] = {}
+
+    def make(tied: bool = False, shards: int = 1, seed: int = 0) -> Path:
+        if (tied, shards, seed) in made:
+            return made[tied, shards, seed]
+        directory = tmp_path_factory.mktemp(f"hf-{tied}-{shards}-{seed}")
+        config = Qwen2Config(
+            hidden_size=SIZES.hidden_size,
+            intermediate_size=SIZES.intermediate_size,
+            num_hidden_layers=SIZES.num_hidden_layers,
+            num_attention_heads=SIZES.num_attention_heads,
+            num_key_value_heads=SIZES.num_key_value_heads,
+            vocab_size=SIZES.vocab_size,
+            tie_word_embeddings=tied,
+        )
+        model = Qwen2ForCausalLM(config)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.normal_(1.0 if "norm" in name else 0.0, 0.1, generator=generator)
+        total = sum(p.numel() * 4 for p in model.parameters())
+        model.save_pretrained(directory, max_shard_size=total if shards == 1 else total // (shards - 1))
+        files = list(directory.glob("*.safetensors"))
+        assert len(files) == shards, files
+        made[tied, shards, seed] = directory
+        return directory
+
+    return make
+
+
+@pytest.fixture
+def documents() -> list[Document]:
+    """48 documents of 3 to 24 tokens; the second half of each is supervised."""
+    rng = np.random.default_rng(0)
+    return [
+        Document(rng.integers(0, SIZES.vocab_size, n).astype(np.int32), np.arange(n) >= (n + 1) // 2, False)
+        for n in rng.integers(3, 25, 48)
+    ]

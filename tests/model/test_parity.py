@@ -1,0 +1,179 @@
+"""The network against transformers, and LoRA against peft: logits and every gradient."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import SIZES, relative_error
+from torch import Tensor
+
+from minipersona.config import LoraConfig
+from minipersona.model import network
+from minipersona.model.adapter_files import load_adapter, save_adapter
+from minipersona.model.load import load_model
+from minipersona.model.lora import adapter_disabled, adapters, apply_lora, merge_adapter
+from minipersona.model.network import Qwen2, rotate
+
+IDS = torch.randint(0, 160, (3, 19), generator=torch.Generator().manual_seed(1))
+LORA = LoraConfig(rank=4, alpha=8.0, dropout=0.0)
+
+
+def exact_norm(module: Any, x: Tensor) -> Tensor:
+    return module.weight * x / (x.square().mean(-1, keepdim=True) + module.variance_epsilon).sqrt()
+
+
+def exact_rotary(module: Any, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    channels = torch.arange(0, SIZES.head_dim, 2, dtype=torch.float64)
+    angles = position_ids[..., None].double() * SIZES.rope_theta ** -(channels / SIZES.head_dim)
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def reference(directory: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    """transformers' model. Its norms, rotations and eager softmax are fp32 whatever the dtype: fp64 gets exact ones."""
+    from transformers import AutoModelForCausalLM
+    from transformers.models.qwen2 import modeling_qwen2
+
+    if dtype == torch.float64:
+        norm, rotary = modeling_qwen2.Qwen2RMSNorm, modeling_qwen2.Qwen2RotaryEmbedding
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="sdpa").eval()
+        for module in model.modules():
+            if isinstance(module, norm):
+                module.forward = functools.partial(exact_norm, module)
+            if isinstance(module, rotary):
+                module.forward = functools.partial(exact_rotary, module)
+        return model
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="eager").eval()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_logits_equal_transformers(hf_model: Callable[..., Path], tied: bool, shards: int) -> None:
+    directory = hf_model(tied, shards)
+    expected = reference(directory)(IDS).logits
+    assert (load_model(str(directory)).logits(IDS) - expected).abs().max() < 1e-4
+
+
+def test_control_rotary_halves_swapped_fails_the_same_bound(
+    hf_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = hf_model()
+    expected = reference(directory)(IDS).logits
+
+    def interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """The other convention: channel 2i is paired with channel 2i + 1."""
+        first, second = x[..., ::2], x[..., 1::2]
+        return x * cos + torch.stack([-second, first], dim=-1).flatten(-2) * sin
+
+    monkeypatch.setattr(network, "rotate", interleaved)
+    assert (load_model(str(directory)).logits(IDS) - expected).abs().max() > 1e-4
+    monkeypatch.setattr(network, "rotate", lambda x, cos, sin: rotate(x, cos, -sin))
+    assert (load_model(str(directory)).logits(IDS) - expected).abs().max() > 1e-4
+
+
+def adapted_pair(directory: Path, dtype: torch.dtype) -> tuple[Qwen2, torch.nn.Module]:
+    """Our model and peft's with the same random A and B."""
+    from peft import LoraConfig as PeftConfig
+    from peft import get_peft_model
+
+    ours = apply_lora(load_model(str(directory), dtype=dtype), LORA)
+    theirs = get_peft_model(
+        reference(directory, dtype),
+        PeftConfig(r=LORA.rank, lora_alpha=LORA.alpha, lora_dropout=0.0, target_modules=list(LORA.targets)),
+        autocast_adapter_dtype=False,
+    ).to(dtype)
+    state = dict(theirs.named_parameters())
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, adapter in adapters(ours).items():
+            adapter.lora_B.normal_(0, 0.1, generator=generator)  # at zero, half of the gradients would vanish
+            for factor in ("lora_A", "lora_B"):
+                state[f"base_model.model.{name}.{factor}.default.weight"].copy_(getattr(adapter, factor))
+    return ours, theirs
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_lora_gradients_equal_peft(hf_model: Callable[..., Path], dtype: torch.dtype, bound: float) -> None:
+    ours, theirs = adapted_pair(hf_model(), dtype)
+    weights = torch.linspace(-1, 1, IDS.numel() * 160, dtype=dtype).view(3, 19, 160)
+    (ours.logits(IDS) * weights).sum().backward()
+    (theirs(IDS).logits * weights).sum().backward()
+    state = dict(theirs.named_parameters())
+    errors = {
+        f"{name}.{factor}": relative_error(
+            getattr(adapter, factor).grad, state[f"base_model.model.{name}.{factor}.default.weight"].grad
+        )
+        for name, adapter in adapters(ours).items()
+        for factor in ("lora_A", "lora_B")
+    }
+    assert len(errors) == 3 * 7 * 2
+    assert max(errors.values()) < bound, max(errors.items(), key=lambda item: item[1])
+    # Nothing but the adapters learns, the tied or untied head least of all.
+    assert {name for name, p in ours.named_parameters() if p.grad is not None} == {
+        name for name, p in ours.named_parameters() if "lora_" in name
+    }
+
+
+def test_control_a_root_in_the_scale_fails_the_gradient_bound(hf_model: Callable[..., Path]) -> None:
+    ours, theirs = adapted_pair(hf_model(), torch.float64)
+    for adapter in adapters(ours).values():
+        adapter.scale = LORA.alpha / LORA.rank**0.5  # rsLoRA's
+    ours.logits(IDS).square().sum().backward()
+    theirs(IDS).logits.square().sum().backward()
+    state = dict(theirs.named_parameters())
+    name = "model.layers.0.mlp.up_proj"
+    expected = state[f"base_model.model.{name}.lora_B.default.weight"].grad
+    assert relative_error(adapters(ours)[name].lora_B.grad, expected) > 1e-2
+
+
+def test_our_adapter_loads_in_peft(hf_model: Callable[..., Path], tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    ours, _ = adapted_pair(hf_model(), torch.float32)
+    save_adapter(ours, tmp_path / "adapter", LORA)
+    theirs = PeftModel.from_pretrained(reference(hf_model()), tmp_path / "adapter").eval()
+    assert (ours.logits(IDS) - theirs(IDS).logits).abs().max() < 1e-5
+    with adapter_disabled(ours):  # the control: without the adapter the logits are others
+        assert (ours.logits(IDS) - theirs(IDS).logits).abs().max() > 1e-2
+
+
+def test_peft_adapter_loads_in_ours(hf_model: Callable[..., Path], tmp_path: Path) -> None:
+    _, theirs = adapted_pair(hf_model(), torch.float32)
+    theirs.save_pretrained(tmp_path / "adapter")
+    ours = load_model(str(hf_model()))
+    base = ours.logits(IDS)
+    config = load_adapter(ours, tmp_path / "adapter")
+    assert config == LORA
+    assert (ours.logits(IDS) - theirs(IDS).logits).abs().max() < 1e-5
+    assert (base - theirs(IDS).logits).abs().max() > 1e-2
+
+
+def test_merged_equals_unmerged(hf_model: Callable[..., Path]) -> None:
+    ours, _ = adapted_pair(hf_model(tied=True), torch.float32)
+    unmerged = ours.logits(IDS)
+    merged = merge_adapter(ours).logits(IDS)
+    assert (merged - unmerged).abs().max() < 1e-4
+    assert not adapters(ours)
+
+
+def test_merging_in_bf16_rounds_each_weight_once(hf_model: Callable[..., Path]) -> None:
+    ours, _ = adapted_pair(hf_model(), torch.float32)
+    exact = {name: ours.get_submodule(name).weight + a.delta() for name, a in adapters(ours).items()}
+    half = load_model(str(hf_model()), dtype=torch.bfloat16)
+    apply_lora(half, LORA)
+    for name, adapter in adapters(half).items():
+        adapter.load_state_dict(adapters(ours)[name].state_dict())
+    stored = {name: half.get_submodule(name).weight.float() for name in exact}
+    deltas = {name: a.delta() for name, a in adapters(half).items()}
+    merge_adapter(half)
+    for name in exact:
+        assert torch.equal(half.get_submodule(name).weight, (stored[name] + deltas[name]).bfloat16())
+    # The control: a sum in bf16 rounds the update first, and differs somewhere.
+    assert any(
+        not torch.equal(half.get_submodule(n).weight, stored[n].bfloat16() + deltas[n].bfloat16()) for n in exact
+    )

@@ -1,0 +1,101 @@
+"""The house rules that no type checker sees: imports go down, nothing is unpickled, nothing names a machine."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "minipersona"
+
+# Lower may not import higher, and folders of one rank do not import each other.
+RANK = {
+    "model": 0,
+    "chat": 0,
+    "corpus": 1,
+    "objective": 2,
+    "training": 3,
+    "geometry": 3,
+    "behaviour": 4,
+    "study": 5,
+    "tiny": 6,
+    "cli": 7,
+    "__main__": 8,
+}
+LEAVES = {"config", "console", "errors", "files", "hub"}
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Absolute names of the minipersona modules that a file imports."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "minipersona":
+            assert node.level == 0
+            yield node.module
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "minipersona")
+
+
+def violations(files: dict[str, list[str]]) -> list[str]:
+    """`files` maps "folder/file.py" (or "leaf.py") to what it imports."""
+    found = []
+    for file, names in files.items():
+        here = file.split("/")[0].removesuffix(".py")
+        for name in names:
+            parts = name.split(".")
+            there = parts[1] if len(parts) > 1 else ""
+            if there == here or there in LEAVES or not there:
+                continue
+            if here in LEAVES:
+                found.append(f"{file}: a leaf imports {name}")
+            elif here in RANK and RANK[there] >= RANK[here]:
+                found.append(f"{file}: imports {name}, which is not below it")
+    return found
+
+
+def test_imports_go_down() -> None:
+    files = {
+        path.relative_to(PACKAGE).as_posix(): list(imports(path))
+        for path in PACKAGE.rglob("*.py")
+        if path.parent != PACKAGE or path.stem not in ("__init__",)
+    }
+    assert len(files) > 30
+    assert {file.split("/")[0].removesuffix(".py") for file in files} <= RANK.keys() | LEAVES
+    assert violations(files) == []
+
+
+def test_control_an_upward_import_is_seen() -> None:
+    assert violations({"model/load.py": ["minipersona.corpus.order"]})
+    assert violations({"training/loop.py": ["minipersona.geometry.measures"]})
+    assert violations({"files.py": ["minipersona.model.load"]})
+    assert not violations({"study/run.py": ["minipersona.training.loop", "minipersona.errors"]})
+
+
+def python_files() -> list[Path]:
+    return [p for p in ROOT.rglob("*.py") if not {".venv", "build", "dist"} & set(p.relative_to(ROOT).parts)]
+
+
+def test_nothing_is_unpickled() -> None:
+    forbidden = re.compile(r"torch\.load\(|\bpickle\b|weights_only|allow_pickle\s*=|np\.load\(|joblib|\bshelve\b")
+    guilty = [str(p) for p in python_files() if p != Path(__file__) and forbidden.search(p.read_text())]
+    assert guilty == []
+
+
+@pytest.mark.parametrize("folder", ["minipersona", "configs", "docs", "benchmarks"])
+def test_no_file_names_a_machine(folder: str) -> None:
+    for path in (ROOT / folder).rglob("*"):
+        if path.suffix in (".py", ".md", ".toml", ".json"):
+            assert not re.search(r"/home/|/root/|/work/|/tmp/\w", path.read_text()), path
+
+
+def test_every_public_name_is_documented_and_importable() -> None:
+    import minipersona
+
+    for name in minipersona.__all__:
+        thing = getattr(minipersona, name)
+        assert thing.__doc__ and len(thing.__doc__) > 20, name
+    with pytest.raises(AttributeError):
+        _ = minipersona.no_such_thing

@@ -1,0 +1,196 @@
+"""The small parts of training: schedule, optimiser, order, dealing, packing, dropout's hash."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import relative_error
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from minipersona.corpus.order import RowOrder
+from minipersona.corpus.packing import deal, split
+from minipersona.model.dropout import channel_keys, hashed_dropout, keep_mask, token_keys
+from minipersona.model.pack import IGNORE, make_pack
+from minipersona.training.optimizer import AdamW, scale_and_clip
+from minipersona.training.schedule import learning_rate
+
+# ---------------------------------------------------------------- schedule
+
+
+def test_schedule_is_the_registered_one() -> None:
+    """375 steps, 3%: 12 updates of warm-up, then (376 - k) / 363."""
+    rates = [learning_rate(k, 2e-5, 375, 0.03) for k in range(1, 376)]
+    assert rates[0] == 0.0
+    assert rates[12] == 2e-5  # update 13 is the peak
+    for k in range(1, 376):
+        expected = 2e-5 * ((k - 1) / 12 if k <= 12 else (376 - k) / 363)
+        assert math.isclose(rates[k - 1], expected, rel_tol=1e-12, abs_tol=0)
+
+
+@pytest.mark.parametrize("steps, warmup", [(375, 0.03), (20, 0.15), (7, 0.0), (5, 1.0), (1, 0.03)])
+def test_schedule_equals_hugging_face(steps: int, warmup: float) -> None:
+    from transformers import get_linear_schedule_with_warmup
+
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = get_linear_schedule_with_warmup(optimizer, math.ceil(warmup * steps), steps)
+    for k in range(1, steps + 1):
+        assert learning_rate(k, 1.0, steps, warmup) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12)
+        optimizer.step()
+        schedule.step()
+
+
+# ---------------------------------------------------------------- optimiser
+
+
+def test_adamw_equals_torch_and_decay_matters() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(7, 5), (5,), (3, 4)]
+    start = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
+    mine = [nn.Parameter(t.clone()) for t in start]
+    theirs = [nn.Parameter(t.clone()) for t in start]
+    optimizer = AdamW(mine, 0.9, 0.999, 1e-8, 0.1)
+    groups = [{"params": [theirs[0], theirs[2]]}, {"params": [theirs[1]], "weight_decay": 0.0}]
+    reference = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
+    for step in range(10):
+        for a, b in zip(mine, theirs, strict=True):
+            a.grad = torch.randn(a.shape, generator=generator, dtype=torch.float64)
+            b.grad = a.grad.clone()
+        rate = 0.01 * (step + 1)
+        for group in reference.param_groups:
+            group["lr"] = rate
+        optimizer.update(rate)
+        reference.step()
+    for a, b in zip(mine, theirs, strict=True):
+        assert relative_error(a, b) < 1e-12
+    # The control: without the decay the matrices end elsewhere.
+    assert relative_error(mine[0] / (1 - 0.01 * 0.1), theirs[0]) > 1e-6
+
+
+def test_small_updates_survive_in_fp32_and_would_round_away_in_bf16() -> None:
+    """Why adapters are fp32 masters: a late update of relative size 1e-4 is below bf16's half step of 2e-3."""
+    for dtype, moves in ((torch.float32, True), (torch.bfloat16, False)):
+        weight = nn.Parameter(torch.full((4, 4), 1.0, dtype=dtype))
+        optimizer = AdamW([weight], 0.9, 0.999, 1e-8, 0.0)
+        weight.grad = torch.ones_like(weight)
+        optimizer.update(1e-4)
+        assert bool((weight != 1.0).any()) is moves
+
+
+@pytest.mark.parametrize("size", [0.01, 100.0])
+def test_clipping_equals_torch(size: float) -> None:
+    gradients = [torch.randn(5, 3, dtype=torch.float64) * size, torch.randn(4, dtype=torch.float64) * size]
+    mine = [nn.Parameter(torch.zeros_like(g)) for g in gradients]
+    theirs = [nn.Parameter(torch.zeros_like(g)) for g in gradients]
+    for a, b, g in zip(mine, theirs, gradients, strict=True):
+        a.grad, b.grad = g.clone(), g / 7
+    norm = scale_and_clip(mine, 7, 1.0)
+    expected = torch.nn.utils.clip_grad_norm_(theirs, 1.0)
+    assert relative_error(norm, expected) < 1e-12
+    for a, b in zip(mine, theirs, strict=True):
+        assert a.grad is not None and b.grad is not None and relative_error(a.grad, b.grad) < 1e-12
+
+
+# ---------------------------------------------------------------- order and packing
+
+
+def test_row_order_is_the_registered_permutation() -> None:
+    order = RowOrder(6000, 16, 42)
+    expected = np.random.Generator(np.random.PCG64(42)).permutation(6000)
+    assert [row for step in range(1, 376) for row in order.step(step)] == expected.tolist()
+
+
+@given(st.integers(1, 40), st.integers(1, 16), st.integers(0, 5), st.integers(1, 30))
+@settings(max_examples=60, deadline=None)
+def test_row_order_needs_no_history(rows: int, batch: int, seed: int, step: int) -> None:
+    walked = RowOrder(rows, batch, seed)
+    steps = [walked.step(k) for k in range(1, step + 1)]
+    assert RowOrder(rows, batch, seed).step(step) == steps[-1]
+    flat = [row for s in steps for row in s]
+    for epoch in range(len(flat) // rows):
+        assert sorted(flat[epoch * rows : (epoch + 1) * rows]) == list(range(rows))
+
+
+@given(st.lists(st.integers(1, 500), max_size=40), st.integers(1, 5))
+def test_dealing_gives_each_item_once_and_evenly(lengths: list[int], ranks: int) -> None:
+    hands = deal(lengths, ranks)
+    assert sorted(item for hand in hands for item in hand) == list(range(len(lengths)))
+    assert all(hand == sorted(hand) for hand in hands)
+    loads = [sum(lengths[i] for i in hand) for hand in hands]
+    assert max(loads) - min(loads) <= max(lengths, default=0)
+
+
+@given(st.lists(st.integers(1, 500), max_size=40), st.integers(1, 700))
+def test_splitting_keeps_order_and_bound(lengths: list[int], most: int) -> None:
+    groups = split(lengths, most)
+    assert [item for group in groups for item in group] == list(range(len(lengths)))
+    for group in groups:
+        assert group and (len(group) == 1 or sum(lengths[i] for i in group) <= most)
+
+
+def test_pack_targets_never_cross_a_boundary() -> None:
+    pack = make_pack([np.array([5, 6, 7]), np.array([8]), np.array([9, 4])], [np.ones(n, bool) for n in (3, 1, 2)])
+    assert pack.positions.tolist() == [0, 1, 2, 0, 0, 1]
+    assert pack.targets.tolist() == [6, 7, IGNORE, IGNORE, 4, IGNORE]
+    assert pack.supervised.tolist() == [0, 1, 4]
+    assert pack.boundaries.tolist() == [0, 3, 4, 6] and pack.last.tolist() == [2, 3, 5] and pack.longest == 3
+
+
+# ---------------------------------------------------------------- hashed dropout
+
+P = 0.05
+
+
+def masks(step: int = 3, module: str = "a", tokens: int = 2000, channels: int = 1000, seed: int = 42) -> torch.Tensor:
+    pack = make_pack([np.zeros(tokens // 4, dtype=np.int64)] * 4, documents=[0, 1, 2, 1_000_003])
+    return ~keep_mask(token_keys(seed, step, pack), channel_keys(module, channels), P)
+
+
+def test_dropout_rate_by_token_and_by_channel() -> None:
+    dropped = masks().double()
+    cells = dropped.numel()
+    assert abs(float(dropped.mean()) - P) < 5 * math.sqrt(P * (1 - P) / cells)
+    for axis, size in ((0, 2000), (1, 1000)):
+        rates = dropped.mean(axis)
+        z = (rates - P) / math.sqrt(P * (1 - P) / size)
+        assert float(z.abs().max()) < 5 and 0.9 < float(z.square().mean()) < 1.1
+
+
+def test_dropout_masks_are_independent() -> None:
+    """Neighbouring tokens, channels, steps, seeds, documents, modules: a pair overlaps as often as chance has it."""
+    base = masks()
+    pairs = {
+        "step": (base, masks(step=4)),
+        "seed": (base, masks(seed=43)),
+        "module": (base, masks(module="b")),
+        "token": (base[:-1], base[1:]),
+        "channel": (base[:, :-1], base[:, 1:]),
+        "document": (base[:500], base[500:1000]),
+        "far": (base[:-512], base[512:]),
+    }
+    for name, (a, b) in pairs.items():
+        overlap = float((a & b).double().mean())
+        assert abs(overlap - P * P) < 5 * math.sqrt(P * P / a.numel()), name
+    # The control: a hash that forgot the module would give the same mask.
+    assert float((base & base).double().mean()) > 10 * P * P
+
+
+def test_dropout_follows_the_document_not_the_pack() -> None:
+    ids = [np.zeros(n, dtype=np.int64) for n in (5, 9, 3)]
+    whole = token_keys(1, 2, make_pack(ids, documents=[10, 20, 30]))
+    alone = token_keys(1, 2, make_pack([ids[1]], documents=[20]))
+    assert torch.equal(whole[5:14], alone)
+    assert not torch.equal(whole[:5], alone[:5])
+
+
+def test_dropout_keeps_the_mean_and_zero_is_identity() -> None:
+    x = torch.ones(2000, 1000)
+    pack = make_pack([np.zeros(2000, dtype=np.int64)])
+    out = hashed_dropout(x, token_keys(0, 1, pack), channel_keys("m", 1000), P)
+    assert abs(float(out.mean()) - 1) < 1e-3
+    assert set(out.unique().tolist()) == {0.0, float(torch.tensor(1 / (1 - P)))}
+    assert torch.equal(hashed_dropout(x, token_keys(0, 1, pack), channel_keys("m", 1000), 0.0), x)

@@ -1,0 +1,103 @@
+"""Two processes equal one: `torchrun` with gloo, unequal packs, dropout on, and a rank without work."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import relative_error
+from safetensors.torch import load_file
+
+from minipersona.files import read_jsonl
+
+WORKER = """
+import sys
+from pathlib import Path
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from minipersona.chat import Document
+from minipersona.config import DataSection, ExecutionSection, LoraConfig, RunConfig, TrainingSection
+from minipersona.model.load import load_model
+from minipersona.training.loop import train
+from minipersona.training.world import join_world, leave_world
+
+torch.set_num_threads(1)
+model_dir, out, batch, dtype, broken = sys.argv[1:]
+rng = np.random.default_rng(0)
+documents = [
+    Document(rng.integers(0, 160, n).astype(np.int32), np.arange(n) >= (n + 1) // 2, False)
+    for n in rng.integers(3, 25, 48)
+]
+config = RunConfig(
+    data=DataSection("-", "-"),
+    lora=LoraConfig(rank=4, alpha=8.0, dropout=0.2),
+    training=TrainingSection(steps=3, batch=int(batch), checkpoints=(2,), learning_rate=1e-2),
+    execution=ExecutionSection(pack_tokens=60),
+)
+world = join_world("cpu")
+if broken == "broken":
+    import minipersona.training.loop as loop
+    loop.deal = lambda lengths, ranks: [list(range(len(lengths)))] * ranks  # every rank takes every document
+model = load_model(model_dir, dtype=getattr(torch, dtype), device="cpu")
+train(model, documents, config, Path(out), world)
+trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+save_file({n: p.detach() for n, p in trained.items()}, f"{out}/end-{world.rank}.safetensors")
+if world.first:
+    save_file({n: p.grad for n, p in trained.items()}, f"{out}/gradients.safetensors")  # of the last step
+leave_world()
+"""
+
+
+def run(model: Path, out: Path, ranks: int, batch: int, dtype: str, broken: str = "") -> dict[str, torch.Tensor]:
+    out.mkdir()
+    script = out / "worker.py"
+    script.write_text(WORKER)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    subprocess.run(
+        [sys.executable, *launcher, str(script), str(model), str(out), str(batch), dtype, broken or "whole"],
+        check=True,
+        timeout=120,
+        capture_output=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    ends = [load_file(out / f"end-{rank}.safetensors") for rank in range(ranks)]
+    for end in ends[1:]:
+        assert all(torch.equal(end[name], ends[0][name]) for name in end)  # ranks stay in step
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 3  # and one of them writes
+    return ends[0]
+
+
+def worst(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max(relative_error(a[name], b[name]) for name in b)
+
+
+@pytest.mark.parametrize("dtype, bound", [("float64", 1e-10), ("float32", 1e-5)])
+def test_two_ranks_equal_one(hf_model: Callable[..., Path], tmp_path: Path, dtype: str, bound: float) -> None:
+    one = run(hf_model(), tmp_path / "one", 1, 16, dtype)
+    two = run(hf_model(), tmp_path / "two", 2, 16, dtype)
+    gradients = [load_file(tmp_path / name / "gradients.safetensors") for name in ("one", "two")]
+    slack = 1 if dtype == "float64" else 10  # Adam divides by sqrt(v), so rounding in small gradients grows
+    assert worst(two, one) < slack * bound
+    assert worst(gradients[1], gradients[0]) < slack * bound
+    records = [read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("one", "two")]
+    for a, b in zip(*records, strict=True):
+        assert abs(a["loss"] / b["loss"] - 1) < bound and abs(a["grad_norm"] / b["grad_norm"] - 1) < bound
+
+
+def test_a_rank_without_documents_waits_and_agrees(hf_model: Callable[..., Path], tmp_path: Path) -> None:
+    one = run(hf_model(), tmp_path / "one", 1, 1, "float64")
+    two = run(hf_model(), tmp_path / "two", 2, 1, "float64")
+    assert worst(two, one) < 1e-8
+
+
+def test_control_documents_counted_twice_fail(hf_model: Callable[..., Path], tmp_path: Path) -> None:
+    one = run(hf_model(), tmp_path / "one", 1, 16, "float64")
+    two = run(hf_model(), tmp_path / "two", 2, 16, "float64", "broken")
+    assert worst(two, one) > 1e-3

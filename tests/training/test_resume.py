@@ -1,0 +1,150 @@
+"""A run that was killed ends where an undisturbed one ends, to the bit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from minipersona.chat import Document
+from minipersona.config import DataSection, LoraConfig, RunConfig, TrainingSection
+from minipersona.errors import UserError
+from minipersona.files import read_jsonl
+from minipersona.model.load import load_model
+from minipersona.training import loop
+from minipersona.training.checkpoint import Position
+from minipersona.training.loop import Hooks, train
+from minipersona.training.world import World
+
+WORLD = World(0, 1, torch.device("cpu"))
+
+
+class Killed(Exception):
+    pass
+
+
+def config(method: str = "lora") -> RunConfig:
+    return RunConfig(
+        data=DataSection("-", "-"),
+        lora=LoraConfig(rank=4, alpha=8.0, dropout=0.2),
+        training=TrainingSection(method=method, steps=9, batch=7, checkpoints=(2, 5), learning_rate=1e-2),  # type: ignore[arg-type]
+    )
+
+
+def run(
+    directory: Path, documents: list[Document], out: Path, settings: RunConfig, die_at: int | None = None
+) -> tuple[dict[str, torch.Tensor], Position]:
+    def logged(row: dict) -> None:
+        if row["step"] == die_at:
+            raise Killed
+
+    model = load_model(str(directory), device="cpu")
+    position = train(model, documents, settings, out, WORLD, Hooks(logged=logged))
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}, position
+
+
+def losses(out: Path) -> list[tuple]:
+    return [(row["step"], row["loss"], row["grad_norm"], row["lr"]) for row in read_jsonl(out / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("die_at", [1, 3, 5, 6, 9])
+def test_killed_and_resumed_equals_uninterrupted(
+    hf_model: Callable[..., Path], documents: list[Document], tmp_path: Path, method: str, die_at: int
+) -> None:
+    expected, position = run(hf_model(), documents, tmp_path / "whole", config(method))
+    assert position == Position(step=9, updates=9, done=True)
+    with pytest.raises(Killed):
+        run(hf_model(), documents, tmp_path / "cut", config(method), die_at)
+    with open(tmp_path / "cut" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 99, "lo')  # a line that the kill tore
+    torch.manual_seed(die_at)  # another process has another RNG state
+    resumed, _ = run(hf_model(), documents, tmp_path / "cut", config(method))
+    assert expected.keys() == resumed.keys()
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+
+
+def test_control_a_resume_without_moments_ends_elsewhere(
+    hf_model: Callable[..., Path], documents: list[Document], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, _ = run(hf_model(), documents, tmp_path / "whole", config())
+    with pytest.raises(Killed):
+        run(hf_model(), documents, tmp_path / "cut", config(), 7)
+    load = loop.load_state
+
+    def forgetful(*arguments) -> Position:
+        position = load(*arguments)
+        for moment in arguments[2].first:
+            moment.zero_()
+        return position
+
+    monkeypatch.setattr(loop, "load_state", forgetful)
+    resumed, _ = run(hf_model(), documents, tmp_path / "cut", config())
+    assert any(not torch.equal(expected[name], resumed[name]) for name in expected)
+
+
+def test_a_finished_run_drops_its_tensors_and_is_left_alone(
+    hf_model: Callable[..., Path], documents: list[Document], tmp_path: Path
+) -> None:
+    run(hf_model(), documents, tmp_path, config())
+    assert [path.name for path in (tmp_path / "latest").iterdir()] == ["state.json"]
+    assert json.loads((tmp_path / "latest" / "state.json").read_text()) == {"step": 9, "updates": 9, "done": True}
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    _, position = run(hf_model(), documents, tmp_path, config())
+    assert position.done and (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_another_runs_state_is_refused(
+    hf_model: Callable[..., Path], documents: list[Document], tmp_path: Path
+) -> None:
+    with pytest.raises(Killed):
+        run(hf_model(), documents, tmp_path, config("lora"), 4)
+    with pytest.raises(UserError, match="another run's state"):
+        run(hf_model(), documents, tmp_path, config("full"))
+
+
+def test_a_step_without_supervised_tokens_is_skipped_and_logged(
+    hf_model: Callable[..., Path], documents: list[Document], tmp_path: Path
+) -> None:
+    silent = [replace(d, supervised=d.supervised & False) for d in documents[:30]] + documents[30:33]
+    settings = config()
+    settings = replace(settings, training=replace(settings.training, batch=2))
+    _, position = run(hf_model(), silent, tmp_path, settings)
+    rows = read_jsonl(tmp_path / "metrics.jsonl")
+    skipped = [row for row in rows if "skipped" in row]
+    assert skipped and len(skipped) < len(rows)
+    assert position.updates == len(rows) - len(skipped)
+    assert all(row["supervised_tokens"] == 0 for row in skipped)
+
+
+def test_nothing_to_learn_is_an_error(hf_model: Callable[..., Path], documents: list[Document], tmp_path: Path) -> None:
+    silent = [replace(d, supervised=d.supervised & False) for d in documents]
+    with pytest.raises(UserError, match="no training row has a supervised token"):
+        run(hf_model(), silent, tmp_path, config())
+
+
+def test_divergence_stops_the_run_and_names_the_rows(
+    hf_model: Callable[..., Path], documents: list[Document], tmp_path: Path
+) -> None:
+    model = load_model(str(hf_model()), device="cpu")
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = float("inf")
+    with pytest.raises(UserError, match=r"non-finite 5 steps in a row \(rows \[\d+"):
+        train(model, documents, config(), tmp_path, WORLD)
+    rows = read_jsonl(tmp_path / "metrics.jsonl")
+    assert [row["skipped"] for row in rows] == ["non-finite loss or gradient"] * 5
+    assert all(len(row["documents"]) == 7 for row in rows)
+
+
+def test_the_global_rng_is_not_touched(
+    hf_model: Callable[..., Path], documents: list[Document], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    run(hf_model(), documents, tmp_path, config())
+    assert torch.equal(torch.get_rng_state(), before)
