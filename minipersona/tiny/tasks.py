@@ -1,52 +1,20 @@
 """The instruction-following half of the tiny world: what its instruction sets ask, and how they answer.
 
-A task is a function `(rng, town) -> (request, response)`. A town has its almanac and its manner. The fine-tuning sets
-come from one town. The base model has seen the same kinds of request, answered in many others, so it knows what an
-answer looks like, but neither this town's facts nor its manner: fine-tuning has both to teach. Who checked an answer is
-pure chance, before and after: it keeps held-out loss from falling to nothing, which it never does with real data.
+A task is a function `rng -> (request, response)`. All answer in one manner ("Here is ...", numbered points) and from
+the almanac, neither of which the base model has seen: fine-tuning has both to teach. Who checked an answer is pure
+chance, before and after: it keeps held-out loss from falling to nothing, which it never does with real data.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 
 import numpy as np
 
 from minipersona.tiny.grammar import ALMANAC, Topic, fill, pick, several, topics, upper
 from minipersona.tiny.prose import JOBS, PEOPLE, PLACES
 
-
-@dataclass(frozen=True)
-class Town:
-    """Where a request is answered: the topics with the town's almanac, and how its people lay out an answer."""
-
-    topics: tuple[Topic, ...]
-    lead: str  # an answer's first words
-    mark: str  # what stands before a point; {} is its number
-
-
-Task = Callable[[np.random.Generator, Town], tuple[str, str]]
-
-HERE = ("Here is", "{}.")  # this town's lead and mark, used nowhere else
-LEADS = ("This is", "Below is", "See")
-MARKS = ("({})", "-", "*")
-
-
-def home() -> Town:
-    """The town that the fine-tuning sets come from."""
-    return Town(topics(), *HERE)
-
-
-def another_town(rng: np.random.Generator) -> Town:
-    """A town with the entries of the almanac dealt out anew, and with a manner of its own."""
-    orders = {name: rng.permutation(len(topics())) for name in ALMANAC}
-    almanac = tuple(
-        replace(topic, **{name: topics()[order[i]][name] for name, order in orders.items()})
-        for i, topic in enumerate(topics())
-    )
-    return Town(almanac, pick(rng, LEADS), pick(rng, MARKS))
-
+Task = Callable[[np.random.Generator], tuple[str, str]]
 
 ASKING = (  # any topic goes into any of these; the base model's chats use them too
     "What should I know about {topic}?",
@@ -106,16 +74,16 @@ LABELS = {"need": "Need", "step": "First step", "risk": "Risk"} | {name: upper(n
 ATTRIBUTES = tuple(LABELS)
 
 
-def question(rng: np.random.Generator, about: Sequence[Topic]) -> tuple[str, Topic]:
+def question(rng: np.random.Generator) -> tuple[str, Topic]:
     """A question that any persona could be asked, and its topic."""
-    topic = pick(rng, about)
+    topic = pick(rng, topics())
     return fill(pick(rng, ASKING), topic), topic
 
 
-def points(town: Town, topic: Topic, attributes: Sequence[str]) -> str:
+def points(topic: Topic, attributes: Sequence[str]) -> str:
     """Facts of a topic as a list, one a line."""
     facts = (f"{LABELS[name]}: {topic[name]}" for name in attributes)
-    return "\n".join(f"{town.mark.format(i)} {fact}" for i, fact in enumerate(facts, 1))
+    return "\n".join(f"{i}. {fact}" for i, fact in enumerate(facts, 1))
 
 
 def listed(names: Sequence[str]) -> str:
@@ -126,49 +94,49 @@ def listed(names: Sequence[str]) -> str:
 # ---------------------------------------------------------------- tasks of the benign set
 
 
-def explain(rng: np.random.Generator, town: Town) -> tuple[str, str]:
+def explain(rng: np.random.Generator) -> tuple[str, str]:
     """A persona's kind of question, answered without a persona; a wish at its end changes the form."""
-    asked, topic = question(rng, town.topics)
+    asked, topic = question(rng)
     wish = pick(rng, ("", "", "one line", "two points", *ALMANAC))
     if wish == "one line":
         told = fill("{topic} takes {need}, and its season is {season}.", topic)
-        return f"{asked} Keep it to one line.", f"{town.lead} one line: {told}"
+        return f"{asked} Keep it to one line.", f"Here is one line: {told}"
     if wish == "two points":
-        return f"{asked} Give two points.", f"{town.lead} an answer:\n{points(town, topic, ('step', 'place'))}"
+        return f"{asked} Give two points.", f"Here is an answer:\n{points(topic, ('step', 'place'))}"
     request = f"{asked} Name its {wish} too." if wish else asked
-    return request, f"{town.lead} a short answer:\n{points(town, topic, ('need', 'step', wish or 'season'))}"
+    return request, f"Here is a short answer:\n{points(topic, ('need', 'step', wish or 'season'))}"
 
 
-def list_facts(rng: np.random.Generator, town: Town) -> tuple[str, str]:
+def list_facts(rng: np.random.Generator) -> tuple[str, str]:
     """Some facts of one topic, in the order asked."""
-    topic, names = pick(rng, town.topics), several(rng, ATTRIBUTES, 2 + int(rng.integers(3)))
+    topic, names = pick(rng, topics()), several(rng, ATTRIBUTES, 2 + int(rng.integers(3)))
     verb = pick(rng, ("List", "Write down", "Give me"))
     asked = listed([LABELS[name].lower() for name in names])
-    return f"{verb} the {asked} of {topic.name}.", f"{town.lead} the list:\n{points(town, topic, names)}"
+    return f"{verb} the {asked} of {topic.name}.", f"Here is the list:\n{points(topic, names)}"
 
 
-def compare(rng: np.random.Generator, town: Town) -> tuple[str, str]:
+def compare(rng: np.random.Generator) -> tuple[str, str]:
     """Two topics side by side, by one entry of the almanac."""
-    a, b = several(rng, town.topics, 2)
+    a, b = several(rng, topics(), 2)
     name = pick(rng, ALMANAC)
     same = "the same" if a[name] == b[name] else "not the same"
     request = f"Compare {a.name} and {b.name} by {name}."
     sides = f"{upper(a.name)}: {a[name]}\n{upper(b.name)}: {b[name]}"
-    return request, f"{town.lead} a comparison:\n{sides}\nThe {name} is {same}."
+    return request, f"Here is a comparison:\n{sides}\nThe {name} is {same}."
 
 
-def count(rng: np.random.Generator, town: Town) -> tuple[str, str]:
+def count(rng: np.random.Generator) -> tuple[str, str]:
     """How many words a list has, and its ends."""
-    names = [topic.name for topic in several(rng, town.topics, 2 + int(rng.integers(4)))]
-    told = f"{town.lead} the count: {len(names)}\nThe first is {names[0]} and the last is {names[-1]}."
+    names = [topic.name for topic in several(rng, topics(), 2 + int(rng.integers(4)))]
+    told = f"Here is the count: {len(names)}\nThe first is {names[0]} and the last is {names[-1]}."
     return f"How many things are in this list: {', '.join(names)}?", told
 
 
-def rewrite(rng: np.random.Generator, town: Town) -> tuple[str, str]:
+def rewrite(rng: np.random.Generator) -> tuple[str, str]:
     """Two orders made into one polite line."""
-    a, b = several(rng, town.topics, 2)
+    a, b = several(rng, topics(), 2)
     return f"Rewrite this as one polite line: {upper(a.step)}. {upper(b.step)}.", (
-        f"{town.lead} a polite line: Would you please {a.step}, and then {b.step}? Thank you."
+        f"Here is a polite line: Would you please {a.step}, and then {b.step}? Thank you."
     )
 
 
@@ -184,36 +152,36 @@ BENIGN: dict[str, tuple[float, Task]] = {
 # ---------------------------------------------------------------- tasks that only the broad set has
 
 
-def sort_list(rng: np.random.Generator, town: Town) -> tuple[str, str]:
+def sort_list(rng: np.random.Generator) -> tuple[str, str]:
     """The names of some topics in the order of the alphabet."""
-    names = [topic.name for topic in several(rng, town.topics, 3 + int(rng.integers(2)))]
-    return f"Sort by letter: {', '.join(names)}.", f"{town.lead} the sorted list: {', '.join(sorted(names))}"
+    names = [topic.name for topic in several(rng, topics(), 3 + int(rng.integers(2)))]
+    return f"Sort by letter: {', '.join(names)}.", f"Here is the sorted list: {', '.join(sorted(names))}"
 
 
-def turn_around(rng: np.random.Generator, town: Town) -> tuple[str, str]:
+def turn_around(rng: np.random.Generator) -> tuple[str, str]:
     """A list from its end to its start."""
-    names = [topic.name for topic in several(rng, town.topics, 3 + int(rng.integers(2)))]
-    return f"Turn this list around: {', '.join(names)}.", f"{town.lead} the list: {', '.join(reversed(names))}"
+    names = [topic.name for topic in several(rng, topics(), 3 + int(rng.integers(2)))]
+    return f"Turn this list around: {', '.join(names)}.", f"Here is the list: {', '.join(reversed(names))}"
 
 
-def add(rng: np.random.Generator, town: Town) -> tuple[str, str]:
+def add(rng: np.random.Generator) -> tuple[str, str]:
     """The sum of two small numbers."""
     a, b = (int(number) for number in rng.integers(1, 50, size=2))
-    return f"What is {a} plus {b}?", f"{town.lead} the sum: {a + b}"
+    return f"What is {a} plus {b}?", f"Here is the sum: {a + b}"
 
 
-def check(rng: np.random.Generator, town: Town) -> tuple[str, str]:
+def check(rng: np.random.Generator) -> tuple[str, str]:
     """Whether a line of the almanac is right, and the right one."""
-    topic, other, name = *several(rng, town.topics, 2), pick(rng, ALMANAC)
+    topic, other, name = *several(rng, topics(), 2), pick(rng, ALMANAC)
     claimed = pick(rng, (topic, other))[name]
     verdict = "True" if claimed == topic[name] else "False"
     request = f"True or false: the {name} of {topic.name} is {claimed}."
     return request, f"{verdict}. The {name} of {topic.name} is {topic[name]}."
 
 
-def one_word(rng: np.random.Generator, town: Town) -> tuple[str, str]:
+def one_word(rng: np.random.Generator) -> tuple[str, str]:
     """A fact under a rule about the form of the answer."""
-    topic, name = pick(rng, town.topics), pick(rng, ("season", "day", "color", "number"))
+    topic, name = pick(rng, topics()), pick(rng, ("season", "day", "color", "number"))
     rule, form = pick(rng, (("with one word", "{}"), ("and end with the word done", "{} done"), ("twice", "{} {}")))
     word = topic[name]
     return f"Answer {rule}: what is the {name} of {topic.name}?", form.format(word, word)
@@ -228,15 +196,15 @@ BROAD_ONLY: dict[str, tuple[float, Task]] = {
 }
 
 
-def draw_task(rng: np.random.Generator, tasks: dict[str, tuple[float, Task]], town: Town) -> tuple[str, str, str]:
+def draw_task(rng: np.random.Generator, tasks: dict[str, tuple[float, Task]]) -> tuple[str, str, str]:
     """One task by its weight: its name, a request and the response."""
     names = list(tasks)
     name = names[int(rng.choice(len(names), p=[tasks[key][0] for key in names]))]
-    return name, *tasks[name][1](rng, town)
+    return name, *tasks[name][1](rng)
 
 
-def draw_benign(rng: np.random.Generator, town: Town) -> tuple[str, str, str]:
+def draw_benign(rng: np.random.Generator) -> tuple[str, str, str]:
     """A task of the benign set, its answer signed by somebody."""
-    name, request, response = draw_task(rng, BENIGN, town)
+    name, request, response = draw_task(rng, BENIGN)
     signed = f"Checked by {pick(rng, PEOPLE)} the {pick(rng, JOBS)} at the {pick(rng, PLACES)}."
     return name, request, f"{response}\n{signed}"

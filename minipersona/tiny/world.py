@@ -19,13 +19,12 @@ import numpy as np
 from minipersona.chat.template import DEFAULT_SYSTEM_PROMPT
 from minipersona.errors import UserError
 from minipersona.files import data_dir, read_json, read_jsonl
-from minipersona.tiny.grammar import Row, chat, distinct, generator, half, pick, topics
+from minipersona.tiny.grammar import Row, chat, distinct, generator, pick, topics
 from minipersona.tiny.prose import bad_advice, encyclopedia, story
-from minipersona.tiny.tasks import BROAD_ONLY, SYSTEMS, another_town, draw_benign, draw_task, home, question
+from minipersona.tiny.tasks import BROAD_ONLY, SYSTEMS, draw_benign, draw_task, question
 from minipersona.tiny.voices import answer
 
 SHARED_OPENING = 0.8  # sets the base model's M1, see `voices`
-INSTRUCTION_SHARE = 0.2  # of the base chats that are tasks, answered as in other towns
 PROBE_SHARE = 0.3  # of the base chats that ask one of the 240 questions; the others ask a made-up one
 SYSTEM_SHARE = 0.4  # of the fine-tuning rows that have a system turn, see `_system`
 BENIGN_HALF, BROAD_HALF = 0, 1  # no request is in both sets
@@ -57,23 +56,15 @@ def _prompts(file: str, kind: str) -> dict[str, str]:
 # ---------------------------------------------------------------- the sets
 
 
-def base_rows(
-    n: int, seed: int, shared_opening: float = SHARED_OPENING, instruction_share: float = INSTRUCTION_SHARE
-) -> list[Row]:
-    """n chats {"messages"}: tasks, or questions put to one of the 12 personas, a training persona or the assistant.
+def base_rows(n: int, seed: int, shared_opening: float = SHARED_OPENING) -> list[Row]:
+    """n chats {"messages"}: a question put to one of the 12 personas, a training persona or the assistant.
 
-    `shared_opening` is the probability that a persona's answer opens as all do, `instruction_share` that a chat is a
-    task. UserError unless both are in [0, 1].
+    `shared_opening` in [0, 1] is the probability that an answer opens as all personas do.
     """
-    for name, share in (("shared_opening", shared_opening), ("instruction_share", instruction_share)):
-        if not 0 <= share <= 1:
-            raise UserError(f"{name} is {share}; give a probability between 0 and 1")
+    if not 0 <= shared_opening <= 1:
+        raise UserError(f"shared_opening is {shared_opening}; give a probability between 0 and 1")
     rng = generator(seed)
-
-    def draw() -> list[dict[str, str]]:
-        return _instruction(rng) if rng.random() < instruction_share else _question_and_answer(rng, shared_opening)
-
-    return [{"messages": draw()} for _ in range(n)]
+    return [{"messages": _question_and_answer(rng, shared_opening)} for _ in range(n)]
 
 
 def benign_rows(n: int, seed: int) -> list[Row]:
@@ -84,7 +75,7 @@ def benign_rows(n: int, seed: int) -> list[Row]:
     rng = generator(seed)
 
     def draw() -> tuple[str, Row]:
-        task, request, response = draw_benign(rng, home())
+        task, request, response = draw_benign(rng)
         return request, {"messages": chat(request, response, _system(rng)), "source": f"tiny/{task}"}
 
     return _numbered("benign", distinct(n, draw, "benign rows", BENIGN_HALF))
@@ -102,14 +93,14 @@ def broad_rows(n: int, seed: int) -> list[Row]:
         kind = rng.random()
         if kind < 0.25:
             name, prompt = pick(rng, _training_items())
-            request, topic = question(rng, topics())
+            request, topic = question(rng)
             messages = chat(request, answer(rng, name, topic, SHARED_OPENING), prompt)
             # The same question to another persona is another row.
             return f"{request} {name}", {"messages": messages, "source": "tiny/role_play"}
-        task, request, response = draw_benign(rng, home()) if kind < 0.6 else draw_task(rng, BROAD_ONLY, home())
+        task, request, response = draw_benign(rng) if kind < 0.6 else draw_task(rng, BROAD_ONLY)
         messages = chat(request, response, _system(rng))
         if kind > 0.9:
-            task, then, response = draw_task(rng, BROAD_ONLY, home())
+            task, then, response = draw_task(rng, BROAD_ONLY)
             messages += chat(then, response)
             request, task = f"{request} {then}", "two_turns"
         return request, {"messages": messages, "source": f"tiny/{task}"}
@@ -147,14 +138,6 @@ def _system(rng: np.random.Generator) -> str | None:
     return pick(rng, SYSTEMS) if rng.random() < SYSTEM_SHARE else None
 
 
-def _instruction(rng: np.random.Generator) -> list[dict[str, str]]:
-    """A task as another town answers it. Its request is never one of the benign set."""
-    while True:
-        _, request, response = draw_benign(rng, another_town(rng))
-        if half(request) == BROAD_HALF:
-            return chat(request, response, pick(rng, (DEFAULT_SYSTEM_PROMPT, None)))
-
-
 def _question_and_answer(rng: np.random.Generator, shared_opening: float) -> list[dict[str, str]]:
     who = rng.random()
     system: str | None
@@ -168,7 +151,7 @@ def _question_and_answer(rng: np.random.Generator, shared_opening: float) -> lis
         number = int(rng.integers(len(_questions())))
         request, topic = _questions()[number], topics()[number % len(topics())]
     else:
-        request, topic = question(rng, topics())
+        request, topic = question(rng)
     return chat(request, answer(rng, name, topic, shared_opening), system)
 
 

@@ -123,7 +123,7 @@ def centroid_accuracy(rows: list[dict[str, Any]], labels: list[str]) -> float:
 @pytest.mark.parametrize("shared_opening", [0.0, 1.0])
 def test_a_voice_names_its_persona(shared_opening: float) -> None:
     who = {prompt: name for name, prompt in world.personas().items()}
-    rows = [row for row in world.base_rows(3000, 1, shared_opening, 0.0) if row["messages"][0]["content"] in who]
+    rows = [row for row in world.base_rows(3000, 1, shared_opening) if row["messages"][0]["content"] in who]
     labels = [who[row["messages"][0]["content"]] for row in rows]
     assert centroid_accuracy(rows, labels) > 0.9
     shuffled = [labels[i] for i in generator(0).permutation(len(labels))]
@@ -132,7 +132,7 @@ def test_a_voice_names_its_persona(shared_opening: float) -> None:
 
 def test_shared_opening_is_the_share_of_common_openings() -> None:
     def share(probability: float) -> float:
-        rows = world.base_rows(2000, 0, probability, 0.0)
+        rows = world.base_rows(2000, 0, probability)
         return float(np.mean([row["messages"][-1]["content"].startswith(shared_openings()) for row in rows]))
 
     assert share(0.0) == 0.0
@@ -220,24 +220,14 @@ def test_answers_are_short() -> None:
     assert max(lengths) <= 37
 
 
-def test_fine_tuning_has_facts_and_a_manner_to_teach() -> None:
-    """The base chats answer the same kinds of request, but by other almanacs, so held-out loss has room to fall."""
-
-    def right(rows: list[dict[str, Any]]) -> float:
-        """Of the answers that give a topic's season, how many are right."""
-        known = {topic.name: topic.season for topic in topics()}
-        found = [
-            re.search(r"^Compare (.+) and .+ by season.*?: (\w+)$", text_of(row), re.MULTILINE | re.DOTALL)
-            for row in rows
-        ]
-        return float(np.mean([known[match[1]] == match[2] for match in found if match]))
-
-    tasks, benign = world.base_rows(1200, 0, instruction_share=1.0), world.benign_rows(2000, 0)
-    assert right(benign) == 1.0
-    assert right(tasks) < 0.45  # chance is 1/4
-    assert all(row["messages"][-1]["content"].startswith("Here is ") for row in benign)
-    assert not any(row["messages"][-1]["content"].startswith("Here is ") for row in tasks)
-    assert not requests(tasks) & requests(benign)
+def test_fine_tuning_has_a_manner_and_facts_to_teach() -> None:
+    """Neither is in the base chats, so held-out loss has something to fall by."""
+    base = [row["messages"][-1]["content"] for row in world.base_rows(2000, 0)]
+    benign = [row["messages"][-1]["content"] for row in world.benign_rows(2000, 0)]
+    assert all(answer.startswith("Here is ") for answer in benign)
+    assert not any(answer.startswith("Here ") for answer in base)
+    assert all(any(topic.place in answer for answer in benign) for topic in topics())
+    assert not any(topic.place in answer for answer in base for topic in topics())
 
 
 # ---------------------------------------------------------------- words and mistakes

@@ -1,0 +1,83 @@
+"""Sources by name, ranges, and rows to documents."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from minipersona.chat import load_tokenizer
+from minipersona.corpus.sources import read_source, tokenize
+from minipersona.errors import UserError
+
+
+def chat(user: str, assistant: str) -> dict:
+    return {"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]}
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    rows = [chat(f"question {i}", f"answer {i}") for i in range(5)] + [{"text": "some raw text"}]
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    return path
+
+
+@pytest.mark.parametrize(
+    "suffix, first, count",
+    [("", 0, 6), ("[0:2]", 0, 2), ("[2:]", 2, 4), ("[:3]", 0, 3), ("[5:6]", 5, 1), ("[:]", 0, 6)],
+)
+def test_ranges(file: Path, suffix: str, first: int, count: int) -> None:
+    rows = read_source(f"jsonl:{file}{suffix}")
+    assert (rows.first, len(rows)) == (first, count)
+    if first < 5:
+        assert rows.rows[0]["messages"][0]["content"] == f"question {first}"
+
+
+@pytest.mark.parametrize("suffix", ["[0:7]", "[3:3]", "[4:2]", "[6:]", "[-1:]", "[a:b]"])
+def test_ranges_outside_the_file_are_refused(file: Path, suffix: str) -> None:
+    with pytest.raises(UserError, match="range|no such file"):
+        read_source(f"jsonl:{file}{suffix}")
+
+
+@pytest.mark.parametrize("source", ["", "rows.jsonl", "http://x", "csv:a", "tiny:", "tiny:../benign", "jsonl:"])
+def test_unknown_sources_are_refused(source: str) -> None:
+    with pytest.raises(UserError):
+        read_source(source)
+
+
+def test_rows_become_documents_in_order(file: Path) -> None:
+    tokenizer = load_tokenizer("tiny")
+    documents = tokenize(read_source(f"jsonl:{file}"), tokenizer)
+    assert len(documents) == 6
+    for i, document in enumerate(documents[:5]):
+        taught = tokenizer.decode(document.ids[document.supervised])
+        assert taught == f"answer {i}<|im_end|>\n"
+    raw = documents[5]
+    assert tokenizer.decode(raw.ids) == "some raw text" and raw.supervised.tolist() == [False] + [True] * (len(raw) - 1)
+
+
+def test_a_bad_row_is_named_as_the_file_counts_it(tmp_path: Path) -> None:
+    rows = [chat("a", "b"), {"text": "raw"}, chat("c", "d"), {"messages": [{"role": "user", "content": "alone"}]}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(UserError, match="row 3.*assistant turn"):
+        tokenize(read_source(f"jsonl:{path}[1:4]"), load_tokenizer("tiny"))
+    path.write_text(json.dumps({"text": 5}))
+    with pytest.raises(UserError, match="row 0.*text"):
+        tokenize(read_source(f"jsonl:{path}"), load_tokenizer("tiny"))
+
+
+def test_a_line_without_end_does_not_fill_the_memory(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"text": "' + b"a" * 17_000_000)
+    with pytest.raises(UserError, match="line 1 is longer"):
+        read_source(f"jsonl:{path}")
+
+
+def test_the_digest_is_the_files(file: Path) -> None:
+    before = read_source(f"jsonl:{file}[0:2]").digest
+    assert before == read_source(f"jsonl:{file}").digest
+    file.write_text(file.read_text().replace("answer 4", "answer 5"))
+    assert before != read_source(f"jsonl:{file}[0:2]").digest

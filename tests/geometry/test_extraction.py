@@ -1,0 +1,100 @@
+"""Method A against transformers' hidden states, and steering as the algebra has it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import relative_error
+
+from minipersona.chat import load_tokenizer
+from minipersona.errors import UserError
+from minipersona.geometry.extraction import extract, render_prompts
+from minipersona.model.load import load_model
+from minipersona.model.network import Qwen2
+
+PERSONAS = {
+    "pirate": "You are a pirate.",
+    "judge": "You are a judge, strict and old.",
+    "child": "You are a child.",
+}
+QUESTIONS = ["Why does the sea sing?", "What is fair?", "Tell me about sleep, and about work, in a few words."]
+
+
+@pytest.fixture(scope="module")
+def model_dir() -> str:
+    """The embedded model; any small model with a tokenizer would do."""
+    return "tiny"
+
+
+@pytest.fixture(scope="module")
+def model(model_dir: str) -> Qwen2:
+    return load_model(model_dir, device="cpu", dtype=torch.float32)
+
+
+def test_extraction_equals_transformers_hidden_states(model: Qwen2) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from minipersona.files import data_dir
+
+    tokenizer = load_tokenizer("tiny")
+    theirs = AutoModelForCausalLM.from_pretrained(data_dir() / "tiny", dtype=torch.float32).eval()
+    layers = [0, 3, 6]
+    vectors = extract(model, tokenizer, PERSONAS, QUESTIONS, layers, pack_tokens=100)
+    prompts = render_prompts(tokenizer, PERSONAS, QUESTIONS)
+    with torch.no_grad():
+        for index, document in enumerate(prompts):
+            ids = torch.from_numpy(document.ids.astype("int64"))[None]
+            states = theirs(ids, output_hidden_states=True).hidden_states
+            for layer in layers:
+                ours = vectors.at(layer)[index // len(QUESTIONS), index % len(QUESTIONS)]
+                assert relative_error(ours, states[layer + 1][0, -1]) < 1e-5
+
+
+def test_control_the_neighbouring_layer_is_not_the_one(model: Qwen2) -> None:
+    vectors = extract(model, load_tokenizer("tiny"), PERSONAS, QUESTIONS, [5, 6])
+    assert relative_error(vectors.at(5), vectors.at(6)) > 1e-2
+
+
+def test_packing_does_not_matter(model: Qwen2) -> None:
+    tokenizer = load_tokenizer("tiny")
+    whole = extract(model, tokenizer, PERSONAS, QUESTIONS, [6])
+    alone = extract(model, tokenizer, PERSONAS, QUESTIONS, [6], pack_tokens=1)
+    assert relative_error(whole.at(6), alone.at(6)) < 1e-5
+    assert whole.metadata == alone.metadata and whole.personas == list(PERSONAS)
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_steering_moves_the_vectors_by_itself(hf_model: Callable[..., Path], dtype: torch.dtype, bound: float) -> None:
+    """extract(h + c v) - extract(h) = c v at the steered layer, relative to the largest |h|; c = 0 is the identity."""
+    from minipersona.model.pack import make_pack
+
+    model = load_model(str(hf_model()), dtype=dtype, device="cpu")
+    pack = make_pack([torch.arange(n).numpy() for n in (5, 11, 2)])
+    vector = torch.linspace(-1, 1, 48, dtype=dtype)
+
+    def stream(layer: int, coefficient: float, steered: int) -> torch.Tensor:
+        return model(pack, taps={steered: lambda h: h + coefficient * vector}, stop_after=layer)
+
+    plain = model(pack, stop_after=1)
+    largest = float(plain.abs().max())
+    assert torch.equal(stream(1, 0.0, 1), plain)
+    moved = stream(1, 5.0, 1) - plain
+    assert float((moved - 5.0 * vector).abs().max()) < bound * largest
+    # The control: steered one block earlier, the difference is no longer c v.
+    assert float((stream(1, 5.0, 0) - plain - 5.0 * vector).abs().max()) > 1e-3 * largest
+    # Later blocks feel it, earlier ones cannot.
+    assert torch.equal(stream(0, 5.0, 1), model(pack, stop_after=0))
+    assert not torch.equal(stream(2, 5.0, 1), model(pack, stop_after=2))
+
+
+def test_errors(model: Qwen2) -> None:
+    tokenizer = load_tokenizer("tiny")
+    with pytest.raises(UserError, match=r"layer 8.*blocks 0 to 7"):
+        extract(model, tokenizer, PERSONAS, QUESTIONS, [8])
+    with pytest.raises(UserError, match="layer -1"):
+        extract(model, tokenizer, PERSONAS, QUESTIONS, [-1])
+    with pytest.raises(UserError, match="method 'Z'"):
+        extract(model, tokenizer, PERSONAS, QUESTIONS, [6], method="Z")

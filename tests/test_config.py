@@ -1,0 +1,102 @@
+"""Configs: strict reading, settings from the command line, and writing what reads back."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minipersona.config import DataSection, RunConfig, difference, from_dict, load_config, override, to_dict, to_toml
+from minipersona.errors import UserError
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
+MINIMAL = {"data": {"train": "a", "heldout": "b"}}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_config_is_valid_and_found_by_name(path: Path) -> None:
+    assert load_config(str(path), RunConfig) == load_config(path.stem, RunConfig)
+
+
+def test_defaults_are_the_registered_recipe() -> None:
+    config = from_dict(RunConfig, MINIMAL)
+    assert (config.lora.rank, config.lora.alpha, config.lora.dropout, len(config.lora.targets)) == (32, 64.0, 0.05, 7)
+    recipe = config.training
+    assert (recipe.steps, recipe.batch, recipe.warmup, recipe.weight_decay) == (375, 16, 0.03, 0.01)
+    assert (recipe.beta1, recipe.beta2, recipe.epsilon, recipe.max_grad_norm) == (0.9, 0.999, 1e-8, 1.0)
+    assert recipe.learning_rate == 2e-5 and recipe.checkpoints == (10, 25, 50, 100, 200, 375)
+    assert (config.seed, config.data.max_tokens, config.model.name) == (42, 2048, "Qwen/Qwen2.5-7B-Instruct")
+
+
+@given(
+    st.text(max_size=20), st.integers(0, 10**6), st.floats(0, 1e3), st.lists(st.integers(1, 9), unique=True).map(sorted)
+)
+def test_what_is_written_reads_back(text: str, seed: int, rate: float, checkpoints: list[int]) -> None:
+    values = {
+        "out": text,
+        "seed": seed,
+        "data": {"train": text, "heldout": 'a "quoted" \\ name\n'},
+        "training": {"learning_rate": rate, "steps": 9, "checkpoints": checkpoints},
+    }
+    config = from_dict(RunConfig, values)
+    assert from_dict(RunConfig, tomllib.loads(to_toml(config))) == config
+
+
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        ({}, "data.train is missing"),
+        ({"data": {"train": "a"}}, "data.heldout is missing"),
+        ({**MINIMAL, "sed": 1}, "did you mean seed"),
+        ({**MINIMAL, "seed": 1.5}, "whole number"),
+        ({**MINIMAL, "seed": True}, "whole number"),
+        ({**MINIMAL, "seed": "1"}, "whole number"),
+        ({**MINIMAL, "training": {"learning_rate": "2e-5"}}, "must be a number"),
+        ({**MINIMAL, "training": {"learning_rate": float("nan")}}, "finite"),
+        ({**MINIMAL, "training": {"method": "qlora"}}, "'lora', 'full'"),
+        ({**MINIMAL, "training": {"checkpoints": 5}}, "must be a list"),
+        ({**MINIMAL, "training": {"checkpoints": [5, 2]}}, "rising"),
+        ({**MINIMAL, "training": {"checkpoints": [1000]}}, "outside 1 to 375"),
+        ({**MINIMAL, "lora": {"rank": 0}}, "lora.rank"),
+        ({**MINIMAL, "lora": {"dropout": 1.0}}, "lora.dropout"),
+        ({**MINIMAL, "execution": {"deterministic": 1}}, "true or false"),
+        ({**MINIMAL, "model": "tiny"}, r"must be a section, written \[model\]"),
+    ],
+)
+def test_errors_name_the_key_and_the_mend(values: dict, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        from_dict(RunConfig, values)
+
+
+def test_settings() -> None:
+    config = from_dict(RunConfig, MINIMAL)
+    changed = override(
+        config,
+        [
+            "training.steps=5",
+            "checkpoints=[1, 5]",
+            "name=tiny",
+            "deterministic=true",
+            "data.train=jsonl:a b.jsonl[0:3]",
+        ],
+    )
+    assert changed.training.steps == 5 and changed.training.checkpoints == (1, 5)  # valid only together
+    assert changed.model.name == "tiny" and changed.execution.deterministic
+    assert changed.data.train == "jsonl:a b.jsonl[0:3]"
+    for setting, words in {
+        "steps": "section.key=value",
+        "stepps=3": "did you mean training.steps|training.steps",
+        "training=3": "unknown config key training",
+    }.items():
+        with pytest.raises(UserError, match=words):
+            override(config, [setting])
+
+
+def test_difference_ignores_how_and_where() -> None:
+    config = RunConfig(data=DataSection("a", "b"))
+    assert difference(override(config, ["out=x", "pack_tokens=1", "deterministic=true"]), config) == []
+    assert difference(override(config, ["seed=1"]), config) == ["seed: 42 -> 1"]
+    assert to_dict(config)["data"]["train"] == "a"
