@@ -138,6 +138,7 @@ def test_locks(tmp_path: Path) -> None:
         assert (directory / ".lock").exists()
     assert not directory.exists()  # nothing came of it
     directory.mkdir()
+    write_text(directory / "result", "kept")
     dead = subprocess.Popen(["true"])
     dead.wait()
     for stale in (

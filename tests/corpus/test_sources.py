@@ -37,7 +37,7 @@ def test_ranges(file: Path, suffix: str, first: int, count: int) -> None:
 
 @pytest.mark.parametrize("suffix", ["[0:7]", "[3:3]", "[4:2]", "[6:]", "[-1:]", "[a:b]"])
 def test_ranges_outside_the_file_are_refused(file: Path, suffix: str) -> None:
-    with pytest.raises(UserError, match="range|no such file"):
+    with pytest.raises(UserError, match=r"range|no such file"):
         read_source(f"jsonl:{file}{suffix}")
 
 
@@ -62,10 +62,10 @@ def test_a_bad_row_is_named_as_the_file_counts_it(tmp_path: Path) -> None:
     rows = [chat("a", "b"), {"text": "raw"}, chat("c", "d"), {"messages": [{"role": "user", "content": "alone"}]}]
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(UserError, match="row 3.*assistant turn"):
+    with pytest.raises(UserError, match=r"row 3.*assistant turn"):
         tokenize(read_source(f"jsonl:{path}[1:4]"), load_tokenizer("tiny"))
     path.write_text(json.dumps({"text": 5}))
-    with pytest.raises(UserError, match="row 0.*text"):
+    with pytest.raises(UserError, match=r"row 0.*text"):
         tokenize(read_source(f"jsonl:{path}"), load_tokenizer("tiny"))
 
 
