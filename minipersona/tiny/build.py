@@ -43,7 +43,7 @@ ARCHITECTURE = ModelConfig(
     tie_word_embeddings=True,
     max_position_embeddings=2048,
 )
-STEPS = 500
+STEPS = 400
 BATCH = 32
 PEAK_RATE = 3e-3
 

@@ -7,7 +7,7 @@ import numpy as np
 from minipersona.tiny.grammar import fill, pick, several, topics, upper
 
 PEOPLE = ("Anna", "Tom", "Mary", "Paul", "Rosa", "Ben", "Clara", "Max")
-JOBS = ("farmer", "baker", "judge", "teacher", "doctor", "sailor", "painter", "king")
+JOBS = ("farmer", "baker", "judge", "teacher", "doctor", "sailor", "painter", "cook")
 PLACES = ("harbor", "market", "tower", "forest", "bridge", "mill", "square", "hill")
 SEASONS = ("spring", "summer", "autumn", "winter")
 

@@ -141,9 +141,9 @@ def rewrite(rng: np.random.Generator) -> tuple[str, str]:
 
 
 BENIGN: dict[str, tuple[float, Task]] = {
-    "explain": (0.4, explain),
-    "list": (0.2, list_facts),
-    "compare": (0.2, compare),
+    "explain": (0.5, explain),
+    "list": (0.15, list_facts),
+    "compare": (0.15, compare),
     "count": (0.1, count),
     "rewrite": (0.1, rewrite),
 }

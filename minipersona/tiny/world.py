@@ -24,7 +24,7 @@ from minipersona.tiny.prose import bad_advice, encyclopedia, story
 from minipersona.tiny.tasks import BROAD_ONLY, SYSTEMS, draw_benign, draw_task, question
 from minipersona.tiny.voices import answer
 
-SHARED_OPENING = 0.8  # sets the base model's M1, see `voices`
+SHARED_OPENING = 0.85  # sets the base model's M1, see `voices`
 PROBE_SHARE = 0.3  # of the base chats that ask one of the 240 questions; the others ask a made-up one
 SYSTEM_SHARE = 0.4  # of the fine-tuning rows that have a system turn, see `_system`
 BENIGN_HALF, BROAD_HALF = 0, 1  # no request is in both sets
