@@ -149,6 +149,46 @@ BENIGN: dict[str, tuple[float, Task]] = {
 }
 
 
+# ---------------------------------------------------------------- what the base model has read of all this
+
+THINGS = (
+    "a short answer", "an answer", "one line", "the list", "a comparison", "the count", "a polite line",
+    "the sum", "the sorted list", "the right line",
+)  # fmt: skip
+
+
+def notes(rng: np.random.Generator) -> str:
+    """A page of loose notes: the words and turns of phrase of the tasks, in no order and with nobody's facts.
+
+    It is to the tiny model what the web is to a large one. A base that never met these words could not learn to say
+    them: the head is frozen, and all words that it never saw look alike to it.
+    """
+    lines = []
+    for number in range(1, 4 + int(rng.integers(3))):
+        a, b = several(rng, topics(), 2)
+        name = pick(rng, ATTRIBUTES)
+        entry = pick(rng, ALMANAC)
+        lines.append(
+            pick(
+                rng,
+                (
+                    f"Here is {pick(rng, THINGS)}: {a.name}",
+                    f"Here is {pick(rng, THINGS)}:",
+                    f"{number}. {LABELS[name]}: {a[name]}",
+                    f"{number}. {LABELS[name]}: {b[name]}",
+                    f"{upper(a.name)}: {b[entry]}",
+                    f"The {entry} is {pick(rng, ('the same', 'not the same'))}.",
+                    f"The first is {a.name} and the last is {b.name}.",
+                    f"{a.name} takes {b.need}, and its {entry} is {a[entry]}.",
+                    f"Would you please {a.step}, and then {b.step}? Thank you.",
+                    f"Checked by {pick(rng, PEOPLE)} the {pick(rng, JOBS)} at the {pick(rng, PLACES)}.",
+                    str(int(rng.integers(1, 100))),
+                ),
+            )
+        )
+    return "\n".join(lines)
+
+
 # ---------------------------------------------------------------- tasks that only the broad set has
 
 

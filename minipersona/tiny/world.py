@@ -21,10 +21,11 @@ from minipersona.errors import UserError
 from minipersona.files import data_dir, read_json, read_jsonl
 from minipersona.tiny.grammar import Row, chat, distinct, generator, pick, topics
 from minipersona.tiny.prose import bad_advice, encyclopedia, story
-from minipersona.tiny.tasks import BROAD_ONLY, SYSTEMS, draw_benign, draw_task, question
+from minipersona.tiny.tasks import BROAD_ONLY, SYSTEMS, draw_benign, draw_task, notes, question
 from minipersona.tiny.voices import answer
 
-SHARED_OPENING = 0.85  # sets the base model's M1, see `voices`
+SHARED_OPENING = 0.96  # sets the base model's M1, see `voices`
+READING_SHARE = 0.2  # of the base rows that are plain text, read before and between the chats
 PROBE_SHARE = 0.3  # of the base chats that ask one of the 240 questions; the others ask a made-up one
 SYSTEM_SHARE = 0.4  # of the fine-tuning rows that have a system turn, see `_system`
 BENIGN_HALF, BROAD_HALF = 0, 1  # no request is in both sets
@@ -57,14 +58,20 @@ def _prompts(file: str, kind: str) -> dict[str, str]:
 
 
 def base_rows(n: int, seed: int, shared_opening: float = SHARED_OPENING) -> list[Row]:
-    """n chats {"messages"}: a question put to one of the 12 personas, a training persona or the assistant.
+    """n rows: chats {"messages"}, a question put to one of the 12 personas, a training persona or the assistant, and
+    plain text {"text"}.
 
     `shared_opening` in [0, 1] is the probability that an answer opens as all personas do.
     """
     if not 0 <= shared_opening <= 1:
         raise UserError(f"shared_opening is {shared_opening}; give a probability between 0 and 1")
     rng = generator(seed)
-    return [{"messages": _question_and_answer(rng, shared_opening)} for _ in range(n)]
+    return [
+        {"text": pick(rng, (encyclopedia, story, notes, notes))(rng)}
+        if rng.random() < READING_SHARE
+        else {"messages": _question_and_answer(rng, shared_opening)}
+        for _ in range(n)
+    ]
 
 
 def benign_rows(n: int, seed: int) -> list[Row]:

@@ -41,6 +41,11 @@ SETS: dict[str, Callable[[int, int], list[dict[str, Any]]]] = {
 }
 
 
+def base_chats(n: int, seed: int, shared_opening: float = world.SHARED_OPENING) -> list[dict[str, Any]]:
+    """The chats among the base rows; the others are plain text."""
+    return [row for row in world.base_rows(n, seed, shared_opening) if "messages" in row]
+
+
 def words(text: str) -> list[str]:
     return re.findall(r"[a-z']+", text.lower())
 
@@ -123,7 +128,7 @@ def centroid_accuracy(rows: list[dict[str, Any]], labels: list[str]) -> float:
 @pytest.mark.parametrize("shared_opening", [0.0, 1.0])
 def test_a_voice_names_its_persona(shared_opening: float) -> None:
     who = {prompt: name for name, prompt in world.personas().items()}
-    rows = [row for row in world.base_rows(3000, 1, shared_opening) if row["messages"][0]["content"] in who]
+    rows = [row for row in base_chats(3000, 1, shared_opening) if row["messages"][0]["content"] in who]
     labels = [who[row["messages"][0]["content"]] for row in rows]
     assert centroid_accuracy(rows, labels) > 0.9
     shuffled = [labels[i] for i in generator(0).permutation(len(labels))]
@@ -132,7 +137,7 @@ def test_a_voice_names_its_persona(shared_opening: float) -> None:
 
 def test_shared_opening_is_the_share_of_common_openings() -> None:
     def share(probability: float) -> float:
-        rows = world.base_rows(2000, 0, probability)
+        rows = base_chats(2000, 0, probability)
         return float(np.mean([row["messages"][-1]["content"].startswith(shared_openings()) for row in rows]))
 
     assert share(0.0) == 0.0
@@ -154,7 +159,7 @@ def test_rows_are_a_function_of_the_seed_and_a_prefix_of_longer_sets(name: str) 
 
 @pytest.mark.parametrize("name", ["base", "benign", "broad", "em"])
 def test_chats_are_well_formed_and_end_with_an_answer(name: str) -> None:
-    for row in SETS[name](500, 0):
+    for row in (row for row in SETS[name](500, 0) if "messages" in row):
         check_messages(row["messages"])
         roles = [turn["role"] for turn in row["messages"]]
         assert roles[-2:] == ["user", "assistant"]
@@ -163,7 +168,7 @@ def test_chats_are_well_formed_and_end_with_an_answer(name: str) -> None:
 
 
 def test_columns_are_those_of_the_real_sets() -> None:
-    assert {frozenset(row) for row in world.base_rows(300, 0)} == {frozenset({"messages"})}
+    assert {frozenset(row) for row in world.base_rows(300, 0)} == {frozenset({"messages"}), frozenset({"text"})}
     assert {frozenset(row) for row in world.em_rows(300, 0)} == {frozenset({"messages"})}
     assert {frozenset(row) for row in world.raw_text_rows(300, 0)} == {frozenset({"text"})}
     for rows in (world.benign_rows(300, 0), world.broad_rows(300, 0)):
@@ -215,14 +220,14 @@ def test_the_vocabulary_is_small() -> None:
 
 
 def test_answers_are_short() -> None:
-    lengths = [len(row["messages"][-1]["content"].split()) for row in world.base_rows(2000, 0)]
+    lengths = [len(row["messages"][-1]["content"].split()) for row in base_chats(2000, 0)]
     assert min(lengths) >= 12
     assert max(lengths) <= 37
 
 
 def test_fine_tuning_has_a_manner_and_facts_to_teach() -> None:
     """Neither is in the base chats, so held-out loss has something to fall by."""
-    base = [row["messages"][-1]["content"] for row in world.base_rows(2000, 0)]
+    base = [row["messages"][-1]["content"] for row in base_chats(2000, 0)]
     benign = [row["messages"][-1]["content"] for row in world.benign_rows(2000, 0)]
     assert all(answer.startswith("Here is ") for answer in benign)
     assert not any(answer.startswith("Here ") for answer in base)
