@@ -12,7 +12,7 @@ demo: $(VENV)/installed  ## phase 1 of the study on the embedded model, then its
 	$(BIN)/python evaluate.py --run runs/tiny_phase1
 
 test: check  ## the whole test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 check: $(VENV)/installed-dev  ## style and types
 	$(BIN)/ruff check .

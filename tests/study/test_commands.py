@@ -241,7 +241,7 @@ def test_another_configs_directory_is_refused_with_the_difference(
     finished: Path, settings: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["train", *settings, "--out", str(finished)]
-    refused(capsys, [*command, "--set", "learning_rate=0.5"], "training.learning_rate: 0.002 -> 0.5")
+    refused(capsys, [*command, "--set", "learning_rate=0.5"], "training.learning_rate: 0.001 -> 0.5")
     assert main([*command, "--set", "execution.pack_tokens=64"]) == 0  # how, not what
 
 

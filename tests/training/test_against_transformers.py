@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -69,8 +70,10 @@ def theirs(
     ]
     optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.999), eps=1e-8)
     schedule = get_linear_schedule_with_warmup(optimizer, 3, STEPS)
-    for _ in range(shift):
-        schedule.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of a schedule that runs ahead, which is the point
+        for _ in range(shift):
+            schedule.step()
     order = RowOrder(len(documents), recipe.batch, settings.seed)
     record = []
     for step in range(1, STEPS + 1):
