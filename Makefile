@@ -12,7 +12,7 @@ demo: $(VENV)/installed  ## phase 1 of the study on the embedded model, then its
 	$(BIN)/python evaluate.py --run runs/tiny_phase1
 
 test: check  ## the whole test suite
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist loadscope
 
 check: $(VENV)/installed-dev  ## style and types
 	$(BIN)/ruff check .
@@ -35,5 +35,5 @@ $(VENV)/installed: $(VENV)/bin/python pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/bin/python pyproject.toml constraints.txt
-	$(INSTALL) --editable '.[dev,report]'
+	$(INSTALL) --editable '.[data,dev,report]'
 	@touch $@ $(VENV)/installed

@@ -144,8 +144,8 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     option("--model", metavar="M", help=f"directory, hub id, tiny or random:<hub id> (default {DEFAULT_MODEL})")
     option("--revision", metavar="R", help="a hub revision (default: pinned for the 7B)")
     option("--tokenizer", metavar="DIR", help="another tokenizer than the model's")
-    option("--personas", default="", metavar="F", help="persona file (default: the shipped 12)")
-    option("--questions", default="", metavar="F", help="question file (default: the shipped 240)")
+    option("--personas", default="", metavar="F", help="shipped (default), registered, or a file")
+    option("--questions", default="", metavar="F", help="shipped (default), registered, or a file")
 
 
 # ---------------------------------------------------------------- the commands

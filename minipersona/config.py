@@ -6,6 +6,7 @@ The sections of a run config are the fields of `RunConfig`, in the order in whic
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 import typing
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
@@ -35,6 +36,14 @@ class ModelSection:
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"  # auto: bfloat16 on CUDA, else float32
 
 
+def parse_ratio(text: str) -> tuple[int, int]:
+    """``"95:5"`` -> (95, 5): narrow and broad parts, both at least 1."""
+    match = re.fullmatch(r"([1-9][0-9]{0,5}):([1-9][0-9]{0,5})", text)
+    if match is None:
+        raise UserError(f"data.ratio = {text!r}: write narrow:broad in whole numbers from 1 up, such as 95:5")
+    return int(match[1]), int(match[2])
+
+
 @dataclass(frozen=True)
 class DataSection:
     """What it is fine-tuned on. Sources are described by `python -m minipersona.corpus`."""
@@ -43,9 +52,20 @@ class DataSection:
     heldout: str
     max_tokens: int = 2048  # of a row; longer ones are cut on the right
     supervise: Literal["last", "all"] = "last"  # which assistant turns are learned
+    # A mixture: of every narrow + broad rows of `train`, `broad` are replaced from the broad source, drawn by the seed.
+    broad: str = ""  # the broad source; empty mixes nothing
+    broad_kind: Literal["", "rows", "raw_text"] = ""  # whole rows, or raw text of just the replaced rows' token counts
+    ratio: str = ""  # narrow:broad in rows, such as "95:5"
+    system_prompts: Literal["", "training_personas"] = ""  # give every row one of the 30 training personas' prompts
 
     def __post_init__(self) -> None:
         _require(self.max_tokens >= 2, f"data.max_tokens = {self.max_tokens}: must be at least 2")
+        mixture = {"broad": self.broad, "broad_kind": self.broad_kind, "ratio": self.ratio}
+        missing = [name for name, value in mixture.items() if not value]
+        if 0 < len(missing) < len(mixture):
+            raise UserError(f"data.{missing[0]} is missing; a mixture needs {', '.join(mixture)} together")
+        if self.ratio:
+            parse_ratio(self.ratio)
 
 
 @dataclass(frozen=True)
@@ -104,7 +124,7 @@ class ProbeSection:
     """What is measured of the base and of every checkpoint."""
 
     layers: tuple[int, ...] = ()  # blocks counted from 0; empty is the model's registered one. The first decides.
-    personas: str = SHIPPED  # or a file in the same form
+    personas: str = SHIPPED  # or registered (the predecessor's, fetched and verified), or a file in the same form
     questions: str = SHIPPED
     baseline: str = ""  # "self", or the directory of the run whose last step the others are judged against
 

@@ -1,11 +1,16 @@
-"""What a command says while it works: a bar on a terminal, plain lines elsewhere."""
+"""What a command says while it works: a bar on a terminal, plain lines elsewhere. And how it fails: in one line."""
 
 from __future__ import annotations
 
+import argparse
+import os
 import sys
 import time
 import unicodedata
-from typing import TextIO
+from collections.abc import Callable
+from typing import NoReturn, TextIO
+
+from minipersona.errors import UserError
 
 LINE_SECONDS = 10.0  # between plain progress lines
 
@@ -61,3 +66,28 @@ class Progress:
         elif not self._console.quiet and time.monotonic() - self._spoken > LINE_SECONDS:
             self._spoken = time.monotonic()
             self._console.say(f"{self._title}: {done:,} of {self._total:,} {self._unit} {note}".rstrip())
+
+
+# ---------------------------------------------------------------- small commands: python -m minipersona.<folder>
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are UserErrors."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def answer(command: Callable[[], None]) -> int:
+    """Run a command; 0, or 2 after one line ``error: ...`` on stderr."""
+    try:
+        command()
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"error: {printable(str(error))}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader, `head` say, has seen enough; nothing may be flushed to it at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        return 130
+    return 0

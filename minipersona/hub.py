@@ -1,18 +1,32 @@
-"""From a model's name to a local directory: embedded, on disk, or from the Hugging Face Hub at a pinned revision."""
+"""From names to local files: a model that is embedded, on disk or on the Hugging Face Hub, and single pinned files.
+
+HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE mean what they mean to huggingface_hub, which reads them.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import http.client
+import os
 import re
-from collections.abc import Sequence
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from minipersona.errors import UserError
-from minipersona.files import data_dir
+from minipersona.files import data_dir, sha256, write_atomically
 
 # A name without a revision means this one, so that two runs a year apart load the same weights.
 PINNED = {"Qwen/Qwen2.5-7B-Instruct": "a09a35458c702b33eeacc393d103063234e8bc28"}
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+HUB_ID = r"[A-Za-z0-9][\w.-]*/[\w.-]+"
+
+Result = TypeVar("Result")
 
 
 def pinned_revision(name: str, revision: str | None = None) -> str | None:
@@ -33,7 +47,7 @@ def locate(name_or_path: str, files: Sequence[str], *, revision: str | None = No
         return path
     if path.exists():
         raise UserError(f"{name_or_path}: is a file; name the directory that holds it")
-    if not _HUB_ID.fullmatch(name_or_path):
+    if not re.fullmatch(HUB_ID, name_or_path):
         raise UserError(
             f"{name_or_path}: no such directory; give a directory, a hub id such as Qwen/Qwen2.5-7B-Instruct, or tiny"
         )
@@ -47,27 +61,199 @@ def resolved_revision(directory: Path) -> str | None:
 
 def _download(repository: str, files: Sequence[str], revision: str | None) -> Path:
     # Imported here: the embedded model and local directories must not pay for the network client.
-    import huggingface_hub
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub import constants, snapshot_download
+
+    def snapshot() -> str:
+        return snapshot_download(
+            repository,
+            revision=revision,
+            allow_patterns=list(files),
+            local_files_only=constants.HF_HUB_OFFLINE,
+        )
+
+    with explained(repository if revision is None else f"{repository} at {revision}"):
+        return Path(patiently(snapshot))
+
+
+def cache_dir(kind: str) -> Path:
+    """Where files of ours that came over the network are kept: beside the Hub's own cache, under HF_HOME."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HOME) / "minipersona" / kind
+
+
+def make_cache_dir(kind: str) -> None:
+    """See that there is one; UserError where it cannot be made."""
+    try:
+        cache_dir(kind).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot make {cache_dir(kind)}: {error.strerror}; set HF_HOME to a directory that can be written"
+        ) from None
+
+
+# ---------------------------------------------------------------- what goes wrong on the way
+
+PATIENCE = 120.0  # seconds in all that a busy server is waited for
+BUSY = (429, 500, 502, 503, 504)
+
+
+def patiently(call: Callable[[], Result]) -> Result:
+    """What `call` returns; it is called again while the server says that it is busy, as late as the server asks."""
+    deadline, pause = time.monotonic() + PATIENCE, 0.5
+    while True:
+        try:
+            return call()
+        except Exception as error:
+            asked = _asked_to_wait(error)
+            if asked is None or time.monotonic() + max(asked, pause) > deadline:
+                raise
+            time.sleep(max(asked, pause))
+            pause *= 2
+
+
+def _asked_to_wait(error: BaseException) -> float | None:
+    """The seconds that a busy server asks for (0 where it names none); None where waiting is no help."""
+    if isinstance(error, (urllib.error.HTTPError, http.client.IncompleteRead)):
+        status, headers = getattr(error, "code", BUSY[0]), getattr(error, "headers", {})
+    else:
+        response = getattr(_root(error), "response", None)
+        status, headers = getattr(response, "status_code", None), getattr(response, "headers", {})
+    if status not in BUSY:
+        return None
+    window = re.search(r"\bt=(\d+)", headers.get("RateLimit", ""))
+    seconds = headers.get("Retry-After") or (window[1] if window else "")
+    return float(seconds) if seconds.isdigit() else 0.0
+
+
+@contextlib.contextmanager
+def explained(name: str) -> Iterator[None]:
+    """Whatever fails between here and the Hub becomes one line that begins with `name` and says what to mend."""
+    try:
+        yield
+    except Exception as error:
+        explanation = _explanation(_root(error))
+        if explanation is None:
+            raise
+        raise UserError(f"{name}: {explanation}") from None
+
+
+def _root(error: BaseException) -> BaseException:
+    """The Hub's own answer, where the client has wrapped it in an error of its own."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return error.__cause__ if isinstance(error.__cause__, HfHubHTTPError) else error
+
+
+def _explanation(error: BaseException) -> str | None:
+    """A line on an error of the network, the Hub or its client; None for an error that is none of theirs."""
+    from huggingface_hub import constants, errors
+
+    reason = _reason(error)
+    if isinstance(error, errors.GatedRepoError):
+        return f"gated ({reason}); accept its terms on the Hub and set HF_TOKEN"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"no such revision ({reason}); check the name and the revision"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"not on the Hub, or private ({reason}); check the name, or set HF_TOKEN"
+    if isinstance(error, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)) and constants.HF_HUB_OFFLINE:
+        return "not in the local cache, and HF_HUB_OFFLINE is set; unset it to fetch this once"
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        return "not in the local cache, and the Hub cannot be reached; check the network and HF_ENDPOINT"
+    if isinstance(error, (FileNotFoundError, errors.EntryNotFoundError)):
+        return f"no such file on the Hub ({reason}); check the path and the revision"
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        return f"{reason}; free some space there, or set HF_HOME to a directory that can be written"
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status in (401, 403):
+        return f"the Hub refuses ({reason}); check HF_TOKEN and what it permits"
+    if status in BUSY:
+        return f"the Hub is busy ({reason}); try again later"
+    # The client's transport errors are OSErrors in neither of its versions, which bring httpx or httpx2.
+    if isinstance(error, (OSError, ValueError)) or type(error).__module__.partition(".")[0] in _CLIENTS:
+        return f"{reason}; check the network and HF_ENDPOINT, then try again"
+    return None
+
+
+_CLIENTS = ("huggingface_hub", "httpx", "httpx2")
+
+
+def _reason(error: BaseException) -> str:
+    """The reason that the server gave, else the error's own, in one line without a token in it."""
+    text = getattr(error, "server_message", None) or str(error) or type(error).__name__
+    line = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):  # a server may say back what it was sent
+        if len(token := os.environ.get(name, "").strip()) >= 8:
+            line = line.replace(token, "***")
+    return _SECRET.sub("***", line)[:300].rstrip(".")
+
+
+# What looks like a token, a password in an address, the signature in its query.
+_SECRET = re.compile(r"hf_[A-Za-z0-9]{16,}|(?<=Bearer )\S+|(?<=://)[^/@\s]+(?=@)|(?<=\?)[^\s'\"]+")
+
+
+# ---------------------------------------------------------------- single files, pinned to the bit
+
+RAW_BASE = "https://raw.githubusercontent.com"
+RAW_SECONDS = 30.0  # without a byte before giving up
+
+
+@dataclass(frozen=True)
+class PinnedFile:
+    """A file of a public GitHub repository, at a commit, with the SHA-256 that it must have."""
+
+    repository: str
+    commit: str
+    path: str
+    sha256: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.repository}/{self.path} at {self.commit[:12]}"
+
+
+def fetch_pinned(file: PinnedFile) -> Path:
+    """A local copy of a pinned file: fetched once, kept under HF_HOME, and verified each time.
+
+    The address is BASE/OWNER/REPO/COMMIT/PATH; MINIPERSONA_RAW_BASE names another BASE than GitHub's, such as a
+    mirror. UserError where it cannot be had, or is not, to the bit, the file that is pinned.
+    """
+    from huggingface_hub import constants
+
+    path = cache_dir("pinned") / f"{file.sha256[:16]}-{Path(file.path).name}"
+    if not path.is_file():
+        if constants.HF_HUB_OFFLINE:
+            raise UserError(
+                f"{file.name}: not in the local cache, and HF_HUB_OFFLINE is set; "
+                "unset it to fetch this once, or name a local copy"
+            )
+        content = _fetch_raw(file)
+        make_cache_dir("pinned")
+        with write_atomically(path) as temporary:
+            temporary.write_bytes(content)
+            _verify(file, temporary, "the server sent another file; check MINIPERSONA_RAW_BASE")
+    _verify(file, path, f"delete {path} to fetch it again")
+    return path
+
+
+def _verify(file: PinnedFile, path: Path, mend: str) -> None:
+    if (found := sha256(path)) != file.sha256:
+        raise UserError(f"{file.name}: has SHA-256 {found}, not the pinned {file.sha256}; {mend}")
+
+
+def _fetch_raw(file: PinnedFile) -> bytes:
+    base = os.environ.get("MINIPERSONA_RAW_BASE") or RAW_BASE
+    if not re.match(r"https?://", base):  # urllib would open file:// too
+        raise UserError(f"MINIPERSONA_RAW_BASE={base}: is no http address; unset it or give one such as {RAW_BASE}")
+    address = f"{base.rstrip('/')}/{file.repository}/{file.commit}/{file.path}"
+
+    def get() -> bytes:
+        with urllib.request.urlopen(address, timeout=RAW_SECONDS) as response:
+            return bytes(response.read())
 
     try:
-        return Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=list(files)))
-    except GatedRepoError:
-        raise UserError(f"{repository}: gated; accept its terms on the Hub and set HF_TOKEN") from None
-    except RevisionNotFoundError:
-        raise UserError(f"{repository}: has no revision {revision}; check --revision") from None
-    except RepositoryNotFoundError:
-        raise UserError(f"{repository}: not on the Hub, or private; check the name, or set HF_TOKEN") from None
-    except LocalEntryNotFoundError:
+        return patiently(get)
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise UserError(
-            f"{repository}: not in the local cache and the Hub cannot be reached; "
-            "connect once, or name a directory that holds the model"
+            f"{file.name}: cannot be fetched ({_reason(error)}); check the network, or name a local copy"
         ) from None
-    except (OSError, ValueError) as error:  # HTTP errors are OSErrors; the first line holds no header, so no token
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{repository}: {reason}; check the network and HF_ENDPOINT, then try again") from None

@@ -11,6 +11,7 @@ also where content holds special-token text. The mask comes from where the templ
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,8 +27,8 @@ from minipersona.hub import locate
 Supervise = Literal["last", "all"]
 Span = tuple[int, int]  # characters [start, stop) of the rendered text
 
-# Rows tokenised at a time: enough to keep every core busy, few enough that their offsets take little memory.
-BATCH = 512
+# Rows tokenised at a time: enough to keep every core busy, few enough that their encodings take little memory.
+BATCH = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,8 +94,8 @@ class ChatTokenizer:
     ) -> list[Document]:
         """`encode` of each conversation, on all cores. UserErrors name the row, counted from 0."""
         _check_options(supervise, max_tokens)
-        documents: list[Document] = []
-        for first in range(0, len(conversations), BATCH):
+
+        def batch(first: int) -> list[Document]:
             rows: list[tuple[str, list[Span]]] = []
             for row, messages in enumerate(conversations[first : first + BATCH], first):
                 try:
@@ -102,9 +103,14 @@ class ChatTokenizer:
                 except UserError as error:
                     raise UserError(f"rows[{row}]: {error}") from None
             encodings = self._tokenizer.encode_batch([text for text, _ in rows], add_special_tokens=False)
-            for encoding, (_, spans) in zip(encodings, rows, strict=True):
-                documents.append(_document(encoding, spans, max_tokens))
-        return documents
+            return [
+                _document(encoding, spans, max_tokens) for encoding, (_, spans) in zip(encodings, rows, strict=True)
+            ]
+
+        # The library takes all cores for a batch, but rendering and masks are Python's: two batches overlap them.
+        with ThreadPoolExecutor(2) as pool:
+            batches = list(pool.map(batch, range(0, len(conversations), BATCH)))
+        return [document for documents in batches for document in documents]
 
     def encode_prompt(self, messages: Sequence[Message]) -> Document:
         """A conversation that awaits its reply (generation prompt added). Nothing is supervised or cut."""
@@ -114,7 +120,19 @@ class ChatTokenizer:
         """Raw text, no template: its first `max_tokens` tokens, all but the very first supervised."""
         _check_options("all", max_tokens)
         check_text(text, "text")
-        return _document(self._encode(text), [(0, len(text))], max_tokens)
+        return _text_document(self._encode(text), max_tokens)
+
+    def encode_texts(self, texts: Sequence[str], max_tokens: int) -> list[Document]:
+        """`encode_text` of each text, on all cores. UserErrors name the row, counted from 0."""
+        _check_options("all", max_tokens)
+        documents: list[Document] = []
+        for first in range(0, len(texts), BATCH):
+            batch = texts[first : first + BATCH]
+            for row, text in enumerate(batch, first):
+                check_text(text, f"rows[{row}]: text")
+            encodings = self._tokenizer.encode_batch_fast(list(batch), add_special_tokens=False)  # without offsets
+            documents += [_text_document(encoding, max_tokens) for encoding in encodings]
+        return documents
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         """The text of some ids (a list, an array or a CPU tensor). Part of a character becomes U+FFFD."""
@@ -157,12 +175,21 @@ def _document(encoding: Encoding, spans: list[Span], max_tokens: int | None) -> 
     that opens with a line end may merge with its header ("\\n" and "\\nHi" become "\\n\\n" and "Hi"). The
     merged token holds text of the response which no other token would teach. Hence a token belongs to where
     it ends. Offsets count the characters before NFC. That moves no token out of its span: text is normalised
-    between special tokens only, and no line end composes with what follows it.
+    between special tokens only, and no line end composes with what follows it. Only the two line ends around a
+    response are looked up, since a list of all offsets takes longer to make than all else here together.
     """
     ids = np.array(encoding.ids[:max_tokens], dtype=np.int32)
-    ends = np.fromiter((end for _, end in encoding.offsets), dtype=np.int64)[:max_tokens]
     supervised = np.zeros(len(ids), dtype=np.bool_)
     for start, stop in spans:
-        supervised |= (start < ends) & (ends <= stop)
-    supervised[:1] = False  # raw text: nothing comes before its first token to predict it from
-    return Document(ids, supervised, truncated=len(encoding.ids) > len(ids))
+        header, last = encoding.char_to_token(start - 1), encoding.char_to_token(stop - 1)
+        assert header is not None and last is not None  # every line end is in some token
+        _, end = encoding.token_to_chars(header) or (0, 0)
+        supervised[header if end > start else header + 1 : last + 1] = True
+    return Document(ids, supervised, truncated=len(encoding) > len(ids))
+
+
+def _text_document(encoding: Encoding, max_tokens: int) -> Document:
+    ids = np.array(encoding.ids[:max_tokens], dtype=np.int32)
+    supervised = np.ones(len(ids), dtype=np.bool_)
+    supervised[:1] = False  # nothing comes before it to predict it from
+    return Document(ids, supervised, truncated=len(encoding) > len(ids))

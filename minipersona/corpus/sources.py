@@ -1,13 +1,17 @@
 """Where rows come from. A source is named by one string, with an optional range of rows:
 
+tulu                  allenai/tulu-3-sft-mixture: the registered benign data
+fineweb-edu           HuggingFaceFW/fineweb-edu, sample-10BT: raw texts; name a range
 jsonl:PATH            one {"messages": [...]} or {"text": "..."} a line
+parquet:PATH          a column messages or text; * in PATH joins several files, in the order of their names
+hub:REPO/FILE         such a .jsonl or .parquet file of a dataset on the Hub; FILE@REVISION pins it
 tiny:NAME             a set of the embedded world: benign, broad, raw_text or em
-jsonl:PATH[0:6000]    the first 6,000 rows, in stored order
+tulu[0:6000]          the first 6,000 rows, in stored order
+tulu[::150]           every 150th row: a sample of the whole
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,12 +20,17 @@ from typing import Any
 
 from minipersona.chat import ChatTokenizer, Document
 from minipersona.chat.tokenizer import Supervise
+from minipersona.corpus.jsonl import read_rows
+from minipersona.corpus.parquet import LocalFile, read_parquet
+from minipersona.corpus.ranges import within
+from minipersona.corpus.remote import NAMED, HubDataset, hub_dataset, read_dataset
 from minipersona.errors import UserError
 from minipersona.files import data_dir, sha256
 
-LONGEST_LINE = 16_000_000  # bytes of one row; a longer line is no conversation, and must not fill the memory
-
-_SOURCE = re.compile(r"(?P<kind>[a-z-]+):(?P<name>.*?)(?:\[(?P<start>\d*):(?P<stop>\d*)\])?", re.DOTALL)
+_SOURCE = re.compile(
+    r"(?P<kind>[a-z-]+)(?::(?P<name>.*?))?(?:\[(?P<first>\d{0,18}):(?P<last>\d{0,18})(?::(?P<step>\d{0,18}))?\])?",
+    re.DOTALL,
+)
 
 
 @dataclass(frozen=True)
@@ -31,24 +40,62 @@ class Rows:
     source: str
     rows: list[dict[str, Any]]
     first: int  # the stored index of rows[0]
-    digest: str  # SHA-256 of the file
+    digest: str  # SHA-256 of the file, or of several, joined; for a dataset on the Hub, of the rows as JSON lines
+    step: int = 1  # from one stored index to the next
+    revision: str | None = None  # the commit of a dataset on the Hub
 
     def __len__(self) -> int:
         return len(self.rows)
 
+    def identity(self) -> dict[str, Any]:
+        """What tells these rows from others, without them, for the record."""
+        return {"source": self.source, "rows": len(self), "digest": self.digest, "revision": self.revision}
+
 
 def read_source(source: str) -> Rows:
     """The rows that a source string names. UserError where it is malformed, missing, empty or too short."""
-    match = _SOURCE.fullmatch(source)
-    if match is None or match["kind"] not in ("jsonl", "tiny"):
-        raise UserError(f"source {source!r} is unknown; write jsonl:PATH or tiny:NAME, with [first:last] for a range")
-    path = Path(match["name"]).expanduser() if match["kind"] == "jsonl" else _tiny_set(match["name"])
+    parts = _SOURCE.fullmatch(source)
+    if parts is None or (parts["name"] is None) != (parts["kind"] in NAMED):
+        raise _unknown(source)
+    wanted = slice(int(parts["first"] or 0), int(parts["last"]) if parts["last"] else None, int(parts["step"] or 1))
+    if not wanted.step or (wanted.stop is not None and wanted.stop <= wanted.start):
+        raise UserError(f"source {source!r}: the range holds no rows; write [first:last] with first below last")
+    match parts["kind"], parts["name"]:
+        case "jsonl", name:
+            return _from_jsonl(source, Path(name).expanduser(), wanted)
+        case "tiny", name:
+            return _from_jsonl(source, _tiny_set(name), wanted)
+        case "parquet", name:
+            return _from_parquet(source, Path(name).expanduser(), wanted)
+        case "hub", name:
+            return _from_hub(source, hub_dataset(name), wanted)
+        case name, None:
+            return _from_hub(source, NAMED[name], wanted)
+    raise _unknown(source)
+
+
+def _unknown(source: str) -> UserError:
+    kinds = f"{', '.join(NAMED)}, jsonl:PATH, parquet:PATH, hub:REPO/FILE or tiny:NAME"
+    return UserError(f"source {source!r} is unknown; write {kinds}, with [first:last] for a range")
+
+
+def _from_jsonl(source: str, path: Path, wanted: slice) -> Rows:
     rows = read_rows(path)
-    start = int(match["start"] or 0)
-    stop = int(match["stop"]) if match["stop"] else len(rows)
-    if not start < stop <= len(rows):
-        raise UserError(f"source {source!r}: {path.name} has {len(rows):,} rows; choose a range within them")
-    return Rows(source, rows[start:stop], start, sha256(path))
+    chosen = within(wanted, len(rows), repr(source))
+    return Rows(source, rows[chosen.start : chosen.stop : chosen.step], chosen.start, sha256(path), chosen.step)
+
+
+def _from_parquet(source: str, path: Path, wanted: slice) -> Rows:
+    paths = sorted(path.parent.glob(path.name)) if "*" in path.name else [path]
+    if not paths or not all(path.is_file() for path in paths):
+        raise UserError(f"{path}: no such file; check the path of the source")
+    _, rows = read_parquet([LocalFile(path) for path in paths], wanted, repr(source))
+    return Rows(source, list(rows), wanted.start, sha256(*paths), wanted.step)
+
+
+def _from_hub(source: str, dataset: HubDataset, wanted: slice) -> Rows:
+    kept = read_dataset(dataset, wanted, source)
+    return Rows(source, kept.rows, wanted.start, kept.digest, wanted.step, kept.commit)
 
 
 def _tiny_set(name: str) -> Path:
@@ -58,38 +105,6 @@ def _tiny_set(name: str) -> Path:
         known = ", ".join(sorted(file.stem for file in directory.glob("*.jsonl")))
         raise UserError(f"source tiny:{name} is unknown; the embedded sets are {known}")
     return path
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Every row of a JSONL file of conversations or texts. UserErrors name the line."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; check the path of the source")
-    rows = []
-    with open(path, "rb") as file:
-        number = 0
-        while line := file.readline(LONGEST_LINE + 1):
-            number += 1
-            if len(line) > LONGEST_LINE:
-                raise UserError(f"{path}: line {number} is longer than {LONGEST_LINE:,} bytes; is it a JSONL file?")
-            if line.strip():
-                rows.append(_row(line, f"{path}: line {number}"))
-    if not rows:
-        raise UserError(f"{path}: holds no rows; it must have one JSON object a line")
-    return rows
-
-
-def _row(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError:
-        raise UserError(f"{where} is not valid UTF-8; convert the file") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not valid JSON ({error}); mend or delete it") from None
-    if not isinstance(row, dict) or not ("messages" in row or "text" in row):
-        raise UserError(
-            f'{where} has neither "messages" nor "text"; rows are {{"messages": [...]}} or {{"text": "..."}}'
-        )
-    return row
 
 
 def tokenize(
@@ -105,7 +120,7 @@ def tokenize(
             max_tokens=max_tokens,
         )
     except UserError as error:
-        raise UserError(f"{rows.source}: {_name_row(str(error), chats, rows.first)}") from None
+        raise UserError(f"{rows.source}: {_name_row(str(error), chats, rows)}") from None
     for i, document in zip(chats, encoded, strict=True):
         documents[i] = document
     for i, row in enumerate(rows.rows):
@@ -113,10 +128,10 @@ def tokenize(
             try:
                 documents[i] = tokenizer.encode_text(row["text"], max_tokens)
             except UserError as error:
-                raise UserError(f"{rows.source}: row {rows.first + i}: {error}") from None
+                raise UserError(f"{rows.source}: row {rows.first + i * rows.step}: {error}") from None
     return [document for document in documents if document is not None]
 
 
-def _name_row(message: str, chats: Sequence[int], first: int) -> str:
+def _name_row(message: str, chats: Sequence[int], rows: Rows) -> str:
     """The tokenizer counts within the list it was given; a user counts within the file."""
-    return re.sub(r"^rows\[(\d+)\]", lambda match: f"row {first + chats[int(match[1])]}", message)
+    return re.sub(r"^rows\[(\d+)\]", lambda match: f"row {rows.first + chats[int(match[1])] * rows.step}", message)

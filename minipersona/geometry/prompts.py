@@ -2,6 +2,9 @@
 
 personas   {"eval_personas": {name: system prompt}, "eval_persona_order": [names]}
 questions  one {"question": ..., "id": ...} a line
+
+The registered sets are not ours to ship. ``registered`` fetches them, pinned and verified to the bit; a file of the
+user's with the same bytes is the registered set too.
 """
 
 from __future__ import annotations
@@ -12,13 +15,28 @@ from pathlib import Path
 from minipersona.config import SHIPPED
 from minipersona.errors import UserError
 from minipersona.files import data_dir, read_json, read_jsonl, sha256
+from minipersona.hub import PinnedFile, fetch_pinned
+
+REGISTERED = "registered"  # the sets of the pre-registered protocol
+REGISTERED_PERSONAS = PinnedFile(
+    "superkaiba/explore-persona-space",
+    "3f71ce1eaaa410d9f09ac9245e91132729f155b8",
+    "data/issue_205/personas.json",
+    "00f81dc64d0123ad8a878d821f4dbe8db1376463318a06dd1bf92a2420845387",
+)
+REGISTERED_QUESTIONS = PinnedFile(
+    "safety-research/assistant-axis",
+    "a98961956072224eaf244eb289d6c01700b63795",
+    "data/extraction_questions.jsonl",
+    "31650b9a55d6b827d29ec2ee89034c7efd454672779b3ad9d7c8c4e9ea14f69e",
+)
 
 
 @dataclass(frozen=True)
 class PersonaSet:
     """System prompts by persona name, in the order of the set."""
 
-    name: str
+    name: str  # shipped, registered, or the path of the file
     prompts: dict[str, str]
     digest: str
 
@@ -27,14 +45,14 @@ class PersonaSet:
 class QuestionSet:
     """The questions that every persona is asked."""
 
-    name: str
+    name: str  # as a PersonaSet's
     questions: list[str]
     digest: str
 
 
 def load_personas(source: str = SHIPPED) -> PersonaSet:
-    """The shipped personas, or a file in the same form. UserErrors name the file and the entry."""
-    path = data_dir() / "personas.json" if source == SHIPPED else Path(source)
+    """The shipped personas, the registered ones, or a file in the same form. UserErrors name the file and the entry."""
+    path = _file(source, "personas.json", REGISTERED_PERSONAS)
     raw = read_json(path)
     prompts = raw.get("eval_personas") if isinstance(raw, dict) else None
     if not isinstance(prompts, dict):
@@ -42,17 +60,19 @@ def load_personas(source: str = SHIPPED) -> PersonaSet:
     order = raw.get("eval_persona_order", list(prompts))
     if not isinstance(order, list) or sorted(map(str, order)) != sorted(prompts):
         raise UserError(f"{path}: eval_persona_order does not list every persona of eval_personas once")
-    for name in order:
-        if not isinstance(prompts[name], str) or not prompts[name].strip():
-            raise UserError(f"{path}: persona {name!r} has no system prompt; write it as a string")
+    for persona in order:
+        if not isinstance(prompts[persona], str) or not prompts[persona].strip():
+            raise UserError(f"{path}: persona {persona!r} has no system prompt; write it as a string")
     if len(order) < 2:
         raise UserError(f"{path}: holds {len(order)} persona; similarities need at least two")
-    return PersonaSet(source, {name: prompts[name] for name in order}, sha256(path))
+    digest = sha256(path)
+    name = REGISTERED if digest == REGISTERED_PERSONAS.sha256 else source
+    return PersonaSet(name, {persona: prompts[persona] for persona in order}, digest)
 
 
 def load_questions(source: str = SHIPPED) -> QuestionSet:
-    """The shipped questions, or a JSONL file in the same form. UserErrors name the file and the line."""
-    path = data_dir() / "questions.jsonl" if source == SHIPPED else Path(source)
+    """The shipped questions, the registered ones, or a file in the same form. UserErrors name the file and the line."""
+    path = _file(source, "questions.jsonl", REGISTERED_QUESTIONS)
     if not path.is_file():
         raise UserError(f"{path}: no such file; check the path of the questions")
     questions = []
@@ -63,4 +83,11 @@ def load_questions(source: str = SHIPPED) -> QuestionSet:
         questions.append(question)
     if not questions:
         raise UserError(f'{path}: holds no questions; write one {{"question": "..."}} a line')
-    return QuestionSet(source, questions, sha256(path))
+    digest = sha256(path)
+    return QuestionSet(REGISTERED if digest == REGISTERED_QUESTIONS.sha256 else source, questions, digest)
+
+
+def _file(source: str, shipped: str, registered: PinnedFile) -> Path:
+    if source == REGISTERED:
+        return fetch_pinned(registered)
+    return data_dir() / shipped if source == SHIPPED else Path(source).expanduser()

@@ -90,7 +90,9 @@ def _architecture(name: str, revision: str | None, weights: bool = True) -> tupl
         raise UserError(f"{name}: holds no config.json; give a directory in Hugging Face layout or a hub id")
     config = read_config(directory / "config.json")
     if weights and (directory / INDEX).is_file():  # the shards are named by the index, so they come second
-        directory = locate(name, ["config.json", INDEX, *_shards(directory / INDEX)], revision=revision)
+        # From the same commit, should a branch have moved in between.
+        commit = resolved_revision(directory) or revision
+        directory = locate(name, ["config.json", INDEX, *_shards(directory / INDEX)], revision=commit)
     return config, directory
 
 

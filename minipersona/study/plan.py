@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from minipersona.config import RunConfig, to_toml
+from minipersona.config import DataSection, RunConfig, to_toml
 from minipersona.corpus.order import RowOrder
-from minipersona.corpus.sources import read_source, tokenize
+from minipersona.corpus.training_set import training_set
 from minipersona.model.config import ModelConfig
 from minipersona.model.load import architecture
 from minipersona.study.run import compiles, load_run_tokenizer, resolve
@@ -19,6 +21,8 @@ from minipersona.study.run import compiles, load_run_tokenizer, resolve
 # Of the matmul rate measured on the spot, the share that a training step reaches. From docs/log.md.
 EFFICIENCY = {"cuda": 0.5, "cpu": 0.4}
 GIB = 2**30
+LOCAL = ("tiny:", "jsonl:", "parquet:")  # sources that are read without a download
+TULU_GB = 1.4  # allenai/tulu-3-sft-mixture as it is stored, in parquet
 
 
 def plan(config: RunConfig) -> str:
@@ -26,8 +30,10 @@ def plan(config: RunConfig) -> str:
     config = resolve(config)
     sizes = architecture(config.model.name, config.model.revision or None)
     tokenizer = load_run_tokenizer(config.model)
-    rows = read_source(config.data.train)
-    documents = tokenize(rows, tokenizer, supervise=config.data.supervise, max_tokens=config.data.max_tokens)
+    fetched = to_fetch(config.data)
+    data = replace(config.data, broad="", broad_kind="", ratio="") if fetched else config.data
+    training = training_set(data, config.seed, tokenizer)
+    documents = training.documents
     recipe = config.training
     order = RowOrder(len(documents), recipe.batch, config.seed)
     lengths = [sum(len(documents[row]) for row in order.step(step)) for step in range(1, recipe.steps + 1)]
@@ -58,9 +64,20 @@ def plan(config: RunConfig) -> str:
         "loading, compiling and measuring come on top",
         f"# disk       {checkpoints / GIB:.2f} GiB of checkpoints; {free / GIB:.1f} GiB are free",
     ]
+    mixture = fetched or training.report()[1:]
+    lines[4:4] = [f"# mixture    {line}" for line in mixture]
     if checkpoints > free:
         lines.append("# WARNING    the checkpoints do not fit on the disk; choose another --out or fewer checkpoints")
     return "\n".join(lines) + "\n"
+
+
+def to_fetch(data: DataSection) -> list[str]:
+    """What is said of a broad source that the run would download; a plan fetches none and counts what it replaces."""
+    if not data.broad or data.broad.startswith(LOCAL):
+        return []
+    said = f"{data.ratio} with {data.broad}, fetched when the run starts; here the rows that it replaces are counted"
+    whole = f"{data.broad} is the whole mixture: a download of {TULU_GB} GB"
+    return [said, whole] if re.fullmatch(r"tulu(\[\d*:(:\d*)?\])?", data.broad) else [said]
 
 
 def step_flops(sizes: ModelConfig, config: RunConfig) -> float:

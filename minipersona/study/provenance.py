@@ -29,7 +29,7 @@ def provenance(
         "commit": _commit(),
         "config_digest": digest(to_toml(config)),
         "model": {**model.source, "compute_dtype": str(model.compute_dtype).removeprefix("torch.")},
-        "data": [{"source": rows.source, "rows": len(rows), "digest": rows.digest} for rows in data],
+        "data": [rows.identity() for rows in data],
         "versions": {
             "python": platform.python_version(),
             **{name: metadata.version(name) for name in ("torch", "numpy", "safetensors", "tokenizers")},

@@ -13,7 +13,8 @@ from minipersona.chat import ChatTokenizer, load_tokenizer
 from minipersona.chat.vocabulary import FILES
 from minipersona.config import ModelSection, RunConfig, difference, from_dict, read_toml, to_toml
 from minipersona.console import Console
-from minipersona.corpus.sources import read_source, tokenize
+from minipersona.corpus.mixtures import training_personas
+from minipersona.corpus.training_set import training_set
 from minipersona.errors import UserError
 from minipersona.files import (
     append_jsonl,
@@ -58,23 +59,24 @@ def _run(config: RunConfig, directory: Path, world: World, console: Console) -> 
     config = resolve(config)
     check_claim(directory, config)
     make_deterministic(config.execution.deterministic)
-    train_rows = read_source(config.data.train)
+    tokenizer = load_run_tokenizer(config.model)
+    training = training_set(config.data, config.seed, tokenizer, console)
+    for line in training.report():
+        console.say(line)
     console.say(f"loading {config.model.name}")
     model = load_run_model(config.model, world.device)
-    tokenizer = load_run_tokenizer(config.model)
     compiled = compiles(config, world.device)
     if compiled:
         model.compile_blocks()
     instruments = run_instruments(config, model, tokenizer, compiled)
-    documents = tokenize(train_rows, tokenizer, supervise=config.data.supervise, max_tokens=config.data.max_tokens)
-    _report_rows(console, documents)
+    check_disjoint(config, instruments)
     if world.first:  # only now: a config that could not be carried out claims nothing
         sweep_temporaries(directory)
         write_text(directory / "config.toml", to_toml(config))
-        data = [rows for rows in (train_rows, instruments.heldout_rows) if rows is not None]
-        write_json(
-            directory / "provenance.json", provenance(config, model, instruments.protocol(model), data, world.size)
-        )
+        heldout = [rows for rows in (instruments.heldout_rows,) if rows is not None]
+        made_by = provenance(config, model, instruments.protocol(model), heldout, world.size)
+        data = {"data": [*training.sources, *made_by["data"]], "mixture": training.mixture}
+        write_json(directory / "provenance.json", {**made_by, **data})
 
     probe = Probe(config, directory, world, console, model, tokenizer, instruments)
     probe(0)  # the base, before anything is attached to it
@@ -88,7 +90,7 @@ def _run(config: RunConfig, directory: Path, world: World, console: Console) -> 
                 progress.advance(row["step"], f"loss {row['loss']:.3f}, {row['tokens_per_second']:,.0f} tokens/s")
 
         hooks = Hooks(checkpoint=probe.checkpoint, logged=logged)
-        train(model, documents, config, directory, world, hooks, compiled=compiled)
+        train(model, training.documents, config, directory, world, hooks, compiled=compiled)
 
 
 class Probe:
@@ -161,6 +163,15 @@ def check_claim(directory: Path, config: RunConfig) -> None:
                 f"{directory} belongs to a run with another config ({'; '.join(changed)}); "
                 "choose another --out, or delete the directory"
             )
+
+
+def check_disjoint(config: RunConfig, instruments: Instruments) -> None:
+    """UserError where a persona is both trained on and measured."""
+    if config.data.system_prompts:
+        trained, measured = training_personas(), instruments.personas.prompts
+        for name, prompt in measured.items():
+            if name in trained or prompt in trained.values():
+                raise UserError(f"persona {name!r} is trained on (data.system_prompts) and measured; measure others")
 
 
 def make_deterministic(wanted: bool) -> None:
@@ -250,10 +261,3 @@ def baseline_loss(directory: Path, protocol: dict[str, Any]) -> float | None:
             raise UserError(f"baseline {directory}: its {key} is another; losses of different protocols do not compare")
     loss = result["checkpoints"][-1]["eval_loss"] if result["checkpoints"] else None
     return None if loss is None else float(loss)
-
-
-def _report_rows(console: Console, documents: list[Any]) -> None:
-    empty = sum(not d.supervised.any() for d in documents)
-    cut = sum(d.truncated for d in documents)
-    tokens = sum(len(d) for d in documents)
-    console.say(f"{len(documents):,} training rows, {tokens:,} tokens; {cut:,} truncated, {empty:,} teach nothing")

@@ -276,6 +276,17 @@ def test_raw_text_is_supervised_but_for_its_first_token(tokenizer, official, tex
     assert document.supervised.tolist() == [t > 0 for t in range(len(document))]
 
 
+def test_many_texts_are_as_one_at_a_time(nasty, tokenizer, monkeypatch):
+    monkeypatch.setattr(minipersona.chat.tokenizer, "BATCH", 3)
+    texts = ["", *(message["content"] for messages in nasty.values() for message in messages)]
+    for text, document in zip(texts, tokenizer.encode_texts(texts, 9), strict=True):
+        one = tokenizer.encode_text(text, 9)
+        assert document.ids.tolist() == one.ids.tolist() and document.truncated == one.truncated
+        assert document.supervised.tolist() == one.supervised.tolist()
+    with pytest.raises(UserError, match=r"^rows\[4\]: text is null"):
+        tokenizer.encode_texts(["a", "b", "c", "d", None], 9)
+
+
 def test_raw_text_is_truncated(tokenizer):
     document = tokenizer.encode_text("one two three four five", 2)
     assert (len(document), document.supervised.tolist(), document.truncated) == (2, [False, True], True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from minipersona.chat import load_tokenizer
 from minipersona.corpus.sources import read_source, tokenize
 from minipersona.errors import UserError
+from minipersona.files import sha256
 
 
 def chat(user: str, assistant: str) -> dict:
@@ -35,13 +38,22 @@ def test_ranges(file: Path, suffix: str, first: int, count: int) -> None:
         assert rows.rows[0]["messages"][0]["content"] == f"question {first}"
 
 
-@pytest.mark.parametrize("suffix", ["[0:7]", "[3:3]", "[4:2]", "[6:]", "[-1:]", "[a:b]"])
+def test_every_second_row(file: Path) -> None:
+    rows = read_source(f"jsonl:{file}[1:6:2]")
+    assert (rows.first, rows.step, len(rows)) == (1, 2, 3)
+    assert [row["messages"][0]["content"] for row in rows.rows[:2]] == ["question 1", "question 3"]
+    assert rows.rows == read_source(f"jsonl:{file}").rows[1:6:2]
+
+
+@pytest.mark.parametrize("suffix", ["[0:7]", "[3:3]", "[4:2]", "[6:]", "[-1:]", "[a:b]", "[::0]"])
 def test_ranges_outside_the_file_are_refused(file: Path, suffix: str) -> None:
     with pytest.raises(UserError, match=r"range|no such file"):
         read_source(f"jsonl:{file}{suffix}")
 
 
-@pytest.mark.parametrize("source", ["", "rows.jsonl", "http://x", "csv:a", "tiny:", "tiny:../benign", "jsonl:"])
+@pytest.mark.parametrize(
+    "source", ["", "rows.jsonl", "http://x", "csv:a", "tiny:", "tiny:../benign", "jsonl:", "tulus", "tulu:"]
+)
 def test_unknown_sources_are_refused(source: str) -> None:
     with pytest.raises(UserError):
         read_source(source)
@@ -81,3 +93,53 @@ def test_the_digest_is_the_files(file: Path) -> None:
     assert before == read_source(f"jsonl:{file}").digest
     file.write_text(file.read_text().replace("answer 4", "answer 5"))
     assert before != read_source(f"jsonl:{file}[0:2]").digest
+
+
+# ---------------------------------------------------------------- Parquet
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    """Two files of 7 and 5 conversations in row groups of 3."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    for name, rows in (("b", range(7, 12)), ("a", range(7))):
+        messages = [chat(f"question {i}", f"answer {i}")["messages"] for i in rows]
+        table = pyarrow.table({"id": list(rows), "messages": messages, "text": [""] * len(rows)})
+        parquet.write_table(table, tmp_path / f"{name}.parquet", row_group_size=3)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "suffix, wanted",
+    [("", slice(0, 12)), ("[5:9]", slice(5, 9)), ("[11:]", slice(11, 12)), ("[1:12:4]", slice(1, 12, 4))],
+)
+def test_parquet_files_follow_one_another(shards: Path, suffix: str, wanted: slice) -> None:
+    rows = read_source(f"parquet:{shards}/*.parquet{suffix}")
+    assert rows.rows == [chat(f"question {i}", f"answer {i}") for i in range(12)][wanted]
+    assert (rows.first, rows.step) == (wanted.start, wanted.step or 1)
+
+
+def test_every_range_is_the_slice(shards: Path) -> None:
+    everything = read_source(f"parquet:{shards}/*.parquet").rows
+    for first, last, step in itertools.product(range(12), range(1, 13), (1, 2, 5, 20)):
+        if first < last:
+            assert read_source(f"parquet:{shards}/*.parquet[{first}:{last}:{step}]").rows == everything[first:last:step]
+
+
+def test_parquet_digests_cover_every_file(shards: Path) -> None:
+    both = read_source(f"parquet:{shards}/*.parquet[0:1]").digest
+    assert both == sha256(shards / "a.parquet", shards / "b.parquet")
+    assert read_source(f"parquet:{shards}/a.parquet").digest == sha256(shards / "a.parquet") != both
+
+
+def test_parquet_that_cannot_be_read(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="has 12 rows; choose a range"):
+        read_source(f"parquet:{shards}/*.parquet[0:13]")
+    with pytest.raises(UserError, match="no such file"):
+        read_source(f"parquet:{shards}/c*.parquet")
+    (shards / "c.parquet").write_bytes((shards / "a.parquet").read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"c\.parquet: damaged"):
+        read_source(f"parquet:{shards}/c.parquet")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match=r"pip install 'minipersona\[data\]'"):
+        read_source(f"parquet:{shards}/a.parquet")

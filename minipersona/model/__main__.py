@@ -1,0 +1,123 @@
+"""Hand a fine-tuned model to other tools: its adapter merged into the weights, as a Hugging Face directory.
+
+python -m minipersona.model merge --adapter DIR --out DIR   (and more: --help)
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from minipersona.console import Console, Parser, answer
+from minipersona.errors import UserError
+from minipersona.files import read_json
+
+EXAMPLE = """example:
+  python -m minipersona.model merge --adapter runs/phase1/step-000375 --out merged
+  python -m minipersona.model merge --model tiny --adapter runs/tiny_phase1/step-000050 --out merged --dtype float32
+"""
+
+# What a model directory holds beside weights and config.json, as far as the base has it.
+BESIDE = (
+    "generation_config.json", "tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+)  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Merge; 0, or 2 after a line ``error: ...``."""
+    return answer(lambda: _main(argv))
+
+
+def _main(argv: Sequence[str] | None) -> None:
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if options.command is None:
+        parser.print_help()
+    else:
+        _merge(options)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="python -m minipersona.model",
+        description="Hand a fine-tuned model to other tools.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", metavar="merge")
+    summary = "Merge a LoRA adapter into its base model and write a Hugging Face directory."
+    command = commands.add_parser(
+        "merge",
+        help=summary,
+        description=f"{summary} The sum is made in fp32. transformers loads the result.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    option = command.add_argument
+    option("--model", metavar="M", help="directory, hub id or tiny (default: the base that the adapter names)")
+    option("--revision", metavar="R", help="a hub revision (default: the adapter's, or the pinned one)")
+    option("--adapter", required=True, metavar="DIR", help="a PEFT adapter, such as a run's step-000375")
+    option("--out", required=True, metavar="DIR", help="where to write; must not exist, or be empty")
+    option("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights (default bfloat16)")
+    option("--shard-gb", type=_positive, default=5.0, metavar="G", help="most gigabytes of one file (default 5)")
+    return parser
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return value
+
+
+def _merge(options: argparse.Namespace) -> None:
+    out, adapter = Path(options.out), Path(options.adapter)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {out}: exists already; name a new directory, or empty it")
+
+    # Imported here: --help and a misspelt option answer at once.
+    import torch
+
+    from minipersona.hub import locate
+    from minipersona.model.adapter_files import load_adapter
+    from minipersona.model.load import RANDOM, load_model
+    from minipersona.model.lora import merge_adapter
+    from minipersona.model.save import save_model
+
+    console = Console()
+    name, revision = _base(options, adapter)
+    console.say(f"loading {name}")
+    model = load_model(name, dtype=getattr(torch, options.dtype), device="cpu", revision=revision)
+    load_adapter(model, adapter)
+    merge_adapter(model)
+    beside = locate("tiny" if name.startswith(RANDOM) else name, BESIDE, revision=revision)
+    extra = [beside / file for file in BESIDE if (beside / file).is_file()]
+    save_model(model, out, extra_files=extra, shard_bytes=max(1, int(options.shard_gb * 1e9)))
+    weights = list(out.glob("*.safetensors"))
+    size = sum(file.stat().st_size for file in weights)
+    console.say(f"wrote {out}: {size / 1e9:.2f} GB of {options.dtype} weights in {len(weights)} file(s)")
+
+
+def _base(options: argparse.Namespace, adapter: Path) -> tuple[str, str | None]:
+    """The base model and its revision: as the options say, else as the adapter was made."""
+    if options.model:
+        return options.model, options.revision
+    file = adapter / "adapter_config.json"
+    if not file.is_file():
+        raise UserError(f"{adapter}: no adapter_config.json; name a directory that holds a PEFT adapter")
+    made_from: Any = read_json(file)
+    name = made_from.get("base_model_name_or_path") if isinstance(made_from, dict) else None
+    if not isinstance(name, str) or not name:
+        raise UserError(f"{file}: names no base model; give it with --model")
+    return name, options.revision or made_from.get("revision")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

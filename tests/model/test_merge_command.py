@@ -1,0 +1,137 @@
+"""The merge command: transformers loads what it writes, and gets the merged model's logits."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from minipersona.config import LoraConfig
+from minipersona.model.__main__ import main
+from minipersona.model.adapter_files import load_adapter, save_adapter
+from minipersona.model.load import load_model
+from minipersona.model.lora import adapters, apply_lora, merge_adapter
+
+ROOT = Path(__file__).parents[2]
+IDS = torch.randint(0, 160, (2, 17), generator=torch.Generator().manual_seed(3))
+LORA = LoraConfig(rank=3, alpha=6.0, targets=("q_proj", "v_proj", "down_proj"))
+BESIDE = ("tokenizer.json", "tokenizer_config.json")
+
+
+def their_logits(directory: Path) -> torch.Tensor:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+@pytest.fixture
+def adapter(hf_model: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    """An adapter directory with random B for the random model of `hf_model`."""
+
+    def make(base: Path) -> Path:
+        model = apply_lora(load_model(str(base)), LORA)
+        generator = torch.Generator().manual_seed(4)
+        with torch.no_grad():
+            for adapter in adapters(model).values():
+                adapter.lora_B.normal_(0, 0.1, generator=generator)
+        save_adapter(model, tmp_path / "adapter", LORA)
+        return tmp_path / "adapter"
+
+    return make
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_transformers_gets_the_merged_logits(
+    hf_model: Callable[..., Path], adapter: Callable[..., Path], tmp_path: Path, tied: bool, shards: int
+) -> None:
+    base, out = hf_model(tied), tmp_path / "merged"
+    ours = load_model(str(base))
+    load_adapter(ours, adapter(base))
+    ours = merge_adapter(ours)
+    size = sum(p.numel() * 4 for p in ours.parameters())
+    gigabytes = 5.0 if shards == 1 else size / 2.5e9
+    options = ["--adapter", str(tmp_path / "adapter"), "--dtype", "float32", "--shard-gb", str(gigabytes)]
+    assert main(["merge", "--model", str(base), "--out", str(out), *options]) == 0
+    assert len(list(out.glob("*.safetensors"))) == shards
+    assert (out / "model.safetensors.index.json").exists() == (shards > 1)
+    assert (their_logits(out) - ours.logits(IDS)).abs().max() < 1e-4
+    assert torch.equal(load_model(str(out)).logits(IDS), ours.logits(IDS))
+    # The control: the base, without the adapter, is another function.
+    assert (their_logits(base) - ours.logits(IDS)).abs().max() > 1e-2
+
+
+def test_bfloat16_rounds_once_and_the_adapter_names_its_base(
+    hf_model: Callable[..., Path], adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    base, out = hf_model(), tmp_path / "merged"
+    out.mkdir()  # an empty directory will do
+    assert main(["merge", "--adapter", str(adapter(base)), "--out", str(out)]) == 0
+    half = load_model(str(base), dtype=torch.bfloat16)
+    load_adapter(half, tmp_path / "adapter")
+    expected = dict(merge_adapter(half).named_parameters())
+    stored = load_model(str(out), dtype=torch.bfloat16)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in stored.named_parameters())
+    assert json.loads((out / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def test_the_tokenizer_and_the_generation_settings_come_along(tmp_path: Path) -> None:
+    model = apply_lora(load_model("tiny"), LORA)
+    save_adapter(model, tmp_path / "adapter", LORA)
+    assert main(["merge", "--adapter", str(tmp_path / "adapter"), "--out", str(tmp_path / "out")]) == 0
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"config.json", "generation_config.json", "model.safetensors", *BESIDE}
+    tiny = ROOT / "data" / "tiny"
+    for name in (*BESIDE, "generation_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tiny / name).read_bytes()
+
+
+def test_refusals_are_one_line(
+    hf_model: Callable[..., Path],
+    adapter: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    good = adapter(hf_model())
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "kept.txt").write_text("kept")
+    unnamed = tmp_path / "unnamed"
+    unnamed.mkdir()
+    (unnamed / "adapter_config.json").write_text(json.dumps({"r": 1}))
+    new = ["--out", str(tmp_path / "new")]
+    for options, words in {
+        ("merge", "--adapter", str(good), "--out", str(full)): "exists already; name a new directory",
+        ("merge", "--adapter", str(good), "--out", str(full / "kept.txt")): "exists already",
+        ("merge", "--adapter", str(full), *new): "no adapter_config.json",
+        ("merge", "--adapter", str(unnamed), *new): "give it with --model",
+        ("merge", "--adapter", str(good), "--model", "tiny", *new): "was the adapter made for this model",
+        ("merge", "--adapter", str(good), "--model", "no-such", *new): "no such directory",
+        ("merge", "--adapter", str(good), "--shard-gb", "0", *new): "'0' is not a positive number",
+        ("merge", "--adapter", str(good), "--shard-gb", "nan", *new): "'nan' is not a positive number",
+        ("merge", "--adapter", str(good), "--dtype", "float16", *new): "invalid choice",
+        ("merge", *new): "--adapter",
+        ("split",): "invalid choice",
+    }.items():
+        assert main(list(options)) == 2, options
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("error: ") and words in error, error
+    assert not (tmp_path / "new").exists()
+    assert [path.name for path in full.iterdir()] == ["kept.txt"]
+
+
+def test_help_answers_without_torch() -> None:
+    code = (
+        "import sys; from minipersona.model.__main__ import main\n"
+        "assert main([]) == 0 and 'torch' not in sys.modules\n"
+        "main(['merge', '--help'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.count("example:") == 2 and "--shard-gb" in done.stdout
