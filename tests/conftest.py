@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from minipersona.chat import Document
+from minipersona.model import load
 from minipersona.model.config import ModelConfig
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for a network
@@ -27,6 +28,12 @@ SIZES = ModelConfig(
     tie_word_embeddings=False,
     rope_theta=10_000.0,
 )
+
+
+@pytest.fixture(autouse=True)
+def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bounds are the CPU's, also on a machine with a GPU; tests of CUDA say so."""
+    monkeypatch.setattr(load, "default_device", lambda: torch.device("cpu"))
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:
