@@ -9,25 +9,19 @@ import argparse
 import json
 import os
 import sys
-import traceback
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from minipersona import __version__
 from minipersona.config import DEFAULT_MODEL, SHIPPED, RunConfig, load_config, override
-from minipersona.console import Console, printable
+from minipersona.console import Console, Parser, answer, printable
 from minipersona.errors import UserError
 
 if TYPE_CHECKING:
     from minipersona.chat import ChatTokenizer
     from minipersona.model.network import Qwen2
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,30 +30,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Idle threads of torch spin by default. Beside another busy process that makes two threads slower than one (64 s
     # against 19 s for a small run on two cores); sleeping ones cost next to nothing. Read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    debug = "--debug" in argv
-    try:
+
+    def command() -> None:
         options = _parser().parse_args(argv)
         options.command(options)
-        sys.stdout.flush()
-        return 0
-    except UserError as error:
-        if debug:
-            traceback.print_exc()
-        print(f"error: {printable(str(error))}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # the reader, `head` say, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
-        return 130
+
+    return answer(command, debug="--debug" in argv)
 
 
 # ---------------------------------------------------------------- the options
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="minipersona", description="Does a fine-tuning recipe leave persona geometry alone?")
+    parser = Parser(prog="minipersona", description="Does a fine-tuning recipe leave persona geometry alone?")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="{train,extract,evaluate}")
     _train_options(commands)

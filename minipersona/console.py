@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import time
+import traceback
 import unicodedata
 from collections.abc import Callable
 from typing import NoReturn, TextIO
@@ -78,16 +80,21 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
-def answer(command: Callable[[], None]) -> int:
-    """Run a command; 0, or 2 after one line ``error: ...`` on stderr."""
+def answer(command: Callable[[], None], debug: bool = False) -> int:
+    """Run a command; 0, or 2 after one line ``error: ...`` on stderr, below the traceback where `debug` asks for it."""
     try:
         command()
         sys.stdout.flush()
     except UserError as error:
+        with contextlib.suppress(BrokenPipeError):  # what was said before the error comes before it
+            sys.stdout.flush()
+        if debug:
+            traceback.print_exc()
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader, `head` say, has seen enough; nothing may be flushed to it at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
+        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
         return 130
     return 0

@@ -9,43 +9,29 @@ import argparse
 import io
 import itertools
 import json
-import os
 import sys
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from minipersona.chat.tokenizer import ChatTokenizer, Document, load_tokenizer
+from minipersona.console import Parser, answer
 from minipersona.errors import UserError
 
 GREEN, RESET = "\x1b[32m", "\x1b[0m"
 BIDI_CONTROLS = "\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # they reorder the line
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help")
-
-
 def main(argv: list[str] | None = None) -> int:
     """Print the conversations; 0, or 2 after a line ``error: ...``."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 still shows all
-    try:
-        _show(_parser().parse_args(argv))
-        sys.stdout.flush()
-    except UserError as error:
-        sys.stdout.flush()
-        print(f"error: {escape(str(error))}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # the reader, `head` say, has seen enough; nothing may be flushed to it at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+    return answer(lambda: _show(_parser().parse_args(argv)))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m minipersona.chat",
         description="Print conversations with their supervised tokens marked, and count them.",
         epilog="example: python -m minipersona.chat rows.jsonl --tokenizer Qwen/Qwen2.5-7B-Instruct --rows 3",
