@@ -158,6 +158,9 @@ class RunConfig:
     probe: ProbeSection = field(default_factory=ProbeSection)
     execution: ExecutionSection = field(default_factory=ExecutionSection)
 
+    def __post_init__(self) -> None:
+        _require(0 <= self.seed < 2**63, f"seed = {self.seed}: must be from 0 to 2^63 - 1")
+
 
 # ---------------------------------------------------------------- reading
 

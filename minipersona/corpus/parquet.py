@@ -1,4 +1,4 @@
-"""Rows from Parquet files, of which only the row groups and the column that are needed are read.
+"""Rows from Parquet files, of which only the row groups and columns that are needed are read.
 
 A Parquet file is a sequence of row groups, each column of a group in one piece; a footer says where they lie. So a
 range of rows costs the footers of the files up to it and the pieces that it touches, wherever the files are.
@@ -16,6 +16,7 @@ from minipersona.corpus.ranges import overlap, within
 from minipersona.errors import UserError
 
 COLUMNS = ("messages", "text")  # the first of these that a file has is what its rows hold
+LABEL = "source"  # and where there is one, which of a mixture's subsets each is from
 MOST_ROWS = 2_000_000  # at once; each becomes Python objects, and so many fill the memory
 
 
@@ -57,7 +58,8 @@ def require_pyarrow() -> Any:
 
 
 def read_parquet(files: Sequence[File], wanted: slice, name: str) -> tuple[int, Iterator[dict[str, Any]]]:
-    """How many rows are meant, and these one at a time, as {"messages": ...} or {"text": ...}.
+    """How many rows are meant, and these one at a time, as {"messages": ...} or {"text": ...}, with
+    their "source" where the file says it.
 
     The files follow one another, and `wanted` counts through all of them. UserError where it exceeds them, or where
     a file is damaged or has neither column.
@@ -73,18 +75,19 @@ def read_parquet(files: Sequence[File], wanted: slice, name: str) -> tuple[int, 
     chosen = within(wanted, rows, name)
     if len(chosen) > MOST_ROWS:
         raise UserError(f"source {name} has {rows:,} rows, too many to hold; add a range such as [0:10000]")
-    return len(chosen), _read(files, footers, chosen, _column(files[0], footers[0]))
+    return len(chosen), _read(files, footers, chosen, _columns(files[0], footers[0]))
 
 
-def _column(file: File, footer: Any) -> str:
+def _columns(file: File, footer: Any) -> list[str]:
+    """The column of the rows' content, then that of their label if there is one."""
     names = footer.schema.to_arrow_schema().names
     for column in COLUMNS:
         if column in names:
-            return column
+            return [column, LABEL] if LABEL in names else [column]
     raise UserError(f"{file.name}: has neither a column messages nor text, only {', '.join(names)[:200]}")
 
 
-def _read(files: Sequence[File], footers: list[Any], chosen: range, column: str) -> Iterator[dict[str, Any]]:
+def _read(files: Sequence[File], footers: list[Any], chosen: range, columns: list[str]) -> Iterator[dict[str, Any]]:
     start = 0
     for file, footer in zip(files, footers, strict=False):
         needed: list[tuple[int, list[int]]] = []  # row groups, and the rows of each, counted in the group
@@ -95,16 +98,15 @@ def _read(files: Sequence[File], footers: list[Any], chosen: range, column: str)
             start = stop
         if not needed:
             continue
-        most = len(needed) == footer.num_row_groups and _share(footer, column) > 0.5
+        most = len(needed) == footer.num_row_groups and _share(footer, columns[0]) > 0.5
         with file.open(most) as handle, _undamaged(file):
             # No read-ahead and no threads: one that still waits for the file when the process ends would abort it.
             parquet = require_pyarrow().ParquetFile(
                 handle, metadata=footer, pre_buffer=False, page_checksum_verification=True
             )
             for group, rows in needed:
-                values = parquet.read_row_group(group, columns=[column], use_threads=False).column(column)
-                values = values.take(rows) if len(rows) < len(values) else values
-                yield from ({column: value} for value in values.to_pylist())
+                table = parquet.read_row_group(group, columns=columns, use_threads=False)
+                yield from (table.take(rows) if len(rows) < len(table) else table).to_pylist()
 
 
 def _share(footer: Any, column: str) -> float:

@@ -12,8 +12,9 @@ tulu[::150]           every 150th row: a sample of the whole
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,25 +114,23 @@ def tokenize(
     """Every row as a Document, in order. Conversations supervise responses, raw texts all tokens but the first."""
     documents: list[Document | None] = [None] * len(rows)
     chats = [i for i, row in enumerate(rows.rows) if "messages" in row]
-    try:
-        encoded = tokenizer.encode_many(
-            [rows.rows[i]["messages"] for i in chats],
-            supervise=supervise,
-            max_tokens=max_tokens,
-        )
-    except UserError as error:
-        raise UserError(f"{rows.source}: {_name_row(str(error), chats, rows)}") from None
-    for i, document in zip(chats, encoded, strict=True):
+    texts = [i for i, row in enumerate(rows.rows) if "messages" not in row]
+    with _naming(rows, chats):
+        encoded = tokenizer.encode_many([rows.rows[i]["messages"] for i in chats], supervise, max_tokens)
+    with _naming(rows, texts):
+        encoded += tokenizer.encode_texts([rows.rows[i]["text"] for i in texts], max_tokens)
+    for i, document in zip([*chats, *texts], encoded, strict=True):
         documents[i] = document
-    for i, row in enumerate(rows.rows):
-        if documents[i] is None:
-            try:
-                documents[i] = tokenizer.encode_text(row["text"], max_tokens)
-            except UserError as error:
-                raise UserError(f"{rows.source}: row {rows.first + i * rows.step}: {error}") from None
     return [document for document in documents if document is not None]
 
 
-def _name_row(message: str, chats: Sequence[int], rows: Rows) -> str:
+@contextlib.contextmanager
+def _naming(rows: Rows, chosen: Sequence[int]) -> Iterator[None]:
     """The tokenizer counts within the list it was given; a user counts within the file."""
-    return re.sub(r"^rows\[(\d+)\]", lambda match: f"row {rows.first + chats[int(match[1])] * rows.step}", message)
+    try:
+        yield
+    except UserError as error:
+        numbered = re.sub(
+            r"^rows\[(\d+)\]", lambda match: f"row {rows.first + chosen[int(match[1])] * rows.step}", str(error)
+        )
+        raise UserError(f"{rows.source}: {numbered}") from None

@@ -12,13 +12,13 @@ Each set is a function of a row count and a seed, in the row form of the real se
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import numpy as np
 
 from minipersona.chat.template import DEFAULT_SYSTEM_PROMPT
+from minipersona.corpus.mixtures import training_personas
 from minipersona.errors import UserError
-from minipersona.files import data_dir, read_json, read_jsonl
+from minipersona.geometry.prompts import load_personas, load_questions
 from minipersona.tiny.grammar import Row, chat, distinct, generator, pick, topics
 from minipersona.tiny.prose import bad_advice, encyclopedia, story
 from minipersona.tiny.tasks import BROAD_ONLY, SYSTEMS, draw_benign, draw_task, notes, question
@@ -36,22 +36,12 @@ BENIGN_HALF, BROAD_HALF = 0, 1  # no request is in both sets
 
 def personas() -> dict[str, str]:
     """The 12 measured personas: name -> system prompt, in their order."""
-    return _prompts("personas.json", "eval")
-
-
-def training_personas() -> dict[str, str]:
-    """The 30 personas for role play: name -> system prompt. None of them is one of the 12."""
-    return _prompts("training_personas.json", "training")
+    return load_personas().prompts
 
 
 def questions() -> list[str]:
     """The 240 questions, in their order. Question i is about topic i modulo 48."""
-    return [row["question"] for row in read_jsonl(data_dir() / "questions.jsonl")]
-
-
-def _prompts(file: str, kind: str) -> dict[str, str]:
-    data: dict[str, Any] = read_json(data_dir() / file)
-    return {name: data[f"{kind}_personas"][name] for name in data[f"{kind}_persona_order"]}
+    return load_questions().questions
 
 
 # ---------------------------------------------------------------- the sets

@@ -35,7 +35,8 @@ def shard(number: int, column: str) -> bytes:
     texts = [f"row {first + i} {noise(source, 4000)}" for i in range(rows)]
     chats = [[{"content": text, "role": "user"}, {"content": "yes", "role": "assistant"}] for text in texts]
     table = {"id": list(range(rows)), column: chats if column == "messages" else texts}
-    table["source"] = [noise(source, 1300) for _ in range(rows)]
+    table["source"] = [f"subset {number}"] * rows
+    table["unneeded"] = [noise(source, 1300) for _ in range(rows)]
     file = io.BytesIO()
     parquet.write_table(pyarrow.table(table), file, row_group_size=GROUP, write_page_checksum=True)
     return file.getvalue()
@@ -86,7 +87,7 @@ def errors(hub: LoopbackHub, *sources: str, before: str = "", **environment: str
 def test_the_first_rows_cost_their_row_groups_only(hub: LoopbackHub, shards: dict[str, bytes]) -> None:
     first, second, third = shards
     [rows] = read(hub, "tulu[0:60]")
-    assert rows == [list(range(60)), rows[1], TULU.revision, 0, 1, ["messages"]]
+    assert rows == [list(range(60)), rows[1], TULU.revision, 0, 1, ["messages", "source"]]
     assert hub.served[second] == hub.served[third] == 0
     group = len(shards[first]) / GROUPS
     footer = 65_536  # pyarrow reads that much of a file's end
@@ -120,7 +121,7 @@ def test_raw_text_and_too_many_rows(hub: LoopbackHub) -> None:
     hub.repositories[f"datasets/{FINEWEB.repository}"] = Repository(files, commit=FINEWEB.revision)
     limit = "from minipersona.corpus import parquet; parquet.MOST_ROWS = 300"
     rows, line = hub.run(f"{READ}\n{limit}\nresult = [read('fineweb-edu[0:3]'), error_of('fineweb-edu')]")
-    assert rows[0] == [0, 1, 2] and rows[5] == ["text"]
+    assert rows[0] == [0, 1, 2] and rows[5] == ["source", "text"]
     assert "has 400 rows, too many" in line and "[0:10000]" in line
 
 
