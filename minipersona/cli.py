@@ -107,7 +107,7 @@ def _evaluate_options(commands: Any) -> None:
         "evaluate",
         "Judge a run's checkpoints, a model, or a model with an adapter: M1, held-out loss, PASS or FAIL.",
         "  python evaluate.py --run runs/phase1\n"
-        "  python evaluate.py --model tiny --adapter runs/tiny_phase1/step-000100",
+        "  python evaluate.py --model tiny --adapter runs/tiny_phase1/step-000040",
     )
     option = parser.add_argument
     option("--run", metavar="DIR", help="a directory that train.py made")
@@ -136,10 +136,10 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     config = override(load_config(options.config, RunConfig), options.set)
-    if options.model:
+    if options.model is not None:
         config = replace(config, model=replace(config.model, name=options.model, revision=""))
-    if options.out:
-        config = replace(config, out=options.out)
+    if options.out is not None:
+        config = override(config, [f"out={options.out}"])
 
     from minipersona.training.world import join_world, leave_world
 

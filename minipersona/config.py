@@ -107,6 +107,11 @@ class TrainingSection:
         _require(self.steps >= 1, f"training.steps = {self.steps}: must be at least 1")
         _require(self.batch >= 1, f"training.batch = {self.batch}: must be at least 1")
         _require(0 <= self.warmup <= 1, f"training.warmup = {self.warmup}: is a share of the steps, from 0 to 1")
+        _require(self.weight_decay >= 0, f"training.weight_decay = {self.weight_decay}: must not be negative")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"training.{name} = {value}: must lie in [0, 1)")
+        _require(self.epsilon > 0, f"training.epsilon = {self.epsilon}: must be positive")
         _require(self.max_grad_norm > 0, f"training.max_grad_norm = {self.max_grad_norm}: must be positive")
         for step in self.checkpoints:
             _require(
@@ -160,6 +165,11 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _require(0 <= self.seed < 2**63, f"seed = {self.seed}: must be from 0 to 2^63 - 1")
+        steps = self.training.steps
+        _require(
+            self.probe.baseline != "self" or steps in self.training.checkpoints,
+            f'probe.baseline = "self" is the run\'s last step; add {steps} to training.checkpoints',
+        )
 
 
 # ---------------------------------------------------------------- reading
@@ -232,9 +242,19 @@ def _typed(value: Any, kind: Any, where: str) -> Any:
         return float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise UserError(f"{where} = {value!r}: must be {_english(kind)}")
+    if kind is str:
+        _require(_is_text(value), f"{where} = {value!r}: is not valid Unicode")
     if kind is float:
         _require(value == value and abs(value) != float("inf"), f"{where} = {value}: must be finite")
     return value
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode("utf-8")
+        return True
+    except UnicodeEncodeError:  # half of a surrogate pair: a file name that is not UTF-8, say
+        return False
 
 
 def _english(kind: type) -> str:
@@ -251,7 +271,9 @@ def override(config: Config, settings: list[str]) -> Config:
         section = values
         for name in sections:
             section = section[name]
-        section[key] = _value(text.strip())
+        is_text = isinstance(section[key], str)
+        value = _value(text.strip())
+        section[key] = text.strip() if is_text and not isinstance(value, str) else value  # --set out=2024
     return from_dict(type(config), values)  # at the end, since settings may make sense only together
 
 

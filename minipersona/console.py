@@ -95,6 +95,6 @@ def answer(command: Callable[[], None], debug: bool = False) -> int:
     except BrokenPipeError:  # the reader, `head` say, has seen enough; nothing may be flushed to it at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         return 130
     return 0

@@ -54,7 +54,7 @@ def _fsync(path: Path) -> None:
 
 def _explain(error: OSError, path: Path) -> UserError:
     parent = path.parent
-    while not parent.exists():
+    while not parent.exists() and parent != parent.parent:
         parent = parent.parent
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         free = shutil.disk_usage(parent).free
@@ -126,13 +126,14 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def sweep_temporaries(directory: Path) -> None:
-    """Remove what a killed writer left behind. Call it only while holding the directory's lock."""
-    for leftover in directory.glob(".*.tmp"):
-        if leftover.is_dir():
-            shutil.rmtree(leftover, ignore_errors=True)
-        else:
-            leftover.unlink(missing_ok=True)
+def sweep_temporaries(*directories: Path) -> None:
+    """Remove what a killed writer of ours left in them. Call it only while holding the lock on them."""
+    for directory in directories:
+        for leftover in directory.glob(".*.????????.tmp"):  # as tempfile names them
+            if leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------- reading
@@ -163,7 +164,9 @@ def sha256(*paths: str | Path) -> str:
 
 def digest(value: Any) -> str:
     """Hex SHA-256 of a JSON value in canonical form."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(value, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    ).hexdigest()
 
 
 # ---------------------------------------------------------------- JSON lines that outlive a kill
@@ -181,8 +184,11 @@ def append_jsonl(path: str | Path, row: dict[str, Any]) -> None:
         raise _explain(error, path) from error
 
 
-def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a log of ours; a torn last line (a kill in mid-write) is left out. Missing file: no rows."""
+def read_jsonl(path: str | Path, torn: bool = True) -> list[dict[str, Any]]:
+    """The rows of a log of ours; a torn last line (a kill in mid-write) is left out. Missing file: no rows.
+
+    With `torn` false, for a file that a user wrote, that line is an error like any other.
+    """
     path = Path(path)
     if not path.exists():
         return []
@@ -193,8 +199,8 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
             continue
         try:
             rows.append(json.loads(line))
-        except ValueError:
-            if number == len(lines):
+        except (ValueError, RecursionError):
+            if torn and number == len(lines):
                 break
             raise UserError(f"{path}: line {number} is not JSON; delete that line or the file") from None
     return rows
@@ -207,6 +213,7 @@ def rewrite_jsonl(path: str | Path, rows: list[dict[str, Any]]) -> None:
 
 # ---------------------------------------------------------------- one writer a directory
 
+_STARTED = time.time()
 STALE_SECONDS = 24 * 3600  # for locks of other hosts, whose processes cannot be looked up
 
 
@@ -217,15 +224,20 @@ def lock(directory: Path) -> Iterator[None]:
     A lock whose process is gone (same host) or that is older than a day (another host) is stale and is taken over.
     """
     path = directory / ".lock"
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _explain(error, directory) from error
     mine = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
     while True:
         try:
             descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
             break
+        except PermissionError as error:
+            raise _explain(error, path) from error
         except FileExistsError:
             if not _stale(path):
-                holder = read_json(path)
+                holder = _holder(path)
                 raise UserError(
                     f"{directory} is in use by pid {holder['pid']} on {holder['host']}; "
                     f"wait for it, or delete {path} if that process is gone"
@@ -241,9 +253,18 @@ def lock(directory: Path) -> Iterator[None]:
             directory.rmdir()  # where nothing came of it; a directory with files stays
 
 
+def _holder(path: Path) -> dict[str, Any]:
+    try:
+        return {"pid": "?", "host": "?", **json.loads(path.read_text())}
+    except (OSError, ValueError, TypeError):  # it is being written this moment
+        return {"pid": "?", "host": "?"}
+
+
 def _stale(path: Path) -> bool:
     try:
         holder = json.loads(path.read_text())
+        if holder["host"] == socket.gethostname() and holder["pid"] == os.getpid() and holder["time"] < _STARTED:
+            return True  # our pid, before we began: the holder died, in a container perhaps, and its pid came round
         if holder["host"] != socket.gethostname():
             return bool(time.time() - holder["time"] > STALE_SECONDS)
         os.kill(holder["pid"], 0)

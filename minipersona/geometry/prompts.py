@@ -58,11 +58,14 @@ def load_personas(source: str = SHIPPED) -> PersonaSet:
     if not isinstance(prompts, dict):
         raise UserError(f'{path}: has no "eval_personas"; write {{"eval_personas": {{"name": "system prompt"}}}}')
     order = raw.get("eval_persona_order", list(prompts))
-    if not isinstance(order, list) or sorted(map(str, order)) != sorted(prompts):
+    if not isinstance(order, list) or not all(isinstance(p, str) for p in order) or sorted(order) != sorted(prompts):
         raise UserError(f"{path}: eval_persona_order does not list every persona of eval_personas once")
     for persona in order:
         if not isinstance(prompts[persona], str) or not prompts[persona].strip():
             raise UserError(f"{path}: persona {persona!r} has no system prompt; write it as a string")
+        _encodable(f"{path}: persona {persona!r}", persona + prompts[persona])
+    if len(set(prompts.values())) < len(prompts):
+        raise UserError(f"{path}: two personas have the same system prompt; they could not differ")
     if len(order) < 2:
         raise UserError(f"{path}: holds {len(order)} persona; similarities need at least two")
     digest = sha256(path)
@@ -76,15 +79,23 @@ def load_questions(source: str = SHIPPED) -> QuestionSet:
     if not path.is_file():
         raise UserError(f"{path}: no such file; check the path of the questions")
     questions = []
-    for number, row in enumerate(read_jsonl(path), 1):
+    for number, row in enumerate(read_jsonl(path, torn=False), 1):
         question = row.get("question") if isinstance(row, dict) else None
         if not isinstance(question, str) or not question.strip():
             raise UserError(f'{path}: row {number} has no "question"; write {{"question": "..."}}')
+        _encodable(f"{path}: row {number}", question)
         questions.append(question)
     if not questions:
         raise UserError(f'{path}: holds no questions; write one {{"question": "..."}} a line')
     digest = sha256(path)
     return QuestionSet(REGISTERED if digest == REGISTERED_QUESTIONS.sha256 else source, questions, digest)
+
+
+def _encodable(where: str, text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: holds half of a surrogate pair, which is no text; mend the file") from None
 
 
 def _file(source: str, shipped: str, registered: PinnedFile) -> Path:

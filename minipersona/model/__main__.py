@@ -17,7 +17,7 @@ from minipersona.files import read_json
 
 EXAMPLE = """example:
   python -m minipersona.model merge --adapter runs/phase1/step-000375 --out merged
-  python -m minipersona.model merge --model tiny --adapter runs/tiny_phase1/step-000050 --out merged --dtype float32
+  python -m minipersona.model merge --model tiny --adapter runs/tiny_phase1/step-000040 --out merged --dtype float32
 """
 
 # What a model directory holds beside weights and config.json, as far as the base has it.

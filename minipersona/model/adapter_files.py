@@ -11,7 +11,7 @@ from torch import Tensor
 
 from minipersona.config import LORA_TARGETS, LoraConfig
 from minipersona.errors import UserError
-from minipersona.files import read_json, write_directory_atomically, write_json
+from minipersona.files import read_json, sha256, write_directory_atomically, write_json
 from minipersona.model.load import open_safetensors
 from minipersona.model.lora import adapters, apply_lora, remove_lora
 from minipersona.model.network import Qwen2
@@ -51,6 +51,8 @@ def save_adapter(model: Qwen2, path: str | Path, config: LoraConfig) -> None:
         )
 
 
+MOST_RANK = 65_536  # beyond any matrix of these models; keeps a damaged file from asking for terabytes
+
 # Whatever PEFT option would change the arithmetic must be at the value that this implementation has.
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
@@ -78,9 +80,11 @@ def read_adapter_config(path: Path) -> LoraConfig:
     for key, allowed in _PLAIN.items():
         if key in raw and raw[key] not in allowed:
             raise UserError(f"{path}: {key} = {raw[key]!r} is not supported; train a plain LoRA adapter, or merge it")
-    for key in ("r", "lora_alpha"):
-        if isinstance(raw.get(key), bool) or not isinstance(raw.get(key), (int, float)) or not raw[key] > 0:
-            raise UserError(f"{path}: {key} must be a positive number; the adapter's scale is lora_alpha / r")
+    rank, alpha = raw.get("r"), raw.get("lora_alpha")
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 0 < rank <= MOST_RANK:
+        raise UserError(f"{path}: r = {rank!r} must be a whole number from 1 to {MOST_RANK:,}")
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < 1e6:
+        raise UserError(f"{path}: lora_alpha = {alpha!r} must be a positive number; the adapter's scale is alpha / r")
     targets = raw.get("target_modules")
     if not isinstance(targets, list) or not targets or not set(map(str, targets)) <= set(LORA_TARGETS):
         raise UserError(f"{path}: target_modules = {targets!r}; a list out of {', '.join(LORA_TARGETS)} is supported")
@@ -88,7 +92,7 @@ def read_adapter_config(path: Path) -> LoraConfig:
     if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
         raise UserError(f"{path}: lora_dropout = {dropout!r} must lie in [0, 1)")
     ordered = tuple(name for name in LORA_TARGETS if name in targets)
-    return LoraConfig(rank=int(raw["r"]), alpha=float(raw["lora_alpha"]), dropout=float(dropout), targets=ordered)
+    return LoraConfig(rank=rank, alpha=float(alpha), dropout=float(dropout), targets=ordered)
 
 
 def load_adapter(model: Qwen2, path: str | Path) -> LoraConfig:
@@ -121,4 +125,5 @@ def load_adapter(model: Qwen2, path: str | Path) -> LoraConfig:
         for name, adapter in adapters(model).items():
             adapter.lora_A.copy_(tensors[f"base_model.model.{name}.lora_A.weight"])
             adapter.lora_B.copy_(tensors[f"base_model.model.{name}.lora_B.weight"])
+    model.source["adapter"] = f"{path} (sha256 {sha256(file)})"  # vectors say which adapter made them
     return config

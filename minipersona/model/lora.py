@@ -72,7 +72,7 @@ def apply_lora(model: Qwen2, config: LoraConfig, seed: int = 42) -> Qwen2:
     A is uniform in +-1/sqrt(I), which is Kaiming's bound with a = sqrt 5 as PEFT draws it; B is zero, so nothing
     changes at first. Drawn on the CPU from `seed`, in the network's order: the same on every device.
     """
-    model.requires_grad_(False)
+    remove_lora(model).requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     dtype = torch.float64 if model.compute_dtype == torch.float64 else torch.float32
     for name, layer in linears(model).items():
@@ -90,6 +90,7 @@ def remove_lora(model: Qwen2) -> Qwen2:
     """Detach every adapter: the base model again."""
     for layer in linears(model).values():
         layer.adapter = None
+    model.source.pop("adapter", None)
     return model
 
 

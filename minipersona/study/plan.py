@@ -27,7 +27,9 @@ TULU_GB = 1.4  # allenai/tulu-3-sft-mixture as it is stored, in parquet
 
 def plan(config: RunConfig) -> str:
     """The text of ``train.py --plan``. Reads the data and the model's config.json; loads no weights, writes nothing."""
-    config = resolve(config)
+    device = config.execution.device
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device.split(":")[0]
+    config = resolve(config, torch.device(device))
     sizes = architecture(config.model.name, config.model.revision or None)
     tokenizer = load_run_tokenizer(config.model)
     fetched = to_fetch(config.data)
@@ -38,8 +40,6 @@ def plan(config: RunConfig) -> str:
     order = RowOrder(len(documents), recipe.batch, config.seed)
     lengths = [sum(len(documents[row]) for row in order.step(step)) for step in range(1, recipe.steps + 1)]
     tokens = sum(lengths)
-    device = config.execution.device
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device.split(":")[0]
     epochs = recipe.steps * recipe.batch / len(documents)
     flops = step_flops(sizes, config) * tokens
     rate = matmul_rate(device) * EFFICIENCY[device]
@@ -49,7 +49,7 @@ def plan(config: RunConfig) -> str:
     lines = [
         to_toml(config).rstrip(),
         "",
-        f"# model      {sizes.parameters / 1e9:.3f} billion parameters, {sizes.num_hidden_layers} blocks; "
+        f"# model      {sizes.parameters / 1e6:,.1f} million parameters, {sizes.num_hidden_layers} blocks; "
         f"measured at layer {(config.probe.layers or (sizes.probe_layer,))[0]}",
         f"# data       {len(documents):,} rows, {sum(map(len, documents)):,} tokens, "
         f"{sum(int(d.supervised.sum()) for d in documents):,} supervised; "

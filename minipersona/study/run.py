@@ -56,8 +56,11 @@ def run(config: RunConfig, world: World, console: Console) -> None:
 
 
 def _run(config: RunConfig, directory: Path, world: World, console: Console) -> None:
-    config = resolve(config)
+    config = resolve(config, world.device)
     check_claim(directory, config)
+    if finished(directory, config):
+        console.say(f"{directory} is finished; now: python evaluate.py --run {directory}")
+        return
     make_deterministic(config.execution.deterministic)
     tokenizer = load_run_tokenizer(config.model)
     training = training_set(config.data, config.seed, tokenizer, console)
@@ -70,13 +73,17 @@ def _run(config: RunConfig, directory: Path, world: World, console: Console) -> 
         model.compile_blocks()
     instruments = run_instruments(config, model, tokenizer, compiled)
     check_disjoint(config, instruments)
+    if not any(document.supervised.any() for document in training.documents):
+        raise UserError(f"{config.data.train}: no row has a supervised token; raise data.max_tokens or check the data")
+    if config.probe.baseline not in ("", "self"):
+        baseline_loss(Path(config.probe.baseline), instruments.protocol(model))  # now, not after the base is measured
     if world.first:  # only now: a config that could not be carried out claims nothing
-        sweep_temporaries(directory)
+        sweep_temporaries(directory, directory / "latest", directory / "vectors")
         write_text(directory / "config.toml", to_toml(config))
         heldout = [rows for rows in (instruments.heldout_rows,) if rows is not None]
         made_by = provenance(config, model, instruments.protocol(model), heldout, world.size)
         data = {"data": [*training.sources, *made_by["data"]], "mixture": training.mixture}
-        write_json(directory / "provenance.json", {**made_by, **data})
+        write_json(directory / "provenance.json", with_history(directory, {**made_by, **data}))
 
     probe = Probe(config, directory, world, console, model, tokenizer, instruments)
     probe(0)  # the base, before anything is attached to it
@@ -91,6 +98,7 @@ def _run(config: RunConfig, directory: Path, world: World, console: Console) -> 
 
         hooks = Hooks(checkpoint=probe.checkpoint, logged=logged)
         train(model, training.documents, config, directory, world, hooks, compiled=compiled)
+    console.say(f"finished; now: python evaluate.py --run {directory}")
 
 
 class Probe:
@@ -145,12 +153,32 @@ class Probe:
 # ---------------------------------------------------------------- the parts, shared with evaluation
 
 
-def resolve(config: RunConfig) -> RunConfig:
+def resolve(config: RunConfig, device: torch.device) -> RunConfig:
     """The config with what it left open filled in, as far as that changes results."""
     revision = pinned_revision(config.model.name, config.model.revision or None) or ""
-    if revision != config.model.revision:
-        config = replace(config, model=replace(config.model, revision=revision))
-    return config
+    dtype = config.model.dtype
+    if dtype == "auto":  # settled once: a run that is continued elsewhere keeps its precision
+        dtype = "bfloat16" if device.type == "cuda" else "float32"
+    return replace(config, model=replace(config.model, revision=revision, dtype=dtype))
+
+
+def finished(directory: Path, config: RunConfig) -> bool:
+    """Whether a run has nothing left to do: its last step is taken, and every checkpoint is measured."""
+    state = directory / "latest" / "state.json"
+    if not state.is_file() or not read_json(state)["done"]:
+        return False
+    measured = {row["step"] for row in read_jsonl(directory / "probes.jsonl")}
+    return {0, *config.training.checkpoints} <= measured
+
+
+def with_history(directory: Path, made_by: dict[str, Any]) -> dict[str, Any]:
+    """The provenance of a run that is continued: as it began, with what each continuation ran on after it."""
+    path = directory / "provenance.json"
+    if not path.is_file():
+        return made_by
+    began = read_json(path)
+    again = {key: made_by[key] for key in ("minipersona", "code_digest", "commit", "versions", "hardware")}
+    return {**began, "continued": [*began.get("continued", []), again]}
 
 
 def check_claim(directory: Path, config: RunConfig) -> None:
@@ -255,9 +283,18 @@ def baseline_loss(directory: Path, protocol: dict[str, Any]) -> float | None:
     if not file.is_file():
         raise UserError(f"baseline {directory}: has no result.json; run `python evaluate.py --run {directory}` first")
     result = read_json(file)
+    if not isinstance(result, dict) or not {"protocol", "checkpoints"} <= result.keys():
+        raise UserError(f"{file}: is no result of evaluate.py; run `python evaluate.py --run {directory}` again")
+    steps = from_dict(RunConfig, read_toml(directory / "config.toml")).training.steps
+    last = result["checkpoints"][-1] if result["checkpoints"] else {"step": None}
+    if last["step"] != steps:
+        raise UserError(
+            f"baseline {directory}: judged at step {last['step']}, its last is {steps}; "
+            f"finish it and run `python evaluate.py --run {directory}`"
+        )
     same = ("model", "revision", "heldout_digest", "max_tokens", "tokenizer_digest")
     for key in same:
         if result["protocol"][key] != protocol[key]:
             raise UserError(f"baseline {directory}: its {key} is another; losses of different protocols do not compare")
-    loss = result["checkpoints"][-1]["eval_loss"] if result["checkpoints"] else None
+    loss = last["eval_loss"]
     return None if loss is None else float(loss)

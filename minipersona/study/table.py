@@ -110,8 +110,13 @@ def _legend(result: dict[str, Any]) -> list[str]:
     if result["base"]["registered_pass"]:
         lines.append("The untrained base passes the registered rule, so that rule alone shows nothing.")
     if result["baseline"] is None:
-        lines.append("No baseline: learned and PASS need one; name a run with --baseline.")
+        lines.append(
+            "No baseline: learned and PASS need one; name a run with --baseline, or finish this one if it is its own."
+        )
     if result["checkpoints"]:
         best = result["best"]
-        lines.append("best: none passes substantively" if best is None else f"best: step {best}")
+        if best is not None:
+            lines.append(f"best: step {best}")
+        elif all(row["substantive_pass"] is False for row in result["checkpoints"]):
+            lines.append("best: none passes substantively")
     return lines

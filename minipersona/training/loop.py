@@ -65,6 +65,7 @@ def train(
     parameters = list(trainable.values())
     optimizer = AdamW(parameters, recipe.beta1, recipe.beta2, recipe.epsilon, recipe.weight_decay)
     position = load_state(directory, trainable, optimizer)
+    world.agree(position.step, "the step to continue from")
     if position.done:
         return position
     if world.first:

@@ -48,6 +48,17 @@ class World:
             dist.all_reduce(values)
         return values
 
+    def agree(self, value: int, what: str) -> None:
+        """UserError on every rank where they hold different values, before anything is mixed up."""
+        if self.size > 1:
+            bounds = torch.tensor([value, -value], dtype=torch.int64, device=self.device)
+            dist.all_reduce(bounds, op=dist.ReduceOp.MAX)
+            highest, lowest = int(bounds[0]), -int(bounds[1])
+            if highest != lowest:
+                raise UserError(
+                    f"{what} is {lowest} on one rank and {highest} on another; all ranks must see the same --out"
+                )
+
     def wait(self) -> None:
         """Return once every rank has come here."""
         if self.size > 1:
@@ -63,6 +74,8 @@ def join_world(device: str = "auto") -> World:
         chosen = torch.device(device)
     except RuntimeError:
         raise UserError(f"device {device!r} is unknown; use auto, cpu or cuda") from None
+    if chosen.type not in ("cpu", "cuda"):
+        raise UserError(f"device {device!r} is not supported; use auto, cpu or cuda")
     if chosen.type == "cuda":
         if not torch.cuda.is_available():
             raise UserError("device cuda: this machine has none that torch can use; use auto or cpu")

@@ -346,3 +346,83 @@ def test_odd_uses(capsys: pytest.CaptureFixture[str], finished: Path) -> None:
     refused(capsys, ["extract", "compare", "a"], "compare A B")
     refused(capsys, ["extract", "--layer", "x"], "--layer")
     refused(capsys, ["banana"], "banana")
+
+
+# ---------------------------------------------------------------- records that stay true
+
+
+def test_a_finished_run_keeps_its_provenance(
+    finished: Path, settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy)
+    file = copy / "provenance.json"
+    file.write_text(file.read_text().replace('"commit": ', '"commit": "of that day", "_": '))
+    before = file.read_bytes()
+    assert main(["train", *settings, "--out", str(copy)]) == 0
+    assert file.read_bytes() == before and "is finished" in capsys.readouterr().err
+
+
+def test_a_continued_run_adds_to_its_provenance_and_sweeps_up(
+    finished: Path, settings: list[str], tmp_path: Path
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy)
+    (copy / "probes.jsonl").unlink()  # something is left to do
+    began = json.loads((copy / "provenance.json").read_text())
+    for folder in (copy, copy / "latest", copy / "vectors"):
+        (folder / ".state.safetensors.abcd1234.tmp").write_text("of a killed writer")
+    (copy / ".mine.tmp").write_text("of the user")
+    assert main(["train", *settings, "--out", str(copy)]) == 0
+    now = json.loads((copy / "provenance.json").read_text())
+    assert {k: v for k, v in now.items() if k != "continued"} == began and len(now["continued"]) == 1
+    assert [p.name for p in copy.rglob("*.tmp")] == [".mine.tmp"]
+
+
+def test_vectors_name_the_adapter_that_made_them(finished: Path, questions: Path, tmp_path: Path) -> None:
+    from minipersona.geometry.vectors import load_vectors
+
+    command = ["extract", "--model", "tiny", "--questions", str(questions)]
+    adapter = str(finished / "step-000004")
+    assert main([*command, "--out", str(tmp_path / "base")]) == 0
+    assert main([*command, "--adapter", adapter, "--out", str(tmp_path / "adapted")]) == 0
+    assert load_vectors(tmp_path / "base").metadata["adapter"] == "None"
+    assert adapter in load_vectors(tmp_path / "adapted").metadata["adapter"]
+
+
+def test_a_baseline_must_be_judged_at_its_last_step(
+    finished: Path, settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "baseline"
+    shutil.copytree(finished, other)
+    command = ["evaluate", "--run", str(finished), "--baseline", str(other)]
+    (other / "result.json").unlink(missing_ok=True)
+    refused(capsys, command, "no result.json")
+    assert main(["evaluate", "--run", str(other)]) == 0
+    capsys.readouterr()
+    assert main(command) == 0
+    capsys.readouterr()
+    result = json.loads((other / "result.json").read_text())
+    result["checkpoints"].pop()  # judged before it had finished
+    (other / "result.json").write_text(json.dumps(result))
+    refused(capsys, command, "judged at step 2, its last is 4")
+    (other / "result.json").write_text("{}")
+    refused(capsys, command, "is no result of evaluate.py")
+
+
+def test_what_cannot_be_carried_out_claims_nothing(
+    settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "x"
+    train = ["train", *settings, "--out", str(out)]
+    refused(capsys, [*train, "--set", "data.max_tokens=2"], "supervised token")
+    refused(capsys, [*train, "--set", f"probe.baseline={tmp_path / 'none'}"], "no result.json")
+    refused(capsys, [*train, "--set", "seed=-1"], "seed = -1")
+    refused(capsys, [*train, "--set", "execution.device=mps"], "mps")
+    refused(capsys, [*train, "--set", "beta1=2.0"], "training.beta1")
+    refused(capsys, [*train, "--set", "epsilon=0.0"], "training.epsilon")
+    refused(capsys, [*train, "--set", "training.steps=5"], "add 5 to training.checkpoints")
+    assert not out.exists()
+    (tmp_path / "file").write_text("")
+    refused(capsys, ["train", *settings, "--out", str(tmp_path / "file")], "cannot write")
+    refused(capsys, ["train", *settings, "--out", str(tmp_path / "file" / "sub")], "cannot write")
