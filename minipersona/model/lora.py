@@ -1,7 +1,6 @@
-"""LoRA (Hu et al. 2021): y = W x + (alpha / r) B A dropout(x), with W frozen and B zero at the start.
+"""LoRA over a whole model: attach adapters, switch them off, merge them, measure them.
 
-r = rank, I/O = the layer's inputs/outputs, T = tokens. Adapters are fp32 masters, cast to the stream's precision at
-use: in bf16 a late update of relative size 1e-4 would round away.
+W stays frozen and B is zero at the start (Hu et al. 2021); the product itself is in `adapter.py`.
 """
 
 from __future__ import annotations
@@ -9,55 +8,16 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
 from minipersona.config import LoraConfig
-from minipersona.model.dropout import channel_keys, hashed_dropout
-
-if TYPE_CHECKING:
-    from minipersona.model.network import Linear, Qwen2
-
-
-class Adapter(nn.Module):
-    """The low-rank product that is added to one linear layer's output."""
-
-    channel_keys: Tensor  # (I,) int32
-
-    def __init__(self, inputs: int, outputs: int, config: LoraConfig, name: str, device: torch.device) -> None:
-        super().__init__()
-        self.lora_A = nn.Parameter(torch.empty(config.rank, inputs, device=device))  # (r, I)
-        self.lora_B = nn.Parameter(torch.zeros(outputs, config.rank, device=device))  # (O, r)
-        self.scale = config.alpha / config.rank
-        self.dropout = config.dropout
-        self.enabled = True
-        # Derived from the name, so not part of a checkpoint.
-        self.register_buffer("channel_keys", channel_keys(name, inputs).to(device), persistent=False)
-
-    def forward(self, x: Tensor, dropout_keys: Tensor | None) -> Tensor:
-        """x (T, I) -> (alpha/r) B A dropout(x), (T, O). `dropout_keys` (T,) of `token_keys`, None for no dropout."""
-        if dropout_keys is not None and self.dropout > 0:
-            x = hashed_dropout(x, dropout_keys, self.channel_keys, self.dropout)
-        low = F.linear(x, self.lora_A.to(x.dtype)) * self.scale  # (T, r): scaled where it is smallest
-        return F.linear(low, self.lora_B.to(x.dtype))
-
-    def delta(self) -> Tensor:
-        """The merged update (alpha/r) B A, (O, I) in the masters' precision."""
-        return self.scale * (self.lora_B @ self.lora_A)
-
-    def squared_norm(self) -> Tensor:
-        """||(alpha/r) B A||_F^2 = (alpha/r)^2 trace((B^T B)(A A^T)), fp64, without forming the product."""
-        a, b = self.lora_A.double(), self.lora_B.double()
-        return self.scale**2 * ((b.T @ b) * (a @ a.T)).sum()
+from minipersona.model.adapter import Adapter
+from minipersona.model.network import Linear, Qwen2
 
 
 def linears(model: Qwen2) -> dict[str, Linear]:
     """The layers that an adapter can be attached to, by name, in the network's order."""
-    from minipersona.model.network import Linear  # the network itself knows adapters
-
     return {n: module for n, module in model.model.named_modules(prefix="model") if isinstance(module, Linear)}
 
 

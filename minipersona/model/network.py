@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from minipersona.model.adapter import Adapter
 from minipersona.model.attention import attention
 from minipersona.model.config import ModelConfig
-from minipersona.model.lora import Adapter
 from minipersona.model.pack import Pack, make_pack
 
 Tap = Callable[[Tensor], Tensor]

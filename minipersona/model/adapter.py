@@ -1,0 +1,46 @@
+"""What LoRA adds to one linear layer (Hu et al. 2021): y = W x + (alpha / r) B A dropout(x).
+
+r = rank, I/O = the layer's inputs/outputs, T = tokens. Adapters are fp32 masters, cast to the stream's precision at
+use: in bf16 a late update of relative size 1e-4 would round away.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minipersona.config import LoraConfig
+from minipersona.model.dropout import channel_keys, hashed_dropout
+
+
+class Adapter(nn.Module):
+    """The low-rank product that is added to one linear layer's output."""
+
+    channel_keys: Tensor  # (I,) int32
+
+    def __init__(self, inputs: int, outputs: int, config: LoraConfig, name: str, device: torch.device) -> None:
+        super().__init__()
+        self.lora_A = nn.Parameter(torch.empty(config.rank, inputs, device=device))  # (r, I)
+        self.lora_B = nn.Parameter(torch.zeros(outputs, config.rank, device=device))  # (O, r)
+        self.scale = config.alpha / config.rank
+        self.dropout = config.dropout
+        self.enabled = True
+        # Derived from the name, so not part of a checkpoint.
+        self.register_buffer("channel_keys", channel_keys(name, inputs).to(device), persistent=False)
+
+    def forward(self, x: Tensor, dropout_keys: Tensor | None) -> Tensor:
+        """x (T, I) -> (alpha/r) B A dropout(x), (T, O). `dropout_keys` (T,) of `token_keys`, None for no dropout."""
+        if dropout_keys is not None and self.dropout > 0:
+            x = hashed_dropout(x, dropout_keys, self.channel_keys, self.dropout)
+        low = F.linear(x, self.lora_A.to(x.dtype)) * self.scale  # (T, r): scaled where it is smallest
+        return F.linear(low, self.lora_B.to(x.dtype))
+
+    def delta(self) -> Tensor:
+        """The merged update (alpha/r) B A, (O, I) in the masters' precision."""
+        return self.scale * (self.lora_B @ self.lora_A)
+
+    def squared_norm(self) -> Tensor:
+        """||(alpha/r) B A||_F^2 = (alpha/r)^2 trace((B^T B)(A A^T)), fp64, without forming the product."""
+        a, b = self.lora_A.double(), self.lora_B.double()
+        return self.scale**2 * ((b.T @ b) * (a @ a.T)).sum()
