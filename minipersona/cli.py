@@ -152,8 +152,12 @@ def _train(options: argparse.Namespace) -> None:
     from minipersona.study.run import run
 
     world = join_world(config.execution.device)
+    console = Console(quiet=not world.first)
     try:
-        run(config, world, Console(quiet=not world.first))
+        run(config, world, console)
+    except KeyboardInterrupt:
+        console.say("the same command continues from the last checkpoint")
+        raise
     finally:
         leave_world()
 
