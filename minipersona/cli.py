@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from minipersona import __version__
 from minipersona.config import DEFAULT_MODEL, SHIPPED, RunConfig, load_config, override
-from minipersona.console import Console, Parser, answer, printable
+from minipersona.console import Console, Parser, answer, dispatch, printable
 from minipersona.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,12 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Idle threads of torch spin by default. Beside another busy process that makes two threads slower than one (64 s
     # against 19 s for a small run on two cores); sleeping ones cost next to nothing. Read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
-    def command() -> None:
-        options = _parser().parse_args(argv)
-        options.command(options)
-
-    return answer(command, debug="--debug" in argv)
+    return answer(lambda: dispatch(_parser(), argv), debug="--debug" in argv)
 
 
 # ---------------------------------------------------------------- the options

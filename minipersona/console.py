@@ -9,7 +9,7 @@ import sys
 import time
 import traceback
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn, TextIO
 
 from minipersona.errors import UserError
@@ -78,6 +78,15 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
+
+
+def dispatch(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> None:
+    """Run the command that the arguments choose, as `set_defaults(command=...)` names it; print the help for none."""
+    options = parser.parse_args(argv)
+    if getattr(options, "command", None) is None:
+        parser.print_help()
+    else:
+        options.command(options)
 
 
 def answer(command: Callable[[], None], debug: bool = False) -> int:

@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from minipersona.errors import UserError
 
@@ -173,15 +173,26 @@ def digest(value: Any) -> str:
 
 
 def append_jsonl(path: str | Path, row: dict[str, Any]) -> None:
-    """Append one line in a single write."""
+    """Append one line in a single write; a torn line that a kill left at the end is dropped first."""
     line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(line)
+        with open(path, "ab+") as file:
+            _drop_torn_line(file)
+            file.write(line.encode("utf-8"))
     except OSError as error:
         raise _explain(error, path) from error
+
+
+def _drop_torn_line(file: BinaryIO) -> None:
+    """Cut a file that does not end with a line end back to its last one."""
+    size = file.seek(0, os.SEEK_END)
+    if size:
+        file.seek(size - 1)
+        if file.read(1) != b"\n":
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def read_jsonl(path: str | Path, torn: bool = True) -> list[dict[str, Any]]:

@@ -118,6 +118,14 @@ def test_a_torn_last_line_is_left_out_and_a_torn_middle_is_an_error(tmp_path: Pa
     assert read_jsonl(tmp_path / "none.jsonl") == []
 
 
+def test_appending_after_a_torn_line_drops_it(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    for before in ("", '{"a": 1}\n'):
+        path.write_text(before + '{"a": 2, "b"')
+        append_jsonl(path, {"a": "ü"})
+        assert path.read_text() == before + '{"a": "ü"}\n'
+
+
 def test_json_errors_name_the_file(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     for content in (b"{", b"\xff\xfe", b"[" * 100_000, b""):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from minipersona.chat import load_tokenizer
 from minipersona.config import DEFAULT_MODEL
-from minipersona.console import Console, Parser, answer, printable
+from minipersona.console import Console, Parser, answer, dispatch, printable
 from minipersona.corpus import sources
 from minipersona.corpus.describe import describe, description_table
 from minipersona.corpus.token_cache import tokenize_cached
@@ -22,16 +22,7 @@ EXAMPLES = """examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Describe a source; 0, or 2 after a line ``error: ...``."""
-    return answer(lambda: _main(argv))
-
-
-def _main(argv: Sequence[str] | None) -> None:
-    parser = _parser()
-    options = parser.parse_args(argv)
-    if options.command is None:
-        parser.print_help()
-    else:
-        _describe(options)
+    return answer(lambda: dispatch(_parser(), argv))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -41,7 +32,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=f"{EXAMPLES}\n{sources.__doc__}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(dest="command", metavar="describe")
+    commands = parser.add_subparsers(metavar="describe")
     summary = "Count a source's rows and tokens, and show which subsets its rows come from."
     command = commands.add_parser(
         "describe",
@@ -50,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    command.set_defaults(command=_describe)
     option = command.add_argument
     option("source", metavar="SOURCE", help="see python -m minipersona.corpus")
     option("--tokenizer", metavar="NAME", help=f"directory or hub id (default: tiny for tiny:, else {DEFAULT_MODEL})")

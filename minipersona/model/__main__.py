@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from minipersona.console import Console, Parser, answer
+from minipersona.console import Console, Parser, answer, dispatch
 from minipersona.errors import UserError
 from minipersona.files import read_json
 
@@ -29,16 +29,7 @@ BESIDE = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Merge; 0, or 2 after a line ``error: ...``."""
-    return answer(lambda: _main(argv))
-
-
-def _main(argv: Sequence[str] | None) -> None:
-    parser = _parser()
-    options = parser.parse_args(argv)
-    if options.command is None:
-        parser.print_help()
-    else:
-        _merge(options)
+    return answer(lambda: dispatch(_parser(), argv))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -48,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(dest="command", metavar="merge")
+    commands = parser.add_subparsers(metavar="merge")
     summary = "Merge a LoRA adapter into its base model and write a Hugging Face directory."
     command = commands.add_parser(
         "merge",
@@ -57,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    command.set_defaults(command=_merge)
     option = command.add_argument
     option("--model", metavar="M", help="directory, hub id or tiny (default: the base that the adapter names)")
     option("--revision", metavar="R", help="a hub revision (default: the adapter's, or the pinned one)")

@@ -11,25 +11,28 @@ import torch
 
 from minipersona import __version__
 from minipersona.config import RunConfig, to_toml
-from minipersona.corpus.sources import Rows
+from minipersona.corpus.training_set import TrainingSet
 from minipersona.files import PACKAGE, digest, sha256
 from minipersona.model.network import Qwen2
+from minipersona.study.measure import Instruments
 
 
 def provenance(
-    config: RunConfig, model: Qwen2, protocol: dict[str, Any], data: list[Rows], processes: int
+    config: RunConfig, model: Qwen2, instruments: Instruments, training: TrainingSet, processes: int
 ) -> dict[str, Any]:
-    """The content of provenance.json. `protocol` is what every measurement of the run is made with."""
+    """The content of provenance.json. Its `protocol` is what every measurement of the run is made with."""
+    heldout = [] if instruments.heldout_rows is None else [instruments.heldout_rows.identity()]
     device = model.device
     on_cuda = device.type == "cuda"
     return {
-        "protocol": protocol,
+        "protocol": instruments.protocol(model),
         "minipersona": __version__,
         "code_digest": code_digest(),
         "commit": _commit(),
         "config_digest": digest(to_toml(config)),
         "model": {**model.source, "compute_dtype": str(model.compute_dtype).removeprefix("torch.")},
-        "data": [rows.identity() for rows in data],
+        "data": [*training.sources, *heldout],
+        "mixture": training.mixture,
         "versions": {
             "python": platform.python_version(),
             **{name: metadata.version(name) for name in ("torch", "numpy", "safetensors", "tokenizers")},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +33,7 @@ from minipersona.model.network import Qwen2
 from minipersona.study.judgement import learned_share
 from minipersona.study.measure import Instruments, make_instruments, measure
 from minipersona.study.provenance import provenance
-from minipersona.training.loop import Hooks, train
+from minipersona.training.loop import Hooks, check_learnable, train
 from minipersona.training.trainable import distance_from_base, save_checkpoint
 from minipersona.training.world import World
 
@@ -45,14 +46,8 @@ def run(config: RunConfig, world: World, console: Console) -> None:
     UserError where the directory belongs to another config, is in use, or anything the config names is amiss.
     """
     directory = Path(config.out)
-    held = lock(directory) if world.first else None
-    if held is not None:
-        held.__enter__()
-    try:
+    with lock(directory) if world.first else contextlib.nullcontext():
         _run(config, directory, world, console)
-    finally:
-        if held is not None:
-            held.__exit__(None, None, None)
 
 
 def _run(config: RunConfig, directory: Path, world: World, console: Console) -> None:
@@ -73,17 +68,14 @@ def _run(config: RunConfig, directory: Path, world: World, console: Console) -> 
         model.compile_blocks()
     instruments = run_instruments(config, model, tokenizer, compiled)
     check_disjoint(config, instruments)
-    if not any(document.supervised.any() for document in training.documents):
-        raise UserError(f"{config.data.train}: no row has a supervised token; raise data.max_tokens or check the data")
+    check_learnable(training.documents)
     if config.probe.baseline not in ("", "self"):
         baseline_loss(Path(config.probe.baseline), instruments.protocol(model))  # now, not after the base is measured
     if world.first:  # only now: a config that could not be carried out claims nothing
         sweep_temporaries(directory, directory / "latest", directory / "vectors")
         write_text(directory / "config.toml", to_toml(config))
-        heldout = [rows for rows in (instruments.heldout_rows,) if rows is not None]
-        made_by = provenance(config, model, instruments.protocol(model), heldout, world.size)
-        data = {"data": [*training.sources, *made_by["data"]], "mixture": training.mixture}
-        write_json(directory / "provenance.json", with_history(directory, {**made_by, **data}))
+        made_by = provenance(config, model, instruments, training, world.size)
+        write_json(directory / "provenance.json", with_history(directory, made_by))
 
     probe = Probe(config, directory, world, console, model, tokenizer, instruments)
     probe(0)  # the base, before anything is attached to it

@@ -70,8 +70,7 @@ def train(
         return position
     if world.first:
         cut_logs(directory, position.step)
-    if not any(d.supervised.any() for d in documents):
-        raise UserError("no training row has a supervised token; raise data.max_tokens or check the data")
+    check_learnable(documents)
     order = RowOrder(len(documents), recipe.batch, config.seed)
     gradients = [torch.zeros_like(p) for p in parameters]
     for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -147,6 +146,12 @@ def train(
     return position
 
 
+def check_learnable(documents: Sequence[Document]) -> None:
+    """UserError where no row teaches anything."""
+    if not any(document.supervised.any() for document in documents):
+        raise UserError("no training row has a supervised token; raise data.max_tokens or check the data")
+
+
 def make_packs(documents: Sequence[Document], rows: Sequence[int], pack_tokens: int) -> list[Pack]:
     """The packs of some rows, in order; a document's identity is its row."""
     return [
@@ -172,5 +177,5 @@ def cut_logs(directory: Path, step: int) -> None:
     for name in LOGS:
         rows = read_jsonl(directory / name)
         kept = [row for row in rows if row["step"] <= step]
-        if len(kept) < len(rows) or rows:
+        if len(kept) < len(rows):
             rewrite_jsonl(directory / name, kept)
