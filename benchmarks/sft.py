@@ -32,14 +32,7 @@ from benchmarks.common import (
     their_model,
 )
 from minipersona.chat import Document
-from minipersona.config import (
-    DataSection,
-    ExecutionSection,
-    LoraConfig,
-    ObjectiveSection,
-    RunConfig,
-    TrainingSection,
-)
+from minipersona.config import DataSection, ExecutionSection, LoraConfig, ObjectiveSection, RunConfig, TrainingSection
 from minipersona.model.lora import remove_lora
 from minipersona.model.network import Qwen2
 from minipersona.training.loop import Hooks, train

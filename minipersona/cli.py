@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minipersona import __version__
-from minipersona.config import DEFAULT_MODEL, SHIPPED, BehaviourSection, RunConfig, load_config, override
+from minipersona.config import DEFAULT_MODEL, SHIPPED, BehaviourSection, RunConfig
 from minipersona.console import Console, Parser, answer, dispatch, printable, subcommand
 from minipersona.errors import Interrupted, UserError
+from minipersona.settings import load_config, override
 
 if TYPE_CHECKING:
     from minipersona.chat import ChatTokenizer

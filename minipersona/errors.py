@@ -13,6 +13,12 @@ class UserError(Exception):
     """
 
 
+def require(condition: bool, message: str) -> None:
+    """UserError with this message unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
 class Interrupted(BaseException):
     """The work was asked to stop, and stopped where the same command continues it.
 

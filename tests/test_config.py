@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minipersona.config import DataSection, RunConfig, difference, from_dict, load_config, override, to_dict, to_toml
+from minipersona.config import DataSection, RunConfig
 from minipersona.errors import UserError
+from minipersona.settings import difference, from_dict, load_config, override, to_dict, to_toml
 from minipersona.study.study_config import StudyConfig
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))

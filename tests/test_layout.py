@@ -29,7 +29,7 @@ RANK = {
     "cli": 7,
     "__main__": 8,
 }
-LEAVES = {"config", "console", "errors", "files", "hub", "locks"}
+LEAVES = {"config", "console", "errors", "files", "hub", "locks", "settings"}
 
 
 def imports(path: Path) -> Iterator[str]:

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from minipersona.config import DEFAULT_MODEL, BehaviourSection, override
+from minipersona.config import DEFAULT_MODEL, BehaviourSection
 from minipersona.console import Console, Parser, answer, dispatch, printable, subcommand
 from minipersona.errors import UserError
+from minipersona.settings import override
 
 EXAMPLES = """examples:
   python -m minipersona.behaviour roleplay --source 'tulu[0:6000]' --out roleplay.jsonl

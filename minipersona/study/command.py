@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-from minipersona.config import load_config, override
 from minipersona.console import Console, printable
 from minipersona.errors import Interrupted, UserError
 from minipersona.files import PACKAGE
+from minipersona.settings import load_config, override
 from minipersona.study.recipes import STAGES
 from minipersona.study.search import study as run_study
 from minipersona.study.study_config import StudyConfig

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from minipersona.config import DEFAULT_MODEL, flatten, load_config
+from minipersona.config import DEFAULT_MODEL
 from minipersona.geometry.prompts import REGISTERED
+from minipersona.settings import flatten, load_config
 from minipersona.study.judgement import LEAST_LEARNED
 from minipersona.study.recipes import STAGES
 from minipersona.study.results import StudyResults

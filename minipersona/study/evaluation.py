@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from minipersona.chat import ChatTokenizer
-from minipersona.config import SHIPPED, RunConfig, from_dict, read_toml
+from minipersona.config import SHIPPED, RunConfig
 from minipersona.console import Console
 from minipersona.errors import UserError
 from minipersona.files import append_jsonl, digest, read_json, read_jsonl
@@ -18,6 +18,7 @@ from minipersona.model.adapter_files import load_adapter
 from minipersona.model.load import load_model
 from minipersona.model.lora import adapter_norm
 from minipersona.model.network import Qwen2
+from minipersona.settings import from_dict, read_toml
 from minipersona.study.bench import DTYPES, load_run_model, load_run_tokenizer, run_instruments
 from minipersona.study.judgement import judge
 from minipersona.study.measure import Instruments, make_instruments, measure

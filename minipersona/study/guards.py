@@ -14,13 +14,13 @@ from typing import Any
 from minipersona.behaviour.instructions.suite import instruction_suite
 from minipersona.behaviour.roleplay import write_roleplay
 from minipersona.behaviour.suite import behaviour_suite
-from minipersona.config import to_dict
 from minipersona.corpus.mixtures import training_personas
 from minipersona.corpus.sources import read_source
 from minipersona.files import append_jsonl, digest, read_json, write_json
 from minipersona.geometry.extraction import extract
 from minipersona.geometry.measures import m1
 from minipersona.model.network import Qwen2
+from minipersona.settings import to_dict
 from minipersona.study.calibration import calibrate
 from minipersona.study.candidates import Candidate
 from minipersona.study.cells import placed_config, responses_file, trained_model

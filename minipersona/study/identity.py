@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from minipersona.config import ModelSection, to_dict
+from minipersona.config import ModelSection
 from minipersona.corpus.sources import source_identity
 from minipersona.files import PACKAGE, digest, sha256
 from minipersona.geometry.prompts import load_personas, load_questions
 from minipersona.hub import locate, resolved_revision
 from minipersona.model.load import RANDOM
+from minipersona.settings import to_dict
 from minipersona.study.recipes import Recipe
 
 # The code that a cell's numbers come from. A change to the report or the verdict leaves finished cells valid.

@@ -13,12 +13,13 @@ from pathlib import Path
 import torch
 
 from minipersona.chat import Document
-from minipersona.config import DataSection, RunConfig, to_toml
+from minipersona.config import DataSection, RunConfig
 from minipersona.corpus.order import RowOrder
 from minipersona.corpus.training_set import training_set
 from minipersona.model.config import ModelConfig
 from minipersona.model.load import architecture
 from minipersona.objective.head import CHUNK
+from minipersona.settings import to_toml
 from minipersona.study.bench import compiles, load_run_tokenizer
 from minipersona.study.run import resolve
 

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from minipersona import __version__
-from minipersona.config import RunConfig, to_toml
+from minipersona.config import RunConfig
 from minipersona.corpus.training_set import TrainingSet
 from minipersona.files import PACKAGE, digest, sha256
 from minipersona.model.network import Qwen2
+from minipersona.settings import to_toml
 from minipersona.study.measure import Instruments
 
 

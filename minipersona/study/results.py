@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from minipersona.config import read_toml
 from minipersona.errors import UserError
 from minipersona.files import digest
+from minipersona.settings import read_toml
 from minipersona.study.judgement import judge
 from minipersona.study.recipes import STAGES
 from minipersona.study.study_files import (

@@ -14,7 +14,7 @@ import torch
 
 from minipersona.chat import ChatTokenizer
 from minipersona.chat.vocabulary import FILES
-from minipersona.config import ModelSection, RunConfig, difference, from_dict, read_toml, to_toml
+from minipersona.config import ModelSection, RunConfig
 from minipersona.console import Console
 from minipersona.corpus.mixtures import training_personas
 from minipersona.corpus.training_set import training_set
@@ -32,6 +32,7 @@ from minipersona.hub import locate, pinned_revision
 from minipersona.locks import lock
 from minipersona.model.load import RANDOM
 from minipersona.model.network import Qwen2
+from minipersona.settings import difference, from_dict, read_toml, to_toml
 from minipersona.study.bench import Bench, compiles
 from minipersona.study.judgement import learned_share
 from minipersona.study.measure import Instruments, measure

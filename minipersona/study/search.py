@@ -12,10 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from minipersona.config import RunConfig, from_dict, read_toml, to_toml
+from minipersona.config import RunConfig
 from minipersona.console import Console
 from minipersona.errors import UserError
 from minipersona.files import read_json, write_json, write_text
+from minipersona.settings import from_dict, read_toml, to_toml
 from minipersona.study.calibration import check_layers_measured
 from minipersona.study.candidates import candidates
 from minipersona.study.cells import cell_job

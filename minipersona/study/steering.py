@@ -23,15 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minipersona.chat import ChatTokenizer
-from minipersona.config import (
-    COLLAPSE,
-    STEERING_FILE,
-    RunConfig,
-    SteeringSection,
-    from_dict,
-    parse_difference,
-    read_toml,
-)
+from minipersona.config import COLLAPSE, STEERING_FILE, RunConfig, SteeringSection, parse_difference
 from minipersona.errors import UserError
 from minipersona.files import write_atomically
 from minipersona.geometry.extraction import extract
@@ -40,6 +32,7 @@ from minipersona.geometry.prompts import load_personas, load_questions
 from minipersona.geometry.vectors import PersonaVectors, load_vectors
 from minipersona.model.network import Qwen2
 from minipersona.model.tensor_file import open_safetensors
+from minipersona.settings import from_dict, read_toml
 from minipersona.training.world import World
 
 STEERING_VECTORS = "steering.safetensors"  # in a run's directory: the raw vectors that it is steered by

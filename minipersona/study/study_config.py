@@ -15,20 +15,15 @@ from minipersona.config import (
     ModelSection,
     ProbeSection,
     TrainingSection,
-    flatten,
     parse_difference,
     parse_ratio,
 )
-from minipersona.errors import UserError
+from minipersona.errors import require
+from minipersona.settings import flatten
 
 STRENGTHS = (1e-3, 1e-2, 1e-1)
 # May change while a study goes on, since no cell depends on it.
 RECIPE_FREE = ("out", "stop_rule", "exhaustive", "execution.", "behaviour.", "instructions.")
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
 
 
 @dataclass(frozen=True)
@@ -42,7 +37,7 @@ class RegularisedSection:
 
     def __post_init__(self) -> None:
         for key, values in {"beta": self.beta, "r3f_lambda": self.r3f_lambda}.items():
-            _require(all(value > 0 for value in values), f"regularised.{key}: every value must be positive")
+            require(all(value > 0 for value in values), f"regularised.{key}: every value must be positive")
 
 
 @dataclass(frozen=True)
@@ -53,8 +48,8 @@ class LowRankSection:
     learning_rate: tuple[float, ...] = (2e-5, 5e-5, 1e-4)
 
     def __post_init__(self) -> None:
-        _require(all(rank >= 1 for rank in self.rank), "low_rank.rank: every rank must be at least 1")
-        _require(all(rate > 0 for rate in self.learning_rate), "low_rank.learning_rate: every rate must be positive")
+        require(all(rank >= 1 for rank in self.rank), "low_rank.rank: every rank must be at least 1")
+        require(all(rate > 0 for rate in self.learning_rate), "low_rank.learning_rate: every rate must be positive")
 
 
 @dataclass(frozen=True)
@@ -70,8 +65,8 @@ class RolePlaySection:
     keep_prompts: bool = False
 
     def __post_init__(self) -> None:
-        _require(self.temperature >= 0, "role_play.temperature: must not be negative")
-        _require(self.max_new_tokens >= 1, "role_play.max_new_tokens: must be at least 1")
+        require(self.temperature >= 0, "role_play.temperature: must not be negative")
+        require(self.max_new_tokens >= 1, "role_play.max_new_tokens: must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -102,7 +97,7 @@ class InstructionsSection:
     max_new_tokens: int = 1280
 
     def __post_init__(self) -> None:
-        _require(self.max_new_tokens >= 1, "instructions.max_new_tokens: must be at least 1")
+        require(self.max_new_tokens >= 1, "instructions.max_new_tokens: must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -129,25 +124,25 @@ class StudyConfig:
     execution: ExecutionSection = field(default_factory=ExecutionSection)
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.training.method == "lora" or not self.low_rank.rank,
             'training.method = "full" has no rank to lower; write low_rank.rank = [] to leave phase 3 out',
         )
         steps = self.training.steps
-        _require(bool(self.seeds), "seeds: name at least one")
-        _require(len(set(self.seeds)) == len(self.seeds), "seeds: name each once")
-        _require(self.probe.baseline == "", "probe.baseline: a study has its own; leave it out")
+        require(bool(self.seeds), "seeds: name at least one")
+        require(len(set(self.seeds)) == len(self.seeds), "seeds: name each once")
+        require(self.probe.baseline == "", "probe.baseline: a study has its own; leave it out")
         for key, checkpoints in {
             "training.checkpoints": self.training.checkpoints,
             "later_checkpoints": self.later_checkpoints or (steps,),
         }.items():
-            _require(steps in checkpoints, f"{key}: every cell is judged at its last step; add {steps}")
+            require(steps in checkpoints, f"{key}: every cell is judged at its last step; add {steps}")
         replace(self.training, checkpoints=self.later_checkpoints)  # the same rules hold for these
-        _require(
+        require(
             self.narrow == "tulu" or bool(self.rehearsal.em),
             'rehearsal.em is missing; narrow = "em" needs that file, such as jsonl:bad_legal_advice_6k.jsonl',
         )
-        _require(
+        require(
             not self.data.broad and not self.data.system_prompts,
             "data: phase 1 is trained on plain rows; what phases 4 and 5 mix in has its own sections",
         )

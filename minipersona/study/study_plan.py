@@ -11,13 +11,14 @@ import torch
 
 from minipersona.behaviour.suite import forecast
 from minipersona.chat import ChatTokenizer, Document
-from minipersona.config import RunConfig, flatten, to_toml
+from minipersona.config import RunConfig
 from minipersona.corpus.training_set import training_set
 from minipersona.errors import UserError
 from minipersona.geometry.extraction import common_prefixes, render_prompts
 from minipersona.geometry.prompts import load_personas, load_questions
 from minipersona.model.config import ModelConfig, known_config
 from minipersona.model.load import architecture, load_model
+from minipersona.settings import flatten, to_toml
 from minipersona.study.bench import DTYPES, load_run_tokenizer
 from minipersona.study.frontier import SCALES
 from minipersona.study.plan import (

@@ -19,13 +19,14 @@ from minipersona.behaviour.prompt_sets import Which
 from minipersona.behaviour.suite import behaviour_suite
 from minipersona.behaviour.table import behaviour_table
 from minipersona.chat import ChatTokenizer
-from minipersona.config import BehaviourSection, RunConfig, from_dict, read_toml
+from minipersona.config import BehaviourSection, RunConfig
 from minipersona.console import Console
 from minipersona.errors import UserError
 from minipersona.model.adapter_files import load_adapter
 from minipersona.model.load import load_model
 from minipersona.model.lora import remove_lora
 from minipersona.model.network import Qwen2
+from minipersona.settings import from_dict, read_toml
 from minipersona.study.bench import DTYPES, load_run_model, load_run_tokenizer
 from minipersona.study.evaluation import checkpoint_steps
 from minipersona.study.run import step_name

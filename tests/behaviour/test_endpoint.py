@@ -13,8 +13,9 @@ from judge_server import JudgeServer, Logprobs
 
 from minipersona.behaviour.endpoint import NO_KEY, EndpointJudge, number_score
 from minipersona.behaviour.judge import Case, Score
-from minipersona.config import BehaviourSection, override
+from minipersona.config import BehaviourSection
 from minipersona.errors import UserError
+from minipersona.settings import override
 
 CANARY = "hf_canaryCanaryCanaryCanary0123456789"
 EXPLICIT = "judge-key-1234"

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from minipersona.cli import main
-from minipersona.config import RunConfig, difference, load_config
+from minipersona.config import RunConfig
 from minipersona.corpus.mixtures import training_personas
+from minipersona.settings import difference, load_config
 
 ROOT = Path(__file__).parents[2]
 CONFIG = str(ROOT / "configs" / "tiny_phase1.toml")

@@ -10,13 +10,14 @@ import torch
 from conftest import relative_error
 
 from minipersona.chat import ChatTokenizer, load_tokenizer
-from minipersona.config import DataSection, ProbeSection, RunConfig, SteeringSection, TrainingSection, to_toml
+from minipersona.config import DataSection, ProbeSection, RunConfig, SteeringSection, TrainingSection
 from minipersona.errors import UserError
 from minipersona.geometry.extraction import extract
 from minipersona.geometry.prompts import load_personas, load_questions
 from minipersona.geometry.vectors import PersonaVectors
 from minipersona.model.load import load_model
 from minipersona.model.network import Qwen2
+from minipersona.settings import to_toml
 from minipersona.study.steering import (
     load_steering,
     run_steering,

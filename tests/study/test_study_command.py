@@ -10,9 +10,9 @@ import torch
 from small_study import small_study
 
 from minipersona.cli import main
-from minipersona.config import to_toml
 from minipersona.errors import UserError
 from minipersona.files import read_json
+from minipersona.settings import to_toml
 from minipersona.study.command import gpu_ids, parse_share, parse_stages, run_each
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from minipersona.cli import main
-from minipersona.config import RunConfig, difference, load_config
+from minipersona.config import RunConfig
 from minipersona.errors import UserError
+from minipersona.settings import difference, load_config
 from minipersona.study.recipes import BASELINE, RESPONSES, STAGES, Recipe, planned
 from minipersona.study.study_config import StudyConfig, changes
 
@@ -199,7 +200,7 @@ def test_a_wrong_use_is_one_line(arguments: list[str], said: str, capsys: pytest
 
 
 def test_a_study_config_file_reads_back_equal(shipped: StudyConfig, tmp_path: Path) -> None:
-    from minipersona.config import to_toml
+    from minipersona.settings import to_toml
 
     (tmp_path / "study.toml").write_text(to_toml(shipped))
     assert load_config(str(tmp_path / "study.toml"), StudyConfig) == shipped

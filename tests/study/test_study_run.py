@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 from small_study import run, small_study, start
 
 from minipersona.cli import main
-from minipersona.config import read_toml
 from minipersona.errors import UserError
 from minipersona.files import read_json, read_jsonl
 from minipersona.geometry.measures import m1
 from minipersona.geometry.vectors import load_vectors
+from minipersona.settings import read_toml
 from minipersona.study.ledger import Ledger
 from minipersona.study.study_config import StudyConfig
 

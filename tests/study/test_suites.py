@@ -10,15 +10,7 @@ import pytest
 import torch
 
 from minipersona.behaviour.weights import weights_digest
-from minipersona.config import (
-    BehaviourSection,
-    DataSection,
-    LoraConfig,
-    ModelSection,
-    RunConfig,
-    TrainingSection,
-    to_toml,
-)
+from minipersona.config import BehaviourSection, DataSection, LoraConfig, ModelSection, RunConfig, TrainingSection
 from minipersona.console import Console
 from minipersona.errors import UserError
 from minipersona.files import read_json
@@ -26,6 +18,7 @@ from minipersona.model.adapter_files import save_adapter
 from minipersona.model.load import load_model
 from minipersona.model.lora import adapters, apply_lora
 from minipersona.model.save import save_model
+from minipersona.settings import to_toml
 from minipersona.study.suites import Suites, run_suites, suites_table
 
 CPU, QUIET = torch.device("cpu"), Console(quiet=True)

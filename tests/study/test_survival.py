@@ -19,12 +19,13 @@ from safetensors.torch import load_file
 from small_study import small_study
 
 from minipersona.cli import main
-from minipersona.config import RunConfig, load_config, to_toml
+from minipersona.config import RunConfig
 from minipersona.corpus.training_set import training_set
 from minipersona.errors import Interrupted
 from minipersona.files import read_json, read_jsonl
 from minipersona.locks import lock
 from minipersona.model.load import load_model
+from minipersona.settings import load_config, to_toml
 from minipersona.study.bench import load_run_tokenizer
 from minipersona.study.run import finished
 from minipersona.training.interruption import Stop

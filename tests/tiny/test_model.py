@@ -9,13 +9,14 @@ import torch
 from safetensors import safe_open
 
 from minipersona.chat import load_tokenizer
-from minipersona.config import RunConfig, load_config
+from minipersona.config import RunConfig
 from minipersona.corpus.sources import Rows, read_source, tokenize
 from minipersona.files import data_dir
 from minipersona.geometry.extraction import extract
 from minipersona.geometry.measures import m1, nearest_centroid_accuracy
 from minipersona.geometry.prompts import load_personas, load_questions
 from minipersona.model.load import load_model
+from minipersona.settings import load_config
 from minipersona.tiny import world
 from minipersona.tiny.grammar import generator, topics
 from minipersona.tiny.voices import answer

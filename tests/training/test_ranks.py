@@ -22,9 +22,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from minipersona.chat import Document
-from minipersona.config import (
-    DataSection, ExecutionSection, LoraConfig, ObjectiveSection, RunConfig, TrainingSection,
-)
+from minipersona.config import DataSection, ExecutionSection, LoraConfig, ObjectiveSection, RunConfig, TrainingSection
 from minipersona.model.load import load_model
 from minipersona.training.loop import train
 from minipersona.training.world import join_world, leave_world

@@ -1,0 +1,192 @@
+"""Configs as TOML: read strictly, overridden on the command line, written back whole, compared.
+
+An unknown or ill-typed key is an error that says which, and what was probably meant.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+import typing
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from minipersona.config import RunConfig
+from minipersona.errors import UserError, require
+from minipersona.files import configs_dir
+
+# ---------------------------------------------------------------- reading
+
+Config = TypeVar("Config")
+
+
+def load_config(path: str, kind: type[Config]) -> Config:
+    """Read a TOML file, or a shipped config by its bare name (``tiny_phase1``)."""
+    return from_dict(kind, read_toml(find_config(path)))
+
+
+def find_config(path: str) -> Path:
+    """The file that `path` means: itself, or the shipped config of that name."""
+    shipped = configs_dir()
+    for candidate in (Path(path), shipped / Path(path).name, shipped / f"{path}.toml"):
+        if candidate.is_file():
+            return candidate
+    known = ", ".join(sorted(file.stem for file in shipped.glob("*.toml")))
+    raise UserError(f"{path}: no such config; give a TOML file or one of the shipped ones: {known}")
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """A TOML file's table; a syntax error is a UserError with its line."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid TOML: {error}") from None
+
+
+def from_dict(kind: type[Config], values: dict[str, Any], where: str = "") -> Config:
+    """Build the dataclass `kind` from plain values, strictly."""
+    assert is_dataclass(kind)
+    hints = typing.get_type_hints(kind)
+    known = {f.name: f for f in fields(kind)}
+    for key in values:
+        if key not in known:
+            raise UserError(_unknown(where + key, [where + name for name in known]))
+    built = {}
+    for name, description in known.items():
+        if name in values:
+            built[name] = _typed(values[name], hints[name], where + name)
+        elif description.default is MISSING and description.default_factory is MISSING:
+            if is_dataclass(hints[name]):
+                built[name] = from_dict(hints[name], {}, f"{name}.")  # names the first key that is missing
+            else:
+                raise UserError(f"{where}{name} is missing; add it to the config")
+    return kind(**built)
+
+
+def _unknown(key: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    mend = f"did you mean {near[0]}?" if near else f"known keys are {', '.join(known)}"
+    return f"unknown config key {key}; {mend}"
+
+
+def _typed(value: Any, kind: Any, where: str) -> Any:
+    origin = typing.get_origin(kind)
+    if is_dataclass(kind):
+        require(isinstance(value, dict), f"{where} must be a section, written [{where}]")
+        return from_dict(typing.cast(type, kind), value, f"{where}.")
+    if origin is Literal:
+        options = typing.get_args(kind)
+        require(value in options, f"{where} = {value!r}: must be one of {', '.join(map(repr, options))}")
+        return value
+    if origin is tuple:
+        require(isinstance(value, (list, tuple)), f"{where} = {value!r}: must be a list")
+        return tuple(_typed(item, typing.get_args(kind)[0], where) for item in value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise UserError(f"{where} = {value!r}: must be {_english(kind)}")
+    if kind is str:
+        require(_is_text(value), f"{where} = {value!r}: is not valid Unicode")
+    if kind is float:
+        require(value == value and abs(value) != float("inf"), f"{where} = {value}: must be finite")
+    return value
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode("utf-8")
+        return True
+    except UnicodeEncodeError:  # half of a surrogate pair: a file name that is not UTF-8, say
+        return False
+
+
+def _english(kind: type) -> str:
+    return {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}[kind]
+
+
+def override(config: Config, settings: list[str]) -> Config:
+    """Apply ``section.key=value`` settings; a bare ``key=value`` will do where only one section has that key."""
+    values = to_dict(config)
+    for setting in settings:
+        path, separator, text = setting.partition("=")
+        require(bool(separator), f"--set {setting}: write section.key=value")
+        *sections, key = _qualify(config, path.strip()).split(".")
+        section = values
+        for name in sections:
+            section = section[name]
+        is_text = isinstance(section[key], str)
+        value = _value(text.strip())
+        section[key] = text.strip() if is_text and not isinstance(value, str) else value  # --set out=2024
+    return from_dict(type(config), values)  # at the end, since settings may make sense only together
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text  # an unquoted string, as a shell user writes it
+
+
+def flatten(config: Any, where: str = "") -> dict[str, Any]:
+    """Every value under its dotted key."""
+    flat: dict[str, Any] = {}
+    for f in fields(config):
+        value = getattr(config, f.name)
+        flat |= flatten(value, f"{where}{f.name}.") if is_dataclass(value) else {where + f.name: value}
+    return flat
+
+
+def _qualify(config: Any, path: str) -> str:
+    keys = list(flatten(config))
+    if path in keys:
+        return path
+    matches = [key for key in keys if key.rsplit(".", 1)[-1] == path]
+    if len(matches) > 1:
+        raise UserError(f"--set {path}: is ambiguous; name {' or '.join(matches)}")
+    if not matches:
+        raise UserError(_unknown(path, keys))
+    return matches[0]
+
+
+# ---------------------------------------------------------------- writing
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The nested plain values of a config."""
+    return {
+        f.name: to_dict(getattr(config, f.name)) if is_dataclass(getattr(config, f.name)) else getattr(config, f.name)
+        for f in fields(config)
+    }
+
+
+def to_toml(config: Any) -> str:
+    """The complete config as TOML that `load_config` reads back to an equal one."""
+    values = to_dict(config)
+    lines = [f"{key} = {_literal(value)}" for key, value in values.items() if not isinstance(value, dict)]
+    for name, section in values.items():
+        if isinstance(section, dict):
+            lines += ["", f"[{name}]"] + [f"{key} = {_literal(value)}" for key, value in section.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _literal(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return _quoted(value)
+    if isinstance(value, (tuple, list)):
+        return "[" + ", ".join(_literal(item) for item in value) + "]"
+    return repr(value)
+
+
+def _quoted(text: str) -> str:
+    escapes = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\t": "\\t"}
+    return '"' + "".join(escapes.get(c, c if c.isprintable() else f"\\U{ord(c):08x}") for c in text) + '"'
+
+
+def difference(mine: RunConfig, theirs: RunConfig) -> list[str]:
+    """The keys in which two configs ask for different results, as ``key: theirs -> mine`` lines."""
+    a, b = flatten(theirs), flatten(mine)
+    ignored = ("out", "execution.")
+    return [f"{key}: {a[key]!r} -> {b[key]!r}" for key in a if a[key] != b[key] and not key.startswith(ignored)]
