@@ -78,6 +78,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for case in given.cases.split(","):
             found[case] = start(case, given, Path(scratch))
+            if case == "deterministic" and given.gpus == 1:
+                found[case] += start(case, given, Path(scratch))
             print(case, [{k: v for k, v in one.items() if k != "steps"} for one in found[case]], flush=True)
     single = {"cells": "lora", "ranks": "lora", "deterministic": "lora", "shards": "full"}
     rows, notes = [], []

@@ -156,6 +156,7 @@ def run(sitting: Sitting) -> None:
     for checkpoint in (True, False):
         name = "minipersona" + (", checkpointing" if checkpoint else "")
         found[name] = ours(model, docs, given.steps, checkpoint)
+        found[name]["gib"] -= sitting.beside
         print(name, found[name]["tokens_per_second"], found[name]["gib"], in_words(found[name]["profile"]), flush=True)
     if not given.no_peers:
         theirs = sitting.theirs()
@@ -165,10 +166,10 @@ def run(sitting: Sitting) -> None:
             name = f"transformers + peft{kind}, padded {BATCH // micro} x {micro}"
             name += ", checkpointing" if checkpoint else ""
             found[name] = peer(theirs, docs, given.peer_steps, micro, checkpoint)
+            found[name]["gib"] -= model.config.parameters * 2 / GIB  # of our weights, which lie beside theirs
             print(name, found[name], flush=True)
     rows = []
     for name, row in found.items():
-        row["gib"] -= sitting.beside
         tflops = 4 * model.config.matmul_parameters * row["tokens_per_second"] / 1e12
         share = tflops / about["matmul_tflops"]
         rows.append([name, f"{row['tokens_per_second']:,.0f}", f"{tflops:.0f}", f"{share:.0%}", f"{row['gib']:.1f}"])

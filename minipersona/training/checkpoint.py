@@ -56,22 +56,20 @@ def save_state(directory: Path, position: Position, names: Mapping[str, Any], op
     """
     words = asdict(position)
     latest = directory / "latest"
-    if isinstance(optimizer.layout, Flat):
-        if not position.done:
-            _write(_state_file(directory), names, optimizer, words)
-        write_json(latest / "state.json", words)
-    else:
-        if not position.done:
-            _write(_shard_file(directory, position.step, world.rank, world.size), names, optimizer, words)
+    sharded = not isinstance(optimizer.layout, Flat)
+    ranks = range(world.size) if sharded else range(1)
+    files = [_shard_file(directory, position.step, r, world.size) if sharded else _state_file(directory) for r in ranks]
+    if not position.done:
+        _write(files[world.rank], names, optimizer, words)
+    if sharded:
         world.wait()  # until all files are there
-        if world.first:
-            write_json(latest / "state.json", words if position.done else {**words, "files": world.size})
-        world.wait()  # nobody drops the former ones before
     if world.first:
-        kept = set() if position.done else {file.name for file in _files(directory)}
+        write_json(latest / "state.json", {**words, "files": world.size} if sharded and not position.done else words)
         for file in latest.glob("state*.safetensors"):
-            if file.name not in kept:
+            if position.done or file not in files:
                 file.unlink(missing_ok=True)
+    if sharded:
+        world.wait()  # until the new state is the one that counts
 
 
 def _write(file: Path, names: Mapping[str, Any], optimizer: AdamW, words: dict[str, Any]) -> None:
