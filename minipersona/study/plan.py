@@ -115,20 +115,22 @@ def adapter_parameters(sizes: ModelConfig, config: RunConfig) -> int:
 
 
 def memory_bytes(sizes: ModelConfig, config: RunConfig, device: str, tokens: int) -> float:
-    """Bytes at the peak of a step: weights, masters with gradient and moments, activations, one chunk of logits."""
+    """Bytes at the peak of a step: weights, masters with gradient and moments, activations or one chunk of logits."""
     compute = 2 if config.model.dtype == "bfloat16" or (config.model.dtype == "auto" and device == "cuda") else 4
     learned = adapter_parameters(sizes, config) if config.training.method == "lora" else sizes.parameters
     weights = (sizes.parameters * compute if config.training.method == "lora" else 0) + 16 * learned
     d, f, k = sizes.hidden_size, sizes.intermediate_size, sizes.num_key_value_heads * sizes.head_dim
-    # A token's tensors that one block keeps for its backward pass, fitted to the peak of the 7B in docs/log.md.
+    # A token's tensors that one block keeps for its backward pass, and, recomputed, needs within it. Both factors are
+    # fitted to the peaks of the 7B in docs/log.md, which they meet within a tenth.
     block = compute * (8 * d + 2 * k + 4.3 * f)
-    kept = compute * d * sizes.num_hidden_layers + block if config.execution.checkpoint_activations else (
-        block * sizes.num_hidden_layers
-    )  # fmt: skip
-    heads = 1 if config.objective.kind == "cross_entropy" else 2
-    logits = heads * min(tokens, CHUNK) * sizes.vocab_size * (4 + 2 * compute)
+    stream = compute * d * sizes.num_hidden_layers
+    recomputed = config.execution.checkpoint_activations
+    kept = stream + 4.3 * block if recomputed else 1.1 * block * sizes.num_hidden_layers
     fused = 1.0 if compiles(config, torch.device(device)) else 1.6  # unfused passes keep intermediates besides
-    return weights + tokens * kept * fused + logits
+    logits = min(tokens, CHUNK) * sizes.vocab_size * (4 + 2 * compute)
+    heads = 1 if config.objective.kind == "cross_entropy" else 2
+    # A chunk's logits are gone before the backward pass through the blocks begins.
+    return weights + max(tokens * kept * fused, tokens * stream + logits) + (heads - 1) * logits
 
 
 def checkpoint_bytes(sizes: ModelConfig, config: RunConfig) -> int:
