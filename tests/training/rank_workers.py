@@ -12,8 +12,18 @@ from pathlib import Path
 
 TESTS = Path(__file__).parent
 
+# What scripts train on.
+DOCUMENTS = """
+rng = np.random.default_rng(0)
+documents = [
+    Document(rng.integers(0, 160, n).astype(np.int32), np.arange(n) >= (n + 1) // 2, False)
+    for n in rng.integers(3, 25, 48)
+]
+"""
+
 # What every script begins with: a small model's training in a world of two, and the command around it.
-PREAMBLE = """
+PREAMBLE = (
+    """
 import os, signal, sys, time
 from pathlib import Path
 import numpy as np
@@ -33,12 +43,9 @@ torch.set_num_threads(1)
 watch.BEAT, watch.BROKEN_SILENCE, watch.LINGER = 0.1, 1.0, 1.0
 scenario, out, model_dir, minutes = sys.argv[1], Path(sys.argv[2]), sys.argv[3], float(sys.argv[4])
 stop, rank = Stop(), int(os.environ["RANK"])
-rng = np.random.default_rng(0)
-documents = [
-    Document(rng.integers(0, 160, n).astype(np.int32), np.arange(n) >= (n + 1) // 2, False)
-    for n in rng.integers(3, 25, 48)
-]
-config = RunConfig(
+"""
+    + DOCUMENTS
+    + """config = RunConfig(
     data=DataSection("-", "-"),
     lora=LoraConfig(rank=4, alpha=8.0, dropout=0.2),
     training=TrainingSection(steps=8, batch=8, checkpoints=(8,), learning_rate=1e-2),
@@ -54,6 +61,7 @@ def command(work):
             work(world)
     sys.exit(answer(run))
 """
+)
 
 
 @dataclass(frozen=True)

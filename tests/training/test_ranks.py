@@ -15,7 +15,10 @@ from safetensors.torch import load_file
 
 from minipersona.files import read_jsonl
 
-WORKER = """
+from .rank_workers import DOCUMENTS
+
+WORKER = (
+    """
 import sys
 from pathlib import Path
 import numpy as np
@@ -29,12 +32,9 @@ from minipersona.training.world import join_world, leave_world
 
 torch.set_num_threads(1)
 model_dir, out, batch, dtype, broken, kind = sys.argv[1:]
-rng = np.random.default_rng(0)
-documents = [
-    Document(rng.integers(0, 160, n).astype(np.int32), np.arange(n) >= (n + 1) // 2, False)
-    for n in rng.integers(3, 25, 48)
-]
-config = RunConfig(
+"""
+    + DOCUMENTS
+    + """config = RunConfig(
     data=DataSection("-", "-"),
     lora=LoraConfig(rank=4, alpha=8.0, dropout=0.2),
     training=TrainingSection(steps=3, batch=int(batch), checkpoints=(2,), learning_rate=1e-2),
@@ -53,6 +53,7 @@ if world.first:
     save_file({n: p.grad for n, p in trained.items()}, f"{out}/gradients.safetensors")  # of the last step
 leave_world(world)
 """
+)
 
 
 def run(

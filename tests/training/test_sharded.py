@@ -20,9 +20,10 @@ from minipersona.training.checkpoint import load_state
 from minipersona.training.layout import Flat
 from minipersona.training.optimizer import AdamW
 
-from .rank_workers import free_port
+from .rank_workers import DOCUMENTS, free_port
 
-WORKER = """
+WORKER = (
+    """
 import os, sys
 from pathlib import Path
 import numpy as np
@@ -39,12 +40,9 @@ from minipersona.training.world import join_world, leave_world
 
 torch.set_num_threads(1)
 model_dir, out, batch, dtype, case = sys.argv[1:]
-rng = np.random.default_rng(0)
-documents = [
-    Document(rng.integers(0, 160, n).astype(np.int32), np.arange(n) >= (n + 1) // 2, False)
-    for n in rng.integers(3, 25, 48)
-]
-config = RunConfig(
+"""
+    + DOCUMENTS
+    + """config = RunConfig(
     data=DataSection("-", "-"),
     training=TrainingSection(method="full", steps=4, batch=int(batch), checkpoints=(2,), learning_rate=1e-3),
     execution=ExecutionSection(pack_tokens=60, save_minutes=0),
@@ -82,6 +80,7 @@ if world.first:
 (Path(out) / f"kept-{world.rank}").write_text(str(kept))
 leave_world(world)
 """
+)
 
 
 def run(model: Path, out: Path, ranks: int, batch: int = 16, dtype: str = "float64", case: str = "whole") -> None:
