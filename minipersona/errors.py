@@ -13,6 +13,10 @@ class UserError(Exception):
     """
 
 
+class DiskFull(UserError):
+    """There is no room for what had to be written. It says nothing about the work, and would befall any other too."""
+
+
 def require(condition: bool, message: str) -> None:
     """UserError with this message unless the condition holds."""
     if not condition:

@@ -190,6 +190,19 @@ def test_plan_does_nothing(settings: list[str], tmp_path: Path, capsys: pytest.C
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("command", [["train", "--config", "tiny_phase1"], ["study", "--config", "study"]])
+def test_a_plan_warns_of_a_disk_that_is_too_small(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said, usage = {}, shutil.disk_usage(tmp_path)
+    for free in (10**6, 10**14):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
+        assert main([*command, "--plan", "--out", str(tmp_path / "out")]) == 0
+        said[free] = capsys.readouterr().out
+    assert "# WARNING    that does not fit on the disk; free some space" in said[10**6]
+    assert "GiB are free" in said[10**14] and "WARNING" not in said[10**14]  # the control
+
+
 def test_help_is_quick_and_imports_no_torch() -> None:
     for script in ("train.py", "extract.py", "evaluate.py"):
         started = time.monotonic()
