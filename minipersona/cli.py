@@ -368,4 +368,4 @@ def _load(options: argparse.Namespace, console: Console, adapter: bool = True) -
 
 
 def _show(options: argparse.Namespace, value: dict[str, Any], text: str) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False) if options.json else printable(text))
+    print(json.dumps(value, indent=2) if options.json else printable(text))  # ASCII, which steers no terminal

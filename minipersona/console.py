@@ -114,7 +114,7 @@ def answer(command: Callable[[], None], debug: bool = False) -> int:
         with contextlib.suppress(BrokenPipeError):  # what was said before the error comes before it
             sys.stdout.flush()
         if debug:
-            traceback.print_exc()
+            print(printable(traceback.format_exc()), end="", file=sys.stderr)
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader, `head` say, has seen enough; nothing may be flushed to it at exit

@@ -59,8 +59,11 @@ def load_state(directory: Path, trainable: dict[str, nn.Parameter], optimizer: A
     file = _state_file(directory)
     with open_safetensors(file) as handle:
         position = _position(parse_json((handle.metadata() or {}).get("state", "{}")), file)
-        expected = {"rng.cpu"} | {f"{kind}.{name}" for name in trainable for kind in ("weight", "first", "second")}
-        if not expected <= set(handle.keys()):
+        found = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}
+        expected = {"rng.cpu": tuple(torch.get_rng_state().shape)}
+        for name, weight in trainable.items():
+            expected |= {f"{kind}.{name}": tuple(weight.shape) for kind in ("weight", "first", "second")}
+        if not expected.items() <= found.items():
             raise UserError(f"{file}: holds another run's state; delete {directory / 'latest'} to start over")
         with torch.no_grad():
             for index, (name, weight) in enumerate(trainable.items()):

@@ -17,6 +17,7 @@ from conftest import SIZES
 from safetensors import SafetensorError
 from torch import nn
 
+from minipersona import hub
 from minipersona.chat import load_tokenizer
 from minipersona.config import LoraConfig
 from minipersona.corpus import cache
@@ -122,6 +123,15 @@ def test_a_line_is_appended_whole_or_not_at_all(tmp_path: Path) -> None:
     assert path.read_bytes() == old  # not even the part for which there was room
     append_jsonl(path, {"a": 2})
     assert read_jsonl(path) == [{"a": 1}, {"a": 2}]
+
+
+def test_a_download_that_finds_no_room_says_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path))
+    with pytest.raises(UserError) as caught, hub.explained("me/model"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "blob"))
+    line = str(caught.value)
+    assert line.startswith("me/model: [Errno 28] No space left on device") and str(tmp_path / "blob") in line
+    assert re.search(r"; [\d,]+ MiB are free there; free some, or set HF_HOME", line)
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])

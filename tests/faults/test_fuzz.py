@@ -21,14 +21,19 @@ from conftest import SIZES
 from faults.mutations import damaged
 from pyarrow import parquet
 
+from minipersona.behaviour.answers import ANSWERS
+from minipersona.behaviour.file import import_scores
+from minipersona.behaviour.instructions.dataset import load_instructions
+from minipersona.behaviour.questions import load_questions as load_asked
 from minipersona.chat import load_tokenizer
 from minipersona.chat.__main__ import read_conversations
 from minipersona.config import LoraConfig
 from minipersona.corpus import cache
+from minipersona.corpus.responses import read_responses
 from minipersona.corpus.sources import read_source, tokenize
 from minipersona.corpus.token_cache import read_documents, write_documents
 from minipersona.errors import UserError
-from minipersona.files import data_dir, read_json, read_jsonl
+from minipersona.files import append_jsonl, configs_dir, data_dir, read_json, read_jsonl
 from minipersona.geometry.prompts import load_personas, load_questions
 from minipersona.geometry.vectors import PersonaVectors, load_vectors
 from minipersona.model.adapter_files import load_adapter, save_adapter
@@ -36,8 +41,13 @@ from minipersona.model.load import load_model
 from minipersona.model.lora import apply_lora
 from minipersona.model.network import Qwen2
 from minipersona.model.save import save_model
+from minipersona.settings import load_config
+from minipersona.study.steering import load_steering, save_steering
+from minipersona.study.study_config import StudyConfig
+from minipersona.training.checkpoint import Position, load_state, save_state
+from minipersona.training.optimizer import AdamW
 
-CASES = int(os.environ.get("MINIPERSONA_FUZZ_CASES", 1500))
+CASES = int(os.environ.get("MINIPERSONA_FUZZ_CASES", 10_000))
 SLOWEST = 5.0  # seconds for one small file, on a machine with other work to do
 
 
@@ -147,9 +157,55 @@ def logs(folder: Path) -> Reader:
     return Reader(folder, lambda: (read_jsonl(folder / "metrics.jsonl"), read_json(folder / "result.json")))
 
 
+def configs(folder: Path) -> Reader:
+    shutil.copy(configs_dir() / "tiny_study.toml", folder)
+    return Reader(folder, lambda: load_config(str(folder / "tiny_study.toml"), StudyConfig))
+
+
+def asked_questions(folder: Path) -> Reader:
+    (folder / "q.yaml").write_text(
+        "- &plain\n  id: _defaults\n  system: |\n    One word.\n- <<: *plain\n  id: a\n  paraphrases:\n"
+        '    - \'How?\'\n    - "Why?"\n- id: b_json\n  paraphrases: ["x"]\n'.replace('["x"]', "\n  - So?")
+    )
+    (folder / "q.jsonl").write_text('{"id": "a", "question": "How?"}\n{"id": "b", "paraphrases": ["x", "y"]}\n')
+    return Reader(folder, lambda: (load_asked(str(folder / "q.yaml")), load_asked(str(folder / "q.jsonl"))))
+
+
+def instructions(folder: Path) -> Reader:
+    lines = (data_dir() / "instructions.jsonl").read_text().splitlines()[::12]
+    (folder / "i.jsonl").write_text("\n".join(lines))
+    return Reader(folder, lambda: load_instructions(str(folder / "i.jsonl")))
+
+
+def scores(folder: Path) -> Reader:
+    (folder / "in").mkdir()
+    append_jsonl(folder / "kept" / ANSWERS, {"key": "k"})
+    row = {"key": "k", "measure": "aligned", "score": 50}
+    (folder / "in" / "s.jsonl").write_text("\n".join(json.dumps({**row, "score": score}) for score in (50, 7.5, None)))
+    return Reader(folder / "in", lambda: import_scores(folder / "kept", folder / "in" / "s.jsonl", "someone"))
+
+
+def responses(folder: Path) -> Reader:
+    line = {"row": 0, "content": "c", "persona": "p", "response": "Text.", "tokens": 2, "stopped": True}
+    (folder / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ({"roleplay": {"seed": 1}}, line, line)))
+    return Reader(folder, lambda: read_responses(folder / "r.jsonl"))
+
+
+def states(folder: Path) -> Reader:
+    weights = {"w": torch.nn.Parameter(torch.ones(4, 3))}
+    optimizer = AdamW(list(weights.values()), 0.9, 0.999, 1e-8, 0.0)
+    save_state(folder, Position(step=3, updates=3), weights, optimizer)
+    return Reader(folder / "latest", lambda: load_state(folder, weights, optimizer))
+
+
+def steering_vectors(folder: Path) -> Reader:
+    save_steering(folder / "s.safetensors", {1: torch.ones(4), 2: torch.ones(4)})
+    return Reader(folder, lambda: load_steering(folder / "s.safetensors", [1, 2]))
+
+
 READERS = [
     models, adapters, vectors, tokenizers, tokenizer_parts, conversations, shown_conversations, parquets, prompts,
-    kept_rows, kept_tokens, logs,
+    kept_rows, kept_tokens, logs, configs, asked_questions, instructions, scores, responses, states, steering_vectors,
 ]  # fmt: skip
 
 
