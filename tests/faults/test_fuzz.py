@@ -20,6 +20,7 @@ import torch
 from conftest import SIZES
 from faults.mutations import damaged
 from pyarrow import parquet
+from study_report.conftest import RECIPES, FakeStudy, answers, followed
 
 from minipersona.behaviour.answers import ANSWERS
 from minipersona.behaviour.file import import_scores
@@ -42,6 +43,7 @@ from minipersona.model.lora import apply_lora
 from minipersona.model.network import Qwen2
 from minipersona.model.save import save_model
 from minipersona.settings import load_config
+from minipersona.study.results import read_study
 from minipersona.study.steering import load_steering, save_steering
 from minipersona.study.study_config import StudyConfig
 from minipersona.training.checkpoint import Position, load_state, save_state
@@ -203,9 +205,18 @@ def steering_vectors(folder: Path) -> Reader:
     return Reader(folder, lambda: load_steering(folder / "s.safetensors", [1, 2]))
 
 
+def studies(folder: Path) -> Reader:
+    few = [RECIPES[0], RECIPES[1], RECIPES[18], RECIPES[-1]]
+    suites = {"behaviour": {"base": answers(5)}, "instructions": {"base": followed(0.7)}}
+    study = FakeStudy(folder / "study", few, failed={"2A beta=0.001": "no memory"}, with_vectors=False, **suites)
+    study.write()
+    return Reader(folder / "study", lambda: read_study(folder / "study"))
+
+
 READERS = [
     models, adapters, vectors, tokenizers, tokenizer_parts, conversations, shown_conversations, parquets, prompts,
     kept_rows, kept_tokens, logs, configs, asked_questions, instructions, scores, responses, states, steering_vectors,
+    studies,
 ]  # fmt: skip
 
 
@@ -215,7 +226,7 @@ def test_only_user_errors_escape(
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
     reader = make(tmp_path)
-    files = {path: path.read_bytes() for path in sorted(reader.folder.iterdir()) if path.is_file()}
+    files = {path: path.read_bytes() for path in sorted(reader.folder.rglob("*")) if path.is_file()}
     reader.read()  # the control: undamaged, they are read
     refused = 0
     for case in range(-(-CASES // len(READERS))):
