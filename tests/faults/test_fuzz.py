@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import shutil
 import time
 from collections.abc import Callable
@@ -51,6 +52,7 @@ from minipersona.training.optimizer import AdamW
 
 CASES = int(os.environ.get("MINIPERSONA_FUZZ_CASES", 10_000))
 SLOWEST = 5.0  # seconds for one small file, on a machine with other work to do
+LARGEST = 100_000  # kibibytes by which the process may grow over all the files of a reader
 
 
 @dataclass
@@ -228,7 +230,7 @@ def test_only_user_errors_escape(
     reader = make(tmp_path)
     files = {path: path.read_bytes() for path in sorted(reader.folder.rglob("*")) if path.is_file()}
     reader.read()  # the control: undamaged, they are read
-    refused = 0
+    refused, before = 0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for case in range(-(-CASES // len(READERS))):
         rng = random.Random(f"{make.__name__} {case}")
         path = rng.choice(list(files))
@@ -246,4 +248,4 @@ def test_only_user_errors_escape(
         assert time.monotonic() - start < SLOWEST, case
         path.write_bytes(files[path])
     reader.read()  # nothing that was read before has left a mark
-    assert refused
+    assert refused and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < LARGEST
