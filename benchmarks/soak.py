@@ -40,7 +40,7 @@ SETTINGS = (
     "behaviour.samples=1", "behaviour.max_new_tokens=8", "instructions.max_new_tokens=8", "execution.save_minutes=0",
 )  # fmt: skip
 MEBIBYTES = 256  # of the small file system; a study takes 60
-MEAN_SECONDS = 20.0  # from a start to its disturbance, beyond the first second
+MEAN_SECONDS = 12.0  # from a start to its disturbance, beyond the first second
 PATIENCE = 60.0  # seconds after which a command that was asked to stop, or cannot write, counts as hanging
 CHANCES = {"killed": 5, "terminated": 2, "full": 3}  # of the disturbances, in tenths
 STATUS = {"killed": (-9, 0), "terminated": (os.EX_TEMPFAIL, 0), "full": (2, 0), "finished": (0,)}  # 0: just at its end
