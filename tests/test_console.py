@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -41,6 +45,44 @@ def test_errors_tracebacks_and_remarks(capsys: pytest.CaptureFixture[str]) -> No
     said = capsys.readouterr().err + stream.getvalue()
     assert said.count("\\x1b[2J\\x1b]0;title") == 4 and "Traceback" in said  # two errors, a traceback, a remark
     assert not steers(said)
+
+
+FULL = Path("/dev/full")  # to whose writers Linux says that the disk is full
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="no /dev/full here")
+@pytest.mark.parametrize(
+    "out, err, fails, status",
+    [
+        (None, FULL, False, 0),
+        (None, FULL, True, 2),
+        (FULL, None, False, 2),
+        (FULL, FULL, False, 2),
+        (None, None, False, 0),
+    ],
+)
+def test_a_log_on_a_full_disk_stops_no_work(out: Path | None, err: Path | None, fails: bool, status: int) -> None:
+    code = f"""
+    import sys
+    from minipersona.console import Console, answer
+    from minipersona.errors import UserError
+    def command():
+        for _ in range(3):
+            Console().say("a remark")
+        print("a result")
+        if {fails}:
+            raise UserError("no such file")
+    sys.exit(answer(command))
+    """
+    with contextlib.ExitStack() as stack:
+        pipes = [subprocess.PIPE if path is None else stack.enter_context(open(path, "w")) for path in (out, err)]
+        command = [sys.executable, "-c", textwrap.dedent(code)]
+        done = subprocess.run(command, stdout=pipes[0], stderr=pipes[1], text=True, timeout=60)
+    assert done.returncode == status
+    assert done.stdout in (None, "a result\n")
+    errors = [line for line in (done.stderr or "").splitlines() if line != "a remark"]
+    full = "error: cannot write standard output: No space left on device; free some space or write elsewhere"
+    assert errors == ([full] if out and not err else [])
 
 
 def test_no_command_passes_on_what_a_file_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
