@@ -166,8 +166,9 @@ def _explanation(error: BaseException) -> str | None:
     if isinstance(error, (FileNotFoundError, errors.EntryNotFoundError)):
         return f"no such file on the Hub ({reason}); check the path and the revision"
     if getattr(error, "errno", None) in (*FULL, errno.EACCES, errno.EROFS):
-        space = room(cache_dir("any"))
-        return f"{reason}; {space}; free some, or set HF_HOME={constants.HF_HOME} to a directory that can be written"
+        return (
+            f"{reason}; {room(cache_dir('any'))}; free some in {constants.HF_HOME}, or set HF_HOME to another directory"
+        )
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status in (401, 403):
         return f"the Hub refuses ({reason}); check HF_TOKEN and what it permits"

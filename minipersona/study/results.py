@@ -131,7 +131,7 @@ def read_study(directory: Path, planned: Sequence[tuple[str, str]] | None = None
     stop_rule = config.get("stop_rule", STOP_RULES[0])
     if stop_rule not in STOP_RULES:
         raise UserError(
-            f"{directory / 'study.toml'}: stop_rule = {stop_rule!r}; must be one of {', '.join(STOP_RULES)}"
+            f"{directory / 'study.toml'}: stop_rule = {brief(stop_rule)}; must be one of {', '.join(STOP_RULES)}"
         )
     events = read_ledger(directory)
     cells, skipped = _cells(directory, _entries(directory, events, planned), events)
