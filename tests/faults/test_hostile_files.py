@@ -274,6 +274,14 @@ def test_adapter_configs_are_refused_and_never_guessed(tmp_path: Path, change: d
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
+def test_a_name_with_line_ends_in_it_is_still_one_line(tmp_path: Path) -> None:
+    model = small_model()
+    save_adapter(apply_lora(model, LORA), tmp_path / "a", LORA)
+    file = tmp_path / "a" / "adapter_config.json"
+    file.write_text(json.dumps({**read_json(file), "an\noption": 1}))
+    refused(lambda: load_adapter(model, tmp_path / "a"), r"an\noption = 1 is not supported")
+
+
 def test_control_what_peft_writes_by_default_is_plain(tmp_path: Path) -> None:
     from peft import LoraConfig as PeftConfig
 

@@ -130,8 +130,13 @@ def test_two_runs_are_equal_to_the_bit(finished: Path, settings: list[str], tmp_
     assert comparable(read_jsonl(tmp_path / "again" / "metrics.jsonl")) == comparable(
         read_jsonl(finished / "metrics.jsonl")
     )
-    name = Path("step-000004") / "adapter_model.safetensors"
-    assert (tmp_path / "again" / name).read_bytes() == (finished / name).read_bytes()
+    files = [path.relative_to(finished) for path in finished.rglob("*.safetensors")]
+    assert sorted(map(str, files)) == [
+        "step-000002/adapter_model.safetensors", "step-000004/adapter_model.safetensors",
+        *(f"vectors/step-{step:06}.safetensors" for step in (0, 2, 4)),
+    ]  # fmt: skip
+    assert all((tmp_path / "again" / file).read_bytes() == (finished / file).read_bytes() for file in files)
+    assert read_jsonl(tmp_path / "again" / "probes.jsonl") == read_jsonl(finished / "probes.jsonl")
 
 
 def test_a_killed_process_is_continued_to_the_bit(finished: Path, settings: list[str], tmp_path: Path) -> None:
