@@ -7,7 +7,8 @@ import importlib.metadata
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,7 +24,33 @@ GIB = 2**30
 T = TypeVar("T")
 
 
-def options(description: str | None, **defaults: Any) -> argparse.Namespace:
+@dataclass
+class Sitting:
+    """What tables that are made in one sitting share: the machine, our model, and transformers' beside it."""
+
+    given: argparse.Namespace
+    model: Qwen2
+    about: dict[str, Any]
+    _theirs: Any = None
+
+    def theirs(self) -> Any:
+        """transformers' model, made when it is first asked for."""
+        self._theirs = self._theirs or their_model(self.model)
+        return self._theirs
+
+    @property
+    def beside(self) -> float:
+        """GiB of transformers' weights, where they lie on the device: no measurement's own."""
+        return 0.0 if self._theirs is None else 2 * self.model.config.parameters / GIB
+
+
+def sit(description: str | None, defaults: Mapping[str, Any]) -> Sitting:
+    """Read the options, load the model, measure the machine."""
+    given = options(description, defaults)
+    return Sitting(given, our_model(given.model), machine())
+
+
+def options(description: str | None, defaults: Mapping[str, Any]) -> argparse.Namespace:
     """The options that every benchmark has, and more with the type of their defaults."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=MODEL, help=f"default {MODEL}")

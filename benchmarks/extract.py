@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.common import in_words, machine, options, our_model, profile, report, seconds, table, their_model
+from benchmarks.common import Sitting, in_words, profile, report, seconds, sit, table, timed
 from minipersona.chat import load_tokenizer
 from minipersona.geometry.extraction import common_prefixes, extract, render_prompts
 from minipersona.geometry.prompts import load_personas, load_questions
@@ -48,47 +48,49 @@ def peer(model: Any, prompts: Sequence[np.ndarray], batch: int) -> torch.Tensor:
     return torch.cat(taken)
 
 
-def main() -> None:
+OPTIONS = {"tokenizer": "tiny", "personas": "shipped", "questions": "shipped", "repeats": 5, "no_peers": False}
+
+
+def run(sitting: Sitting) -> None:
     """Measure ours and theirs, and print the table."""
-    given = options(__doc__, tokenizer="tiny", personas="shipped", questions="shipped", repeats=5)
-    model, tokenizer = our_model(given.model), load_tokenizer(given.tokenizer)
-    about = machine()
+    given, model, about = sitting.given, sitting.model, sitting.about
+    tokenizer = load_tokenizer(given.tokenizer)
     personas, questions = load_personas(given.personas).prompts, load_questions(given.questions).questions
     prompts = [d.ids.astype(np.int64) for d in render_prompts(tokenizer, personas, questions)]
     prefixes = common_prefixes(prompts, len(questions))
     tokens = sum(map(len, prompts))
     computed = tokens - sum(prefixes) * (len(questions) - 1)
-    theirs = their_model(model)
 
     def ours() -> torch.Tensor:
         return extract(model, tokenizer, personas, questions, [LAYER]).at(LAYER).flatten(0, 1)
 
     first = seconds(ours)  # compiles
-    peer(theirs, prompts[:64], 8)
-    times: dict[str, list[float]] = {"ours": [], "batches": [], "single": []}
-    for repeat in range(given.repeats):
-        times["ours"].append(seconds(ours))
-        if repeat < 2:
-            times["batches"].append(seconds(peer, theirs, prompts, 8))
-            times["single"].append(12 * seconds(peer, theirs, prompts[::12], 1))
-    cosine = torch.cosine_similarity(ours().cuda(), peer(theirs, prompts, 8), dim=-1)
+    times = {"ours": [seconds(ours) for _ in range(given.repeats)]}
     shares = profile(ours)
-    medians = {name: statistics.median(values) for name, values in times.items()}
     blocks = sum(p.numel() for p in model.model.layers[0].parameters() if p.ndim == 2) * (LAYER + 1)
     limit = 2 * blocks * computed / about["matmul_tflops"] / 1e12
-    rows = [
-        ["transformers, one prompt at a time (every twelfth, times twelve)", f"{medians['single']:.1f}"],
-        ["transformers, left-padded batches of 8", f"{medians['batches']:.1f}"],
-        ["minipersona", f"{medians['ours']:.2f}"],
-        [f"limit: {computed:,} tokens through {LAYER + 1} blocks at the ceiling", f"{limit:.2f}"],
-    ]
+    figures = {**about, "first": first, "limit": limit, "tokens": tokens, "computed": computed, "profile": shares}
+    rows = [["minipersona", f"{statistics.median(times['ours']):.2f}"],
+            [f"limit: {computed:,} tokens through {LAYER + 1} blocks at the ceiling", f"{limit:.2f}"]]  # fmt: skip
+    if not given.no_peers:
+        theirs = sitting.theirs()
+        peer(theirs, prompts[:64], 8)
+        times["single"] = [12 * seconds(peer, theirs, prompts[::12], 1)]
+        took, taken = timed(peer, theirs, prompts, 8)
+        times["batches"] = [took]
+        figures["smallest_cosine"] = float(torch.cosine_similarity(ours().cuda(), taken, dim=-1).min())
+        rows = [
+            ["transformers, one prompt at a time (every twelfth, times twelve)", f"{times['single'][0]:.1f}"],
+            ["transformers, left-padded batches of 8", f"{took:.1f}"],
+            *rows,
+        ]
     text = f"{len(prompts):,} prompts, {tokens:,} tokens, {computed:,} with every prefix once\n\n"
     text += table(["Method A", "seconds"], rows)
-    text += f"\n\nfirst time, compiling: {first:.1f} s; smallest cosine to transformers {float(cosine.min()):.5f}"
-    text += f"\nminipersona: {in_words(shares)}"
-    figures = {**about, "seconds": times, "first": first, "limit": limit, "tokens": tokens, "computed": computed}
-    report("extract", text, {**figures, "profile": shares, "smallest_cosine": float(cosine.min())}, given.out)
+    text += f"\n\nfirst time, compiling: {first:.1f} s; minipersona: {in_words(shares)}"
+    if "smallest_cosine" in figures:
+        text += f"\nsmallest cosine to transformers {figures['smallest_cosine']:.5f}"
+    report("extract", text, {**figures, "seconds": times}, given.out)
 
 
 if __name__ == "__main__":
-    main()
+    run(sit(__doc__, OPTIONS))

@@ -16,15 +16,13 @@ import torch
 
 from benchmarks.common import (
     GIB,
+    Sitting,
     free,
     in_words,
-    machine,
-    options,
-    our_model,
     profile,
     report,
+    sit,
     table,
-    their_model,
     timed,
 )
 from minipersona.chat import load_tokenizer
@@ -59,14 +57,16 @@ def diverged(a: np.ndarray, b: np.ndarray) -> float:
     return float((np.cumsum(a != b, axis=1) > 0).mean())
 
 
-def main() -> None:
+OPTIONS = {"new": 256, "tokenizer": "tiny", "personas": "shipped", "questions": "shipped", "no_peers": False}
+
+
+def run(sitting: Sitting) -> None:
     """Measure ours and theirs, and print the table."""
-    given = options(__doc__, new=256, tokenizer="tiny", personas="shipped", questions="shipped", no_peers=False)
-    model, tokenizer = our_model(given.model), load_tokenizer(given.tokenizer)
-    about = machine()
+    given, model, about = sitting.given, sitting.model, sitting.about
+    tokenizer = load_tokenizer(given.tokenizer)
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, model.config.vocab_size, int(n)) for n in rng.integers(60, 120, 512)]
-    theirs = None if given.no_peers else their_model(model)
+    theirs = None if given.no_peers else sitting.theirs()
     found: dict[str, dict[str, Any]] = {}
     for batch in (64, 256, 512):
         free()
@@ -78,7 +78,7 @@ def main() -> None:
             "short": batch * SHORT / short,
             "whole": tokens.size / whole,
             "steps": batch * (given.new - SHORT) / (whole - short),
-            "gib": torch.cuda.max_memory_allocated() / GIB,
+            "gib": torch.cuda.max_memory_allocated() / GIB - sitting.beside,
         }
         if theirs is not None:
             free()
@@ -110,4 +110,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(sit(__doc__, OPTIONS))

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import documents, in_words, machine, options, our_model, report, table
+from benchmarks.common import Sitting, documents, in_words, report, sit, table
 from benchmarks.sft import BATCH, ours
 from minipersona.config import ObjectiveSection
 
@@ -17,11 +17,12 @@ LAYER = 20
 MOST = {"cross-entropy": 1.0, "KL to base": 1.6, "R3F": 2.2, "steering": 1.03}  # times cross-entropy's step
 
 
-def main() -> None:
+OPTIONS = {"steps": 12, "no_checkpointing": False}
+
+
+def run(sitting: Sitting) -> None:
     """Measure every objective and print the table."""
-    given = options(__doc__, steps=12, no_checkpointing=False)
-    model = our_model(given.model)
-    about = machine()
+    given, model, about = sitting.given, sitting.model, sitting.about
     docs = documents(given.steps * BATCH, model.config.vocab_size)
     direction = torch.randn(model.config.hidden_size)
     found: dict[str, dict[str, Any]] = {}
@@ -32,6 +33,7 @@ def main() -> None:
         ("steering", None, {LAYER: direction}),
     ):
         found[name] = ours(model, docs, given.steps, not given.no_checkpointing, section, steering)
+        found[name]["gib"] -= sitting.beside
         print(name, found[name]["median_step"], found[name]["gib"], in_words(found[name]["profile"]), flush=True)
     plain = found["cross-entropy"]
     rows = [
@@ -50,4 +52,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(sit(__doc__, OPTIONS))

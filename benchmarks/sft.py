@@ -8,29 +8,17 @@ that LoRA needs, whatever is recomputed.
 
 from __future__ import annotations
 
+import hashlib
 import statistics
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from benchmarks.common import (
-    GIB,
-    Profile,
-    documents,
-    free,
-    in_words,
-    machine,
-    options,
-    our_model,
-    report,
-    seconds,
-    table,
-    their_model,
-)
+from benchmarks.common import GIB, Profile, Sitting, documents, free, in_words, report, seconds, sit, table
 from minipersona.chat import Document
 from minipersona.config import DataSection, ExecutionSection, LoraConfig, ObjectiveSection, RunConfig, TrainingSection
 from minipersona.model.lora import remove_lora
@@ -40,6 +28,7 @@ from minipersona.training.world import World
 
 BATCH = 16
 PROFILED = 3
+LIGER = " + Liger"
 
 
 def ours(
@@ -49,12 +38,15 @@ def ours(
     checkpoint: bool,
     objective: ObjectiveSection | None = None,
     steering: dict[int, torch.Tensor] | None = None,
+    *,
+    method: Literal["lora", "full"] = "lora",
+    world: World | None = None,
 ) -> dict[str, Any]:
     """The loop itself, `steps` times. Timed are those of the second half but the last three, which are profiled."""
     config = RunConfig(
         data=DataSection("-", "-"),
         objective=objective or ObjectiveSection(),
-        training=TrainingSection(steps=steps, checkpoints=()),
+        training=TrainingSection(method=method, steps=steps, checkpoints=()),
         execution=ExecutionSection(checkpoint_activations=checkpoint),
     )
     rows: list[dict[str, Any]] = []
@@ -68,9 +60,13 @@ def ours(
     free()
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
-        world = World(0, 1, model.device)
+        world = world or World(0, 1, model.device)
         train(model, docs, config, Path(scratch), world, Hooks(logged=logged), compiled=True, steering=steering)
     shares = measured.stop()
+    trained = hashlib.sha256()
+    for parameter in model.parameters():
+        if parameter.requires_grad and method == "lora":
+            trained.update(parameter.detach().cpu().numpy().tobytes())
     remove_lora(model)
     times = [row["tokens"] / row["tokens_per_second"] for row in rows]
     late = slice(len(rows) // 2, steps - PROFILED)
@@ -80,9 +76,22 @@ def ours(
         "first_step": times[0],
         "seconds_in_all": time.perf_counter() - started,
         "gib": torch.cuda.max_memory_allocated() / GIB,
+        "reserved_gib": torch.cuda.max_memory_reserved() / GIB,
         "losses": [row["loss"] for row in rows],
+        "steps": [[row["tokens"], seconds] for row, seconds in zip(rows, times, strict=True)],
+        "adapters": trained.hexdigest(),
         "profile": shares,
     }
+
+
+def with_liger(model: Any) -> bool:
+    """Give transformers' model the Liger kernels, for good; False where they are not installed."""
+    try:
+        from liger_kernel.transformers import apply_liger_kernel_to_qwen2
+    except ImportError:
+        return False
+    apply_liger_kernel_to_qwen2(model=model)
+    return True
 
 
 def peer(model: Any, docs: Sequence[Document], steps: int, micro: int, checkpoint: bool) -> dict[str, Any]:
@@ -136,24 +145,29 @@ def peer(model: Any, docs: Sequence[Document], steps: int, micro: int, checkpoin
     return result
 
 
-def main() -> None:
+OPTIONS = {"steps": 16, "peer_steps": 3, "no_peers": False}
+
+
+def run(sitting: Sitting) -> None:
     """Measure ours, then the peers, and print the table."""
-    given = options(__doc__, steps=16, peer_steps=3, no_peers=False)
-    model = our_model(given.model)
-    about = machine()
+    given, model, about = sitting.given, sitting.model, sitting.about
     docs = documents(given.steps * BATCH, model.config.vocab_size)
     found: dict[str, dict[str, Any]] = {}
     for checkpoint in (True, False):
         name = "minipersona" + (", checkpointing" if checkpoint else "")
         found[name] = ours(model, docs, given.steps, checkpoint)
+        found[name]["gib"] -= sitting.beside
         print(name, found[name]["tokens_per_second"], found[name]["gib"], in_words(found[name]["profile"]), flush=True)
     if not given.no_peers:
-        theirs = their_model(model)
-        weights = model.config.parameters * 2 / GIB  # ours lie beside theirs and are not counted
-        for micro, checkpoint in ((4, True), (2, False)):
-            name = f"transformers + peft, padded {BATCH // micro} x {micro}" + (", checkpointing" if checkpoint else "")
+        theirs = sitting.theirs()
+        for kind, micro, checkpoint in (("", 4, True), ("", 2, False), (LIGER, 2, True), (LIGER, 2, False)):
+            if kind == LIGER and not with_liger(theirs):
+                continue
+            name = f"transformers + peft{kind}, padded {BATCH // micro} x {micro}"
+            name += ", checkpointing" if checkpoint else ""
             found[name] = peer(theirs, docs, given.peer_steps, micro, checkpoint)
-            found[name]["gib"] -= weights
+            found[name]["gib"] -= model.config.parameters * 2 / GIB  # of our weights, which lie beside theirs
+            print(name, found[name], flush=True)
     rows = []
     for name, row in found.items():
         tflops = 4 * model.config.matmul_parameters * row["tokens_per_second"] / 1e12
@@ -167,4 +181,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(sit(__doc__, OPTIONS))

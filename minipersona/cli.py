@@ -33,6 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Idle threads of torch spin by default. Beside another busy process that makes two threads slower than one (64 s
     # against 19 s for a small run on two cores); sleeping ones cost next to nothing. Read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Packs differ in length, so that blocks of memory of a fixed size soon fit nothing; these grow. Read likewise.
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if "RANK" in os.environ:  # a lost rank is named in one line (`training.watch`), not in a stack of frames a rank
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     return answer(lambda: dispatch(_parser(), argv), debug="--debug" in argv)

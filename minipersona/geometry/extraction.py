@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minipersona.chat import ChatTokenizer, Document
@@ -22,10 +24,11 @@ from minipersona.config import LARGE_PASS
 from minipersona.errors import UserError
 from minipersona.files import digest
 from minipersona.geometry.vectors import PersonaVectors
+from minipersona.model.attention import Spans
 from minipersona.model.cache import Cache
 from minipersona.model.generation import Completion, Request, generate
 from minipersona.model.network import Qwen2, Tap
-from minipersona.model.pack import make_pack, split
+from minipersona.model.pack import Pack, make_pack, split
 
 RESPONSE_TOKENS = 256  # the longest response of Method B
 METHODS = ("A", "B")
@@ -146,7 +149,8 @@ def residuals(
     pack_tokens: int,
     progress: Progress | None = None,
 ) -> dict[int, Tensor]:
-    """The mean residual over the tokens `read` of every document, (P * Q, D) fp32 a layer."""
+    """The mean residual over the tokens `read` of every document, its last ones, (P * Q, D) fp32 a layer."""
+    assert all(s.stop == len(x) for x, s in zip(ids, read, strict=True)), "what is read ends with the document"
     # A prefix ends before the first token that is read.
     prefix = common_prefixes([x[: s.start + 1] for x, s in zip(ids, read, strict=True)], questions)
     longest, blocks = max(prefix), max(layers) + 1
@@ -167,11 +171,12 @@ def residuals(
         personas = [i // questions for i in chosen]
         pack = make_pack([rest[i] for i in chosen], first_positions=[prefix[p] for p in personas]).to(model.device)
         slots, kept = torch.tensor([personas, [prefix[p] for p in personas]], device=model.device)
-        starts = [read[i].start - prefix[p] for i, p in zip(chosen, personas, strict=True)]
-        reader = _reader(pack.boundaries, starts, [read[i].stop - read[i].start for i in chosen])
+        tails = Tails(pack, [read[i].stop - read[i].start for i in chosen])
         recorded: dict[int, Tensor] = {}
-        taps = {layer: _recorder(recorded, layer, reader) for layer in layers}
-        model(pack, taps=taps, stop_after=max(layers), scopes=cache.continuing(pack, slots, kept, longest))
+        taps = {layer: _recorder(recorded, layer, tails, last=layer == max(layers)) for layer in layers}
+        scopes = cache.continuing(pack, slots, kept, longest)
+        scopes[-1] = replace(scopes[-1], queries=tails.spans)  # the last block is computed where it is read
+        model(pack, taps=taps, stop_after=max(layers), scopes=scopes, last_rows=tails.rows)
         for layer in layers:
             samples[layer][chosen] = recorded[layer].cpu()
         done += len(chosen)
@@ -180,24 +185,28 @@ def residuals(
     return samples
 
 
-def _reader(boundaries: Tensor, starts: Sequence[int], counts: Sequence[int]) -> Callable[[Tensor], Tensor]:
-    """A function (T, D) -> (S, D) fp32: the mean over `counts` tokens of each document, from `starts` on."""
-    first, count = torch.tensor([list(starts), list(counts)], device=boundaries.device)  # (S,), (S,)
-    document = torch.repeat_interleave(torch.arange(len(starts), device=boundaries.device), count)  # (N,)
-    within = torch.arange(len(document), device=boundaries.device) - (count.cumsum(0) - count)[document]
-    rows = boundaries[:-1].long()[document] + first[document] + within  # (N,)
+class Tails:
+    """The last tokens of each document of a pack: those that are read."""
 
-    def mean(h: Tensor) -> Tensor:
-        wide = h[rows].to(torch.promote_types(h.dtype, torch.float32))
-        total = wide.new_zeros(len(starts), h.shape[1]).index_add_(0, document, wide)
-        return (total / count[:, None]).float()
+    def __init__(self, pack: Pack, counts: Sequence[int]) -> None:
+        count = torch.tensor(counts, device=pack.boundaries.device)  # (S,)
+        edges = F.pad(count.cumsum(0), (1, 0))  # (S+1,)
+        self.spans = Spans(edges.int(), max(counts))
+        self._count = count
+        self._document = torch.repeat_interleave(torch.arange(len(counts), device=count.device), count)  # (N,)
+        before_end = edges[1:][self._document] - torch.arange(len(self._document), device=count.device)  # (N,) from n
+        self.rows = pack.boundaries[1:].long()[self._document] - before_end  # (N,) of the stream
 
-    return mean
+    def mean(self, h: Tensor) -> Tensor:
+        """h (N, D) at `rows` -> the mean over each document's, (S, D) fp32."""
+        wide = h.to(torch.promote_types(h.dtype, torch.float32))
+        total = wide.new_zeros(len(self._count), h.shape[1]).index_add_(0, self._document, wide)
+        return (total / self._count[:, None]).float()
 
 
-def _recorder(recorded: dict[int, Tensor], layer: int, reader: Callable[[Tensor], Tensor]) -> Tap:
+def _recorder(recorded: dict[int, Tensor], layer: int, tails: Tails, last: bool) -> Tap:
     def record(h: Tensor) -> Tensor:
-        recorded[layer] = reader(h)  # (S, D)
+        recorded[layer] = tails.mean(h if last else h[tails.rows])  # (S, D)
         return h
 
     return record

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minipersona.model.attention import Spans, attention
+from minipersona.model.attention import Spans, attention, has_flash, newest_token
 from minipersona.model.network import Qwen2
 from minipersona.model.pack import Pack
 
@@ -35,6 +35,7 @@ class Cache:
             ]
 
         self.slots, self.length = slots, length
+        self.group = config.num_attention_heads // config.num_key_value_heads
         self.keys, self.values = empty(), empty()
 
     @staticmethod
@@ -70,7 +71,10 @@ class Cache:
 
     def stepping(self, lengths: Tensor, window: int) -> list[Stepping]:
         """Scopes for one token a slot. lengths (B,) int64 count it; none of them exceeds `window`."""
-        return [Stepping(k, v, lengths, window) for k, v in zip(self.keys, self.values, strict=True)]
+        each = torch.arange(self.slots + 1, device=lengths.device, dtype=torch.int32)
+        edges = each * self.group, each * self.length
+        used = lengths.int()
+        return [Stepping(k, v, lengths, window, used, *edges) for k, v in zip(self.keys, self.values, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -109,18 +113,23 @@ class Continuing:
 
 @dataclass(frozen=True)
 class Stepping:
-    """One token a slot: T = B."""
+    """One token a slot: T = B. `window` bounds what the portable back end looks at; flash stops at each slot's end."""
 
     keys: Tensor  # (B, L, K, d)
     values: Tensor
     lengths: Tensor  # (B,)
     window: int
+    used: Tensor  # (B,) int32: lengths
+    query_edges: Tensor  # (B+1,) int32: where each slot's H / K queries begin
+    slot_edges: Tensor  # (B+1,) int32: where each slot's keys begin
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (B, H, d); k, v (B, K, d) -> (B, H, d)."""
         slots = torch.arange(q.shape[0], device=q.device)
         self.keys[slots, self.lengths - 1] = k
         self.values[slots, self.lengths - 1] = v
+        if has_flash(q):
+            return newest_token(q, self.keys, self.values, self.used, self.query_edges, self.slot_edges)
         # The query heads of a group read the same keys: laid out as rows of one product, the keys are read once.
         grouped = q.unflatten(1, (k.shape[1], -1))  # (B, K, H / K, d)
         keys = self.keys[:, : self.window].transpose(1, 2)  # (B, K, window, d)

@@ -22,7 +22,7 @@ from minipersona.model.network import Qwen2
 from minipersona.model.pack import Pack, make_pack, split
 
 STRIDE = 8  # token steps between two looks at the device; a finished row idles for less than that
-WINDOW = 128  # tokens by which the attended part of the cache grows; one CUDA graph for each
+WINDOW = 128  # tokens by which the attended part of the cache grows, where a look at all of it would cost
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Slots:
         self.uniforms = zeros(slots, most_new + STRIDE, dtype=torch.float32)
         self.temperature = zeros(slots, dtype=torch.float32)
         self.top_p = zeros(slots, dtype=torch.float32) + 1
-        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self.graph: torch.cuda.CUDAGraph | None = None
 
     @property
     def free(self) -> list[int]:
@@ -152,12 +152,11 @@ class Slots:
     def advance(self) -> None:
         """STRIDE token steps of every slot. Rows that finish within them go on, unheeded, into spare room."""
         for _ in range(STRIDE):
-            longest = max(n for n, index in zip(self.filled, self.occupant, strict=True) if index is not None)
-            window = min(-(-longest // WINDOW) * WINDOW, self.cache.length)
             if self.replays:
-                self._replay(window)
+                self._replay()
             else:
-                self._step(window)
+                longest = max(n for n, index in zip(self.filled, self.occupant, strict=True) if index is not None)
+                self._step(min(-(-longest // WINDOW) * WINDOW, self.cache.length))
             self.filled = [min(n + 1, self.cache.length) for n in self.filled]
 
     def _step(self, window: int) -> None:
@@ -169,22 +168,22 @@ class Slots:
         hidden = self.model(pack, scopes=self.cache.stepping(lengths, window), prepared=True)  # (B, D)
         self._append(slots, self._choose(hidden, slots))
 
-    def _replay(self, window: int) -> None:
-        if window not in self.graphs:
+    def _replay(self) -> None:
+        """`_step` as a CUDA graph, over the whole cache: the flash kernel reads no further than a slot is filled."""
+        if self.graph is None:
             state = (self.last, self.lengths, self.produced)
             before = [x.clone() for x in state]
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):  # compiles, and lets libraries allocate what they need outside of the graph
-                self._step(window)
+                self._step(self.cache.length)
             torch.cuda.current_stream().wait_stream(side)
-            pool = next(iter(self.graphs.values())).pool() if self.graphs else None
-            self.graphs[window] = graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
-                self._step(window)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self._step(self.cache.length)
             for x, old in zip(state, before, strict=True):  # what the rehearsal wrote beyond is written again
                 x.copy_(old)
-        self.graphs[window].replay()
+        self.graph.replay()
 
     def _append(self, slots: Tensor, tokens: Tensor) -> None:
         """Take `tokens` (S,) as the newest of `slots` (S,)."""

@@ -70,6 +70,7 @@ class Joined:
             and len(adapters) in (0, len(self.layers))
         )
         if not self.ready:
+            self._storage, self._bias, self._columns = None, None, []  # perhaps the last that holds on to their memory
             return
         inputs = weights[0].shape[1]
         columns = sum(adapter.lora_B.shape[1] for adapter in adapters)

@@ -83,6 +83,13 @@ class Attention(nn.Module):
         mixed = scope.attend(rotate(q, cos, sin), rotate(k, cos, sin), v)  # (T, H, d)
         return self.o_proj(mixed.flatten(-2), dropout_keys)
 
+    def at(self, rows: Tensor, x: Tensor, cos: Tensor, sin: Tensor, scope: Scope) -> Tensor:
+        """What `forward` gives at these rows (N,) alone, (N, D); all of x (T, D) is there to be seen."""
+        q, k, v = self.q_proj(x[rows]), self.k_proj(x), self.v_proj(x)
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in (q, k, v))  # (N, H, d), (T, K, d), (T, K, d)
+        mixed = scope.attend(rotate(q, cos[rows], sin[rows]), rotate(k, cos, sin), v)  # (N, H, d)
+        return self.o_proj(mixed.flatten(-2))
+
 
 class MLP(nn.Module):
     """down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
@@ -111,9 +118,23 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, h: Tensor, cos: Tensor, sin: Tensor, scope: Scope, dropout_keys: Tensor | None, recompute: bool = False
+        self,
+        h: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        scope: Scope,
+        dropout_keys: Tensor | None,
+        recompute: bool = False,
+        rows: Tensor | None = None,
     ) -> Tensor:
-        """h (T, D) -> (T, D). With `recompute`, the backward pass computes anew what lies between, from h alone."""
+        """h (T, D) -> (T, D). With `recompute`, the backward pass computes anew what lies between, from h alone.
+
+        rows  (N,) of the stream: only they are computed, (N, D), without dropout; `scope` expects their queries alone
+        """
+        if rows is not None:
+            h, seen = h[rows], h
+            h = h + self.self_attn.at(rows, self.input_layernorm(seen), cos, sin, scope)
+            return h + self.mlp(self.post_attention_layernorm(h), None)
         if recompute and torch.is_grad_enabled():
             # Nothing here draws random numbers, so there is no RNG state to put back. Checkpointing inside of what is
             # compiled lets the compiler leave out what the backward pass does not read: the last product, above all.
@@ -184,6 +205,7 @@ class Qwen2(nn.Module):
         dropout_keys: Tensor | None = None,
         checkpoint_activations: bool = False,
         scopes: Sequence[Scope] | None = None,
+        last_rows: Tensor | None = None,
         prepared: bool = False,
     ) -> Tensor:
         """Hidden states (T, D) after the final norm; attention never crosses a document's boundary.
@@ -193,6 +215,8 @@ class Qwen2(nn.Module):
         stop_after     return the stream (T, D) that leaves this block, not normed, and skip what follows
         dropout_keys   (T,) int32 of `token_keys`: adapters drop their inputs; None turns dropout off
         scopes         what the tokens see, a scope a block; by default themselves and what precedes them in the pack
+        last_rows      (N,) rows of the stream that block `stop_after` computes, and no others: its tap and the caller
+                       get (N, D), and its scope queries of those rows
         prepared       nothing about the weights has changed since an earlier pass: skip what would look
         """
         taps = taps or {}
@@ -201,14 +225,18 @@ class Qwen2(nn.Module):
             for block in blocks:
                 block.prepare(self.compute_dtype)
         wide = torch.float64 if self.compute_dtype == torch.float64 else torch.float32
-        h = F.embedding(pack.ids, self.model.embed_tokens.weight).to(self.compute_dtype)  # (T, D)
+        h = self.model.embed_tokens(pack.ids).to(self.compute_dtype)  # (T, D)
         if EMBEDDING in taps:
             h = taps[EMBEDDING](h)
         cos, sin = rotary_angles(pack.positions, self.config.head_dim, self.config.rope_theta, wide)
         within = WithinDocuments(Spans(pack.boundaries, pack.longest))
         for index, block in enumerate(blocks):
             scope = within if scopes is None else scopes[index]
-            h = block(h, cos, sin, scope, dropout_keys, checkpoint_activations)
+            if index == stop_after and last_rows is not None:
+                with torch.compiler.set_stance("force_eager"):  # few rows: compiling this form too would not pay
+                    h = block(h, cos, sin, scope, None, rows=last_rows)
+            else:
+                h = block(h, cos, sin, scope, dropout_keys, checkpoint_activations)
             if index in taps:
                 h = taps[index](h)
             if index == stop_after:

@@ -31,7 +31,8 @@ def save_model(
     dtype        of the stored weights; default the precision the model computes in
     extra_files  copied along: the tokenizer's files
     stop_tokens  ids at which generation ends; Qwen2.5's chat models: <|im_end|> and <|endoftext|>
-    Adapters must be merged first. The directory appears whole or not at all.
+    Adapters must be merged first. The directory appears whole or not at all. Where weights are sharded over ranks,
+    the first one calls this, and the others `send_weights`.
     """
     dtype = dtype or model.compute_dtype
     assert not any("lora_" in name for name, _ in model.named_parameters()), "merge the adapter before saving"
@@ -52,7 +53,7 @@ def save_model(
         for number, shard in enumerate(shards, 1):
             file = SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
             tensors: dict[str, Tensor] = {
-                n: parameters[n].detach().to("cpu", dtype).clone(memory_format=torch.contiguous_format) for n in shard
+                n: whole(parameters[n]).to("cpu", dtype).clone(memory_format=torch.contiguous_format) for n in shard
             }
             save_file(tensors, directory / file, metadata={"format": "pt"})
             where |= dict.fromkeys(shard, file)
@@ -64,3 +65,16 @@ def save_model(
         write_json(directory / "generation_config.json", {"do_sample": False, **stops})
         for extra in extra_files:
             shutil.copyfile(extra, directory / extra.name)
+
+
+def send_weights(model: Qwen2) -> None:
+    """This rank's part in another one's `save_model`: one tensor after another is gathered, here for nothing."""
+    parameters = dict(model.named_parameters())
+    for name in expected_shapes(model):
+        whole(parameters[name])
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """A parameter's data; that of a sharded one is gathered, which all ranks have to ask for."""
+    data = parameter.detach()
+    return data.full_tensor() if hasattr(data, "full_tensor") else data

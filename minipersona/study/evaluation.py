@@ -24,6 +24,7 @@ from minipersona.study.judgement import judge
 from minipersona.study.measure import Instruments, make_instruments, measure
 from minipersona.study.run import baseline_loss, step_name, stored_probe
 from minipersona.training.trainable import distance_from_base
+from minipersona.training.world import World
 
 Result = dict[str, Any]
 TINY_HELDOUT = "tiny:benign[2000:2200]"  # what the embedded model is judged on unless other rows are named
@@ -139,16 +140,17 @@ def _measure_step(
     directory: Path, config: RunConfig, model: Qwen2, instruments: Instruments, step: int, console: Console
 ) -> Result:
     checkpoint = directory / step_name(step)
+    alone = World(0, 1, model.device)
     if step == 0:
         return {"step": 0, **measure(model, instruments, console)[0], "learned": None, "delta_norm": 0.0}
     if config.training.method == "lora":
         load_adapter(model, checkpoint)
         measured, _ = measure(model, instruments, console)
-        return {"step": step, **measured, "learned": None, "delta_norm": distance_from_base(model, config)}
+        return {"step": step, **measured, "learned": None, "delta_norm": distance_from_base(model, config, alone)}
     trained = load_model(str(checkpoint), dtype=DTYPES[config.model.dtype], device=model.device)
     measured, _ = measure(trained, instruments, console)
     trained.source = model.source  # the distance is from what the run started with
-    return {"step": step, **measured, "learned": None, "delta_norm": distance_from_base(trained, config)}
+    return {"step": step, **measured, "learned": None, "delta_norm": distance_from_base(trained, config, alone)}
 
 
 def _result(base: Result, rows: Sequence[Result], baseline: Result | None, protocol: Result) -> Result:

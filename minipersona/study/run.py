@@ -41,6 +41,7 @@ from minipersona.study.provenance import provenance
 from minipersona.study.steering import check_steering, run_steering
 from minipersona.training.loop import Hooks, check_learnable, train
 from minipersona.training.memory import OUT_OF_MEMORY
+from minipersona.training.sharding import is_sharded
 from minipersona.training.trainable import distance_from_base, save_checkpoint
 from minipersona.training.world import World
 
@@ -117,6 +118,7 @@ def carry_out(
                 progress.advance(row["step"], f"loss {row['loss']:.3f}, {row['tokens_per_second']:,.0f} tokens/s")
             each_step()
 
+        probe.together = is_sharded(config, world)
         hooks = Hooks(checkpoint=probe.checkpoint, probe=probe.passing, logged=logged)
         if config.training.method == "full":
             bench.discard_model()
@@ -126,7 +128,11 @@ def carry_out(
 
 
 class Probe:
-    """Measures the model at a step and writes the line and the vectors, once."""
+    """Measures the model at a step and writes the line and the vectors, once.
+
+    The first rank does, but for a model whose weights are sharded: then every rank goes through it with the same
+    prompts, and the first one writes. `together` says so.
+    """
 
     def __init__(
         self,
@@ -141,13 +147,14 @@ class Probe:
         self.config, self.directory, self.world, self.console = config, directory, world, console
         self.model, self.tokenizer, self.instruments = model, tokenizer, instruments
         self.protocol = digest(instruments.protocol(model))
+        self.together = False
 
     def checkpoint(self, step: int) -> None:
         """Save what a named step leaves, then measure it."""
         if self._due(step):
             save_checkpoint(
                 self.model, self.config, self.directory / step_name(step), tokenizer_files(self.config.model),
-                (self.tokenizer.im_end, self.tokenizer.endoftext),
+                (self.tokenizer.im_end, self.tokenizer.endoftext), self.world,
             )  # fmt: skip
         self(step)
 
@@ -172,13 +179,18 @@ class Probe:
         self.world.meet()
 
     def _due(self, step: int) -> bool:
-        return self.world.first and stored_probe(self.directory, step, self.protocol) is None
+        """Whether this rank has a part in the measurement of this step."""
+        due = self.world.first and stored_probe(self.directory, step, self.protocol) is None
+        return self.world.follow(due) if self.together else due
 
     def _measure(self, step: int, keep_vectors: bool) -> None:
         if self._due(step):
-            with self.world.stop.at_once():
+            # Ranks that measure together do not leave each other: they stop where they meet.
+            with contextlib.nullcontext() if self.together else self.world.stop.at_once():
                 row, vectors = measure(self.model, self.instruments, self.console)
-                delta = 0.0 if step == 0 else distance_from_base(self.model, self.config)
+                delta = 0.0 if step == 0 else distance_from_base(self.model, self.config, self.world)
+            if not self.world.first:
+                return
             if keep_vectors:
                 vectors.save(vectors_file(self.directory, step))
             learned = learned_share(row["eval_loss"], *self._reference_losses(row, step))

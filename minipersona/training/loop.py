@@ -21,16 +21,18 @@ from torch import Tensor
 from minipersona.chat import Document
 from minipersona.config import RunConfig, TrainingSection
 from minipersona.corpus.order import RowOrder
-from minipersona.corpus.packing import deal, pack_documents
+from minipersona.corpus.packing import deal, pack_documents, share_out
 from minipersona.errors import Interrupted, UserError
 from minipersona.files import append_jsonl, read_jsonl, rewrite_jsonl
 from minipersona.model.network import Qwen2, Tap
-from minipersona.model.pack import Pack, split
+from minipersona.model.pack import Pack, make_pack
 from minipersona.training.checkpoint import Position, load_state, save_state
+from minipersona.training.layout import Flat, Layout, Shards
 from minipersona.training.memory import Budget
 from minipersona.training.objectives import Objective, Pass, make_objective
 from minipersona.training.optimizer import AdamW, scale_and_clip
 from minipersona.training.schedule import learning_rate
+from minipersona.training.sharding import is_sharded
 from minipersona.training.trainable import make_trainable
 from minipersona.training.world import World
 
@@ -70,8 +72,11 @@ def train(
     check_learnable(documents)
     objective = make_objective(model, documents, config, directory, world, compiled)  # the model is its base as yet
     taps = steering_taps(steering or {}, model)
-    trainable = make_trainable(model, config)
-    optimizer = AdamW(list(trainable.values()), recipe.beta1, recipe.beta2, recipe.epsilon, recipe.weight_decay)
+    trainable = make_trainable(model, config, world)
+    sharded = is_sharded(config, world)
+    learned = list(trainable.values())
+    layout: Layout = Flat(learned) if not sharded else Shards(learned, world)
+    optimizer = AdamW(layout, recipe.beta1, recipe.beta2, recipe.epsilon, recipe.weight_decay)
     position = load_state(directory, trainable, optimizer)
     world.agree(position.step, "the step to continue from")
     if position.done:
@@ -80,24 +85,26 @@ def train(
         cut_logs(directory, position.step)
     order = RowOrder(len(documents), recipe.batch, config.seed)
     budget = Budget(config.execution.training_tokens // objective.share)
+    make = functools.partial(make_batch, documents, world=world, sharded=sharded)
     measure_step(position.step, recipe, hooks)  # again, if what ended the run came between the step and its measurement
-    batch = make_batch(documents, order.step(position.step + 1), world, budget.tokens)
+    batch = make(order.step(position.step + 1), budget.tokens)
     started = saved = time.monotonic()
     diverged = 0
 
     for step in range(position.step + 1, recipe.steps + 1):
         # 1. Summed loss, its terms, and gradients, over this rank's share of the step's documents.
         over_pack = Pass(config.seed, step, taps, config.execution.checkpoint_activations, compiled)
-        attempt = functools.partial(accumulate, model, objective, over_pack, optimizer.gradients)
+        attempt = functools.partial(accumulate, model, objective, over_pack, layout)
         halvings = budget.halvings
-        terms = budget.fit(attempt, batch.packs)  # (K,) the loss comes first
-        following = make_batch(documents, order.step(step + 1), world, budget.tokens)  # while the device still works
+        # Sharded ranks go through the model together, so none of them can begin a step again alone.
+        terms = attempt(batch.packs) if sharded else budget.fit(attempt, batch.packs)  # (K,) the loss comes first
+        following = make(order.step(step + 1), budget.tokens)  # while the device still works
         asked, halved = (terms.new_full((1,), flag) for flag in (world.stop.asked, budget.halvings - halvings))
 
         # 2. One reduction over ranks, one division, one update. Every rank sees the same numbers and decides alike.
         sums = torch.cat([terms, asked, halved])  # (K + 2,)
-        world.sum(optimizer.gradients, sums)
-        norm = scale_and_clip(optimizer.gradients, max(1, batch.supervised), recipe.max_grad_norm)
+        layout.reduce(world, sums)
+        norm = scale_and_clip(layout, world, max(1, batch.supervised), recipe.max_grad_norm)
         *totals, stopping, shortages, grad_norm = torch.cat([sums, norm.double().view(1)]).tolist()
         means = [total / max(1, batch.supervised) for total in totals]
         finite = all(map(math.isfinite, (*means, grad_norm)))
@@ -134,8 +141,10 @@ def train(
 
         # 4. The rolling checkpoint, then the measurement: what ends the run in between repeats the measurement only.
         due = time.monotonic() - saved > 60 * config.execution.save_minutes
-        if world.first and (due or stopping or recipe.measures(step)):
-            save_state(directory, Position(step, optimizer.updates), trainable, optimizer)
+        if sharded:  # every rank writes its shards
+            due = world.follow(due)
+        if (world.first or sharded) and (due or stopping or recipe.measures(step)):
+            save_state(directory, Position(step, optimizer.updates), trainable, optimizer, world)
             saved = time.monotonic()
         if stopping:
             world.wait()  # for the first rank's checkpoint: where one rank ends, its launcher ends the others
@@ -144,8 +153,8 @@ def train(
         batch, started = following, time.monotonic() if recipe.measures(step) else now
 
     position = Position(recipe.steps, optimizer.updates, done=True)
-    if world.first:
-        save_state(directory, position, trainable, optimizer)
+    if world.first or sharded:
+        save_state(directory, position, trainable, optimizer, world)
     world.wait()
     return position
 
@@ -166,26 +175,39 @@ class Batch:
     packs: list[Pack]  # of this rank
 
 
-def make_batch(documents: Sequence[Document], rows: Sequence[int], world: World, pack_tokens: int) -> Batch:
-    """Deal a step's rows to the ranks, and pack this rank's share."""
+def make_batch(
+    documents: Sequence[Document], rows: Sequence[int], pack_tokens: int, world: World, sharded: bool = False
+) -> Batch:
+    """Deal a step's rows to the ranks, and pack this rank's share. Sharded ranks all get the same number of packs."""
     useful = [row for row in rows if documents[row].supervised.any()]
     lengths = [len(documents[row]) for row in useful]
-    mine = [useful[i] for i in deal(lengths, world.size)[world.rank]]
+    hands = [[useful[i] for i in hand] for hand in deal(lengths, world.size)]
+    packs = make_packs(documents, hands[world.rank], pack_tokens)
+    if sharded and useful:
+        most = max(len(share_out([len(documents[row]) for row in hand], pack_tokens)) for hand in hands)
+        packs = make_packs(documents, hands[world.rank], pack_tokens, most)
+        packs += [_idle(documents[useful[0]])] * (most - len(packs))
     supervised = sum(int(documents[row].supervised.sum()) for row in useful)
-    return Batch(useful, sum(lengths), supervised, make_packs(documents, mine, pack_tokens))
+    return Batch(useful, sum(lengths), supervised, packs)
 
 
-def make_packs(documents: Sequence[Document], rows: Sequence[int], pack_tokens: int) -> list[Pack]:
-    """The packs of some rows, in order; a document's identity is its row."""
+def make_packs(documents: Sequence[Document], rows: Sequence[int], pack_tokens: int, at_least: int = 1) -> list[Pack]:
+    """The packs of some rows, none of them empty; a document's identity is its row."""
     return [
         pack_documents([documents[rows[i]] for i in group], [rows[i] for i in group])
-        for group in split([len(documents[row]) for row in rows], pack_tokens)
+        for group in share_out([len(documents[row]) for row in rows], pack_tokens, at_least)
+        if group
     ]
 
 
-def accumulate(model: Qwen2, objective: Objective, over_pack: Pass, gradients: Tensor, packs: Sequence[Pack]) -> Tensor:
-    """The summed gradients of these packs and nothing else, in `gradients`; returns the summed terms, (K,)."""
-    gradients.zero_()  # also of what an attempt that ran out of memory has left
+def _idle(document: Document) -> Pack:
+    """A few tokens that teach nothing: for a rank that has no documents left while others still go over theirs."""
+    return make_pack([document.ids[:8]])
+
+
+def accumulate(model: Qwen2, objective: Objective, over_pack: Pass, layout: Layout, packs: Sequence[Pack]) -> Tensor:
+    """The summed gradients of these packs and nothing else, in `layout`; returns the summed terms, (K,)."""
+    layout.zero()  # also of what an attempt that ran out of memory has left
     terms = torch.zeros(len(objective.terms), dtype=torch.float64, device=model.device)
     for pack in packs:
         terms += backward(model, pack, objective, over_pack)

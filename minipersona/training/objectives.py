@@ -35,6 +35,7 @@ from minipersona.objective.r3f import add_to_second_half, r3f, twice
 from minipersona.training.world import World
 
 OBJECTIVE_CHECK = "objective_check.json"
+CHECKED_TOKENS = 1_024  # for R3F's noise: millions of its entries. In fp32 all scores of attention exist at once
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ def _check_noise(model: Qwen2, documents: Sequence[Document], config: RunConfig)
     order = RowOrder(len(documents), config.training.batch, config.seed)
     steps = (order.step(step) for step in range(1, config.training.steps + 1))
     rows = next(useful for step in steps if (useful := [row for row in step if documents[row].supervised.any()]))
-    rows = [rows[i] for i in split([len(documents[row]) for row in rows], config.execution.training_tokens // 2)[0]]
+    rows = [rows[i] for i in split([len(documents[row]) for row in rows], CHECKED_TOKENS)[0]]
     pack = pack_documents([documents[row] for row in rows], rows)
     tokens = token_keys(config.seed, 1, pack).to(model.device)
     epsilons = (section.epsilon,) if section.epsilon else EPSILONS

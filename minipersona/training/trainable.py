@@ -12,43 +12,68 @@ from minipersona.model.adapter_files import save_adapter
 from minipersona.model.load import stream_weights
 from minipersona.model.lora import adapter_norm, apply_lora
 from minipersona.model.network import Qwen2
-from minipersona.model.save import save_model
+from minipersona.model.save import save_model, send_weights
+from minipersona.training.sharding import is_sharded, local, own_rows, reshard, shard
+from minipersona.training.world import World
 
 
-def make_trainable(model: Qwen2, config: RunConfig) -> dict[str, nn.Parameter]:
+def make_trainable(model: Qwen2, config: RunConfig, world: World) -> dict[str, nn.Parameter]:
     """Set the model up for its method and return what learns, by name.
 
     lora  fresh fp32 adapters over frozen weights, in whatever precision those are
-    full  every weight becomes an fp32 master that is cast at use (a tied head is its embedding, once)
+    full  every weight becomes an fp32 master that is cast at use (a tied head is its embedding, once), dealt to the
+          ranks where there are several
     """
     if config.training.method == "lora":
         apply_lora(model, config.lora, config.seed)
     else:
         master = torch.float64 if model.compute_dtype == torch.float64 else torch.float32
         model.to(master).requires_grad_(True)
+        if is_sharded(config, world):
+            shard(model, world)
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def save_checkpoint(
-    model: Qwen2, config: RunConfig, path: Path, tokenizer_files: list[Path], stop_tokens: tuple[int, ...]
+    model: Qwen2,
+    config: RunConfig,
+    path: Path,
+    tokenizer_files: list[Path],
+    stop_tokens: tuple[int, ...],
+    world: World,
 ) -> None:
-    """What a run leaves at a named step: a PEFT adapter, or a whole model in Hugging Face's layout."""
+    """What a run leaves at a named step: a PEFT adapter, or a whole model in Hugging Face's layout.
+
+    The first rank calls it; where weights are sharded, every rank does, and the first one writes.
+    """
     if config.training.method == "lora":
         save_adapter(model, path, config.lora)
-    else:
+        return
+    if is_sharded(config, world):
+        reshard(model)
+    if world.first:
         save_model(model, path, extra_files=tokenizer_files, stop_tokens=stop_tokens)
+    else:
+        send_weights(model)
 
 
 @torch.no_grad()
-def distance_from_base(model: Qwen2, config: RunConfig) -> float:
+def distance_from_base(model: Qwen2, config: RunConfig, world: World) -> float:
     """||theta - theta_base||_2: of the merged update for LoRA, over all weights for full-parameter training.
 
-    The base weights are read again, one at a time, from where they came.
+    The base weights are read again, one at a time, from where they came. Called as `save_checkpoint` is.
     """
     if config.training.method == "lora":
         return adapter_norm(model)
+    sharded = is_sharded(config, world)
+    if sharded:
+        reshard(model)
     parameters = dict(model.named_parameters())
-    squared = torch.zeros((), dtype=torch.float64, device=model.device)
+    squared = torch.zeros((), dtype=torch.float64, device=world.device)
     for name, base in stream_weights(model):
-        squared += (parameters[name].double() - base.to(model.device, model.compute_dtype).double()).square().sum()
+        base = base.to(world.device, model.compute_dtype)
+        before, after = (own_rows(base, world), local(parameters[name])) if sharded else (base, parameters[name])
+        squared += (after.double() - before.double()).square().sum()
+    if sharded:
+        world.sum(squared)
     return float(squared.sqrt())

@@ -56,6 +56,10 @@ class World:
                     f"{what} is {lowest} on one rank and {highest} on another; all ranks must see the same --out"
                 )
 
+    def follow(self, decision: bool) -> bool:
+        """The first rank's decision, on every rank."""
+        return bool(self._highest(int(decision and self.first))) if self.size > 1 else decision
+
     def wait(self) -> None:
         """Return once every rank has come here."""
         if self.size > 1:

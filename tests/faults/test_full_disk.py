@@ -10,6 +10,8 @@ import resource
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -41,7 +43,9 @@ from minipersona.model.save import save_model
 from minipersona.study import claims
 from minipersona.study.steering import save_steering
 from minipersona.training.checkpoint import Position, save_state
+from minipersona.training.layout import Flat, Layout
 from minipersona.training.optimizer import AdamW
+from minipersona.training.world import World
 
 ROOM = 3000  # bytes that a file may have
 
@@ -61,8 +65,19 @@ def no_room(room: int = ROOM) -> Iterator[None]:
 
 def state(path: Path, value: float) -> None:
     weights = {"w": nn.Parameter(torch.full((4000,), value))}
-    optimizer = AdamW(list(weights.values()), 0.9, 0.999, 1e-8, 0.0)
-    save_state(path, Position(step=int(value)), weights, optimizer)
+    optimizer = AdamW(Flat(list(weights.values())), 0.9, 0.999, 1e-8, 0.0)
+    save_state(path, Position(step=int(value)), weights, optimizer, World(0, 1, torch.device("cpu")))
+
+
+def shards(path: Path, value: float) -> None:
+    """The part that one of two ranks writes, which nobody waits for here."""
+    weights = {"w": nn.Parameter(torch.full((4000,), value))}
+    whole = Flat(list(weights.values()))
+    dealt = SimpleNamespace(weights=whole.weights, first=whole.first, second=whole.second)
+    optimizer = AdamW(cast(Layout, dealt), 0.9, 0.999, 1e-8, 0.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(World, "wait", lambda self: None)
+        save_state(path, Position(step=int(value)), weights, optimizer, World(0, 2, torch.device("cpu")))
 
 
 def adapter(path: Path, value: float) -> None:
@@ -87,6 +102,7 @@ WRITERS: dict[str, Callable[[Path, float], object]] = {
     "model": lambda path, value: save_model(Qwen2(SIZES), path, stop_tokens=[int(value)]),
     "adapter": adapter,
     "state": state,
+    "shards": shards,
     "steering": lambda path, value: save_steering(path, {6: torch.full((4000,), value)}),
     "rows": kept,
 }

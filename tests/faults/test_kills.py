@@ -97,14 +97,32 @@ SAVES = {
     "checkpoint": """
         import torch
         from minipersona.training.checkpoint import Position, save_state
+        from minipersona.training.layout import Flat
         from minipersona.training.optimizer import AdamW
-        weights = {"w": torch.nn.Parameter(torch.zeros(9, 9))}
-        optimizer = AdamW(list(weights.values()), 0.9, 0.999, 1e-8, 0.0)
+        from minipersona.training.world import World
+        weights = {"w": torch.nn.Parameter(torch.zeros(10, 9))}
+        layout, world = Flat(list(weights.values())), World(0, 1, torch.device("cpu"))
         def save(where, what):
             with torch.no_grad():
-                for tensor in (weights["w"], *optimizer.first, *optimizer.second):
+                for tensor in (*layout.weights, *layout.first, *layout.second):
                     tensor.fill_(1.0 if what == "old" else 2.0)
-            save_state(where / "state", Position(step=1 if what == "old" else 2), weights, optimizer)
+            optimizer = AdamW(layout, 0.9, 0.999, 1e-8, 0.0)
+            save_state(where / "state", Position(step=1 if what == "old" else 2), weights, optimizer, world)
+    """,
+    "shards": """
+        import torch
+        from types import SimpleNamespace
+        from minipersona.training.checkpoint import Position, save_state
+        from minipersona.training.optimizer import AdamW
+        from minipersona.training.world import World
+        World.wait = lambda self: None  # the ranks come one after the other
+        def save(where, what):
+            step = 1 if what == "old" else 2
+            for rank in (1, 0):
+                kept = {name: [torch.full((5, 9), float(step))] for name in ("weights", "first", "second")}
+                optimizer = AdamW(SimpleNamespace(**kept), 0.9, 0.999, 1e-8, 0.0)
+                world = World(rank, 2, torch.device("cpu"))
+                save_state(where / "state", Position(step=step), {"w": None}, optimizer, world)
     """,
     "report": """
         from study_report.conftest import RECIPES, FakeStudy
@@ -168,14 +186,14 @@ def found_checkpoint(where: Path) -> str:
     from torch import nn, zeros
 
     from minipersona.training.checkpoint import load_state
+    from minipersona.training.layout import Flat
     from minipersona.training.optimizer import AdamW
 
-    weights = {"w": nn.Parameter(zeros(9, 9))}
-    optimizer = AdamW(list(weights.values()), 0.9, 0.999, 1e-8, 0.0)
-    step = load_state(where / "state", weights, optimizer).step
-    assert {float(x) for t in (weights["w"], *optimizer.first, *optimizer.second) for x in t.detach().unique()} == {
-        float(step)
-    }
+    weights = {"w": nn.Parameter(zeros(10, 9))}
+    layout = Flat(list(weights.values()))
+    step = load_state(where / "state", weights, AdamW(layout, 0.9, 0.999, 1e-8, 0.0)).step
+    tensors = (*layout.weights, *layout.first, *layout.second)
+    assert {float(value) for tensor in tensors for value in tensor.detach().unique()} == {float(step)}
     return {1: "old", 2: "new"}[step]
 
 
@@ -209,6 +227,7 @@ FOUND: dict[str, Callable[[Path], str]] = {
     "adapter": found_adapter,
     "vectors": found_vectors,
     "checkpoint": found_checkpoint,
+    "shards": found_checkpoint,
     "report": found_report,
     "cache": found_cache,
 }

@@ -17,6 +17,7 @@ from minipersona.geometry.vectors import load_vectors
 from minipersona.model.adapter_files import load_adapter
 from minipersona.model.load import load_model
 from minipersona.training.checkpoint import Position, load_state
+from minipersona.training.layout import Flat
 from minipersona.training.optimizer import AdamW
 
 NAMES = [
@@ -94,7 +95,7 @@ def test_under_the_name_of_safetensors_it_is_refused(
 def test_in_place_of_a_rolling_checkpoint_it_is_refused(tmp_path: Path, canary: Path, malicious: bytes) -> None:
     (tmp_path / "latest").mkdir()
     weights = {"w": torch.nn.Parameter(torch.zeros(2, 2))}
-    optimizer = AdamW(list(weights.values()), 0.9, 0.999, 1e-8, 0.0)
+    optimizer = AdamW(Flat(list(weights.values())), 0.9, 0.999, 1e-8, 0.0)
     for name in NAMES:
         (tmp_path / "latest" / name).write_bytes(malicious)
     assert load_state(tmp_path, weights, optimizer) == Position()  # as if there were none

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,14 @@ import torch
 from conftest import relative_error
 
 from minipersona.chat import load_tokenizer
+from minipersona.config import LoraConfig
 from minipersona.errors import UserError
-from minipersona.geometry.extraction import extract, render_prompts
+from minipersona.geometry.extraction import Tails, extract, render_prompts
+from minipersona.model.attention import Spans, WithinDocuments, attention
 from minipersona.model.load import load_model
+from minipersona.model.lora import adapters, apply_lora
 from minipersona.model.network import Qwen2
+from minipersona.model.pack import make_pack
 
 PERSONAS = {
     "pirate": "You are a pirate.",
@@ -150,3 +155,35 @@ def test_errors(model: Qwen2) -> None:
         extract(model, tokenizer, PERSONAS, QUESTIONS, [-1])
     with pytest.raises(UserError, match="method 'Z'"):
         extract(model, tokenizer, PERSONAS, QUESTIONS, [6], method="Z")
+
+
+def test_the_last_block_computed_where_it_is_read_is_the_block(hf_model: Callable[..., Path]) -> None:
+    model = load_model(str(hf_model()), device="cpu", dtype=torch.float64)
+    apply_lora(model, LoraConfig(rank=4))
+    for adapter in adapters(model).values():
+        adapter.lora_B.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
+    ids = [np.arange(1, 9), np.arange(20, 23), np.arange(5, 17)]
+    pack, counts = make_pack(ids), [3, 1, 2]
+    tails = Tails(pack, counts)
+    assert tails.rows.tolist() == [5, 6, 7, 10, 21, 22]
+    whole = [WithinDocuments(Spans(pack.boundaries, pack.longest))] * 2
+    read = model(pack, stop_after=1, scopes=whole)[tails.rows]
+
+    def alone(queries: Spans) -> torch.Tensor:
+        scopes = [whole[0], Read(queries, Spans(pack.boundaries, pack.longest))]
+        return model(pack, stop_after=1, scopes=scopes, last_rows=tails.rows)
+
+    assert relative_error(alone(tails.spans), read) < 1e-10
+    wrong = Spans(torch.tensor([0, 1, 2, 6], dtype=torch.int32), 4)  # the control: queries of other documents
+    assert relative_error(alone(wrong), read) > 1e-3
+
+
+@dataclass(frozen=True)
+class Read:
+    """Each document's last tokens query all of its tokens."""
+
+    queries: Spans
+    documents: Spans
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return attention(q, k, v, self.queries, self.documents)

@@ -122,12 +122,13 @@ def test_every_weights_gradient_equals_naive_autograd(
 
 
 def test_at_the_start_the_base_holds_nothing_back(hf_model: Callable[..., Path], documents: list[Document]) -> None:
-    """B = 0: no divergence, and to the bit the gradient of plain SFT, dropout or not."""
+    """B = 0: no divergence, and the gradient of plain SFT, dropout or not; to rounding, since adapters that add nothing
+    still make the products longer, and the CPU's library may then sum in another order."""
     model = adapted(hf_model(), size=0.0, dtype=torch.float32)
     plain = terms_and_gradients(model, documents[:8], CrossEntropy())
     held = terms_and_gradients(model, documents[:8], KLToBase(5.0, "symmetric"))
-    assert held[0][2] == 0 and held[0][0] == plain[0][0]
-    assert all(torch.equal(held[1][name], plain[1][name]) for name in plain[1])
+    assert abs(held[0][2]) < 1e-9 and abs(held[0][0] / plain[0][0] - 1) < 1e-6
+    assert max(relative_error(held[1][name], plain[1][name]) for name in plain[1] if plain[1][name].any()) < 1e-5
     # The control: once B is not zero, there is something.
     assert terms_and_gradients(adapted(hf_model()), documents[:8], KLToBase(5.0, "symmetric"))[0][2] > 1e-3
 
@@ -161,7 +162,7 @@ def test_a_frozen_copy_is_the_base_where_all_weights_learn(
     for name, p in objective.frozen.named_parameters():
         assert torch.equal(p, before[name]) and not p.requires_grad and p.grad is None
     rows = read_jsonl(tmp_path / "metrics.jsonl")
-    assert rows[0]["kl"] == rows[1]["kl"] == 0 < rows[2]["kl"]  # the first update has rate 0
+    assert max(rows[0]["kl"], rows[1]["kl"]) < 1e-10 < 1e-8 < rows[2]["kl"]  # the first update has rate 0
     assert all(row["loss"] == pytest.approx(row["cross_entropy"] + 0.5 * row["kl"], rel=1e-6) for row in rows)
 
 

@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from minipersona.corpus.order import RowOrder
-from minipersona.corpus.packing import deal
+from minipersona.corpus.packing import deal, share_out
 from minipersona.model.dropout import channel_keys, hashed_dropout, keep_mask, token_keys
 from minipersona.model.pack import IGNORE, make_pack, split
+from minipersona.training.layout import Flat
 from minipersona.training.optimizer import AdamW, scale_and_clip
 from minipersona.training.schedule import learning_rate
+from minipersona.training.world import World
 
 # ---------------------------------------------------------------- schedule
 
@@ -53,7 +55,7 @@ def test_adamw_equals_torch_and_decay_matters() -> None:
     start = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
     mine = [nn.Parameter(t.clone()) for t in start]
     theirs = [nn.Parameter(t.clone()) for t in start]
-    optimizer = AdamW(mine, 0.9, 0.999, 1e-8, 0.1)
+    optimizer = AdamW(Flat(mine), 0.9, 0.999, 1e-8, 0.1)
     groups = [{"params": [theirs[0], theirs[2]]}, {"params": [theirs[1]], "weight_decay": 0.0}]
     reference = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
     for step in range(10):
@@ -76,8 +78,9 @@ def test_small_updates_survive_in_fp32_and_would_round_away_in_bf16() -> None:
     """Why adapters are fp32 masters: a late update of relative size 1e-4 is below bf16's half step of 2e-3."""
     for dtype, moves in ((torch.float32, True), (torch.bfloat16, False)):
         weight = nn.Parameter(torch.full((4, 4), 1.0, dtype=dtype))
-        optimizer = AdamW([weight], 0.9, 0.999, 1e-8, 0.0)
-        optimizer.gradients.fill_(1)
+        optimizer = AdamW(Flat([weight]), 0.9, 0.999, 1e-8, 0.0)
+        assert weight.grad is not None
+        weight.grad.fill_(1)
         optimizer.update(1e-4)
         assert bool((weight != 1.0).any()) is moves
 
@@ -85,23 +88,30 @@ def test_small_updates_survive_in_fp32_and_would_round_away_in_bf16() -> None:
 @pytest.mark.parametrize("size", [0.01, 100.0])
 def test_clipping_equals_torch(size: float) -> None:
     gradients = [torch.randn(5, 3, dtype=torch.float64) * size, torch.randn(4, dtype=torch.float64) * size]
-    mine = torch.cat([g.flatten() for g in gradients])
+    mine = [nn.Parameter(torch.zeros_like(g)) for g in gradients]
     theirs = [nn.Parameter(torch.zeros_like(g)) for g in gradients]
-    for parameter, gradient in zip(theirs, gradients, strict=True):
+    layout = Flat(mine)
+    for ours, parameter, gradient in zip(mine, theirs, gradients, strict=True):
+        assert ours.grad is not None
+        ours.grad.copy_(gradient)
         parameter.grad = gradient / 7
-    norm = scale_and_clip(mine, 7, 1.0)
+    norm = scale_and_clip(layout, World(0, 1, torch.device("cpu")), 7, 1.0)
     assert relative_error(norm, torch.nn.utils.clip_grad_norm_(theirs, 1.0)) < 1e-12
-    assert relative_error(mine, torch.cat([p.grad.flatten() for p in theirs if p.grad is not None])) < 1e-12
+    for ours, parameter in zip(mine, theirs, strict=True):
+        assert ours.grad is not None and parameter.grad is not None
+        assert relative_error(ours.grad, parameter.grad) < 1e-12
 
 
 def test_parameters_are_views_and_gradients_accumulate_where_they_are_used() -> None:
     weights = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(1, 2))]
     before = [w.detach().clone() for w in weights]
-    optimizer = AdamW(weights, 0.9, 0.999, 1e-8, 0.0)
+    layout = Flat(weights)
+    optimizer = AdamW(layout, 0.9, 0.999, 1e-8, 0.0)
     assert all(torch.equal(w, b) for w, b in zip(weights, before, strict=True))
     for _ in range(2):
         sum((w * (i + 1)).sum() for i, w in enumerate(weights)).backward()  # type: ignore[union-attr]
-    assert optimizer.gradients.sort().values.tolist() == [2.0] * 3 + [4.0] * 4 + [6.0] * 2
+    matrices, vectors = ([*piece.gradient.tolist()] for piece in layout.pieces())
+    assert (matrices, vectors) == ([4.0] * 4 + [6.0] * 2, [2.0] * 3)
     optimizer.update(0.1)
     assert all(bool((w < 1).all()) for w in weights)
 
@@ -133,6 +143,21 @@ def test_dealing_gives_each_item_once_and_evenly(lengths: list[int], ranks: int)
     assert all(hand == sorted(hand) for hand in hands)
     loads = [sum(lengths[i] for i in hand) for hand in hands]
     assert max(loads) - min(loads) <= max(lengths, default=0)
+
+
+@given(st.lists(st.integers(1, 500), max_size=40), st.integers(1, 700), st.integers(1, 5))
+def test_sharing_out_keeps_the_bound_and_is_even(lengths: list[int], most: int, at_least: int) -> None:
+    hands = share_out(lengths, most, at_least)
+    assert sorted(item for hand in hands for item in hand) == list(range(len(lengths)))
+    assert len(hands) >= at_least
+    loads = [sum(lengths[i] for i in hand) for hand in hands]
+    assert all(len(hand) < 2 or load <= most for hand, load in zip(hands, loads, strict=True))
+    assert max(loads) - min(loads) <= max(lengths, default=0)
+
+
+def test_a_step_just_above_the_bound_is_cut_in_halves() -> None:
+    assert share_out([1000, 1000, 1000, 1000, 1000, 200], 5000) == [[0, 2, 4], [1, 3, 5]]
+    assert share_out([1000, 1000, 1000, 1000, 1000], 5000) == [[0, 1, 2, 3, 4]]
 
 
 @given(st.lists(st.integers(1, 500), max_size=40), st.integers(1, 700))

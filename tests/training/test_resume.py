@@ -94,7 +94,7 @@ def test_control_a_resume_without_moments_ends_elsewhere(
 
     def forgetful(*arguments) -> Position:
         position = load(*arguments)
-        for moment in arguments[2].first:
+        for moment in arguments[2].layout.first:
             moment.zero_()
         return position
 

@@ -1,0 +1,106 @@
+"""More than one GPU, and what one needs for full parameters or for equal bits:
+
+    python -m benchmarks.scaling [--cases lora,cells,ranks,full,shards,deterministic] [--gpus 2] [--out FILE]
+
+    lora           the registered recipe's step on one GPU
+    cells          a process of its own on each GPU, as a study's runners are
+    ranks          one run on all GPUs, data parallel
+    full           full-parameter training on one GPU
+    shards         the same on all GPUs, sharded (FSDP2)
+    deterministic  the recipe's step with execution.deterministic, twice; the adapters have to be equal to the bit
+
+Every case is made of processes of its own, so the first one compiles and the others find its work in the cache.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import documents, options, our_model, report, table
+from benchmarks.sft import BATCH, ours
+from minipersona.study.run import make_deterministic
+from minipersona.training.world import join_world, leave_world
+
+FULL = "random:Qwen/Qwen2.5-3B-Instruct"  # its full-parameter training fits one GPU of 80 GB
+OPTIONS = {"steps": 12, "gpus": 2, "cases": "lora,cells,ranks,full,shards,deterministic", "full_model": FULL,
+           "worker": "", "result": ""}  # fmt: skip
+
+
+def worker(given: Any) -> None:
+    """One process of a case: measure, and leave what was found."""
+    deterministic = given.worker == "deterministic"
+    make_deterministic(deterministic)
+    world = join_world("cuda")
+    full = given.worker in ("full", "shards")
+    model = our_model(given.full_model if full else given.model)
+    docs = documents(given.steps * BATCH, model.config.vocab_size)
+    found = ours(model, docs, given.steps, True, method="full" if full else "lora", world=world)
+    if world.first:
+        Path(given.result).write_text(json.dumps(found))
+    leave_world(world)
+
+
+def start(case: str, given: Any, scratch: Path) -> list[dict[str, Any]]:
+    """Run the processes of a case side by side; what each independent one found."""
+    together = case in ("ranks", "shards")
+    count = {"lora": 1, "full": 1, "deterministic": min(2, given.gpus)}.get(case, given.gpus)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    processes, results = [], []
+    for index in range(count):
+        result = scratch / f"{case}-{index}.json"
+        shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(index),
+                  "LOCAL_RANK": str(index)}  # fmt: skip
+        alone = {"CUDA_VISIBLE_DEVICES": str(index)} if count > 1 else {}
+        command = [sys.executable, "-m", "benchmarks.scaling", "--worker", case, "--result", str(result), "--steps",
+                   str(given.steps), "--model", given.model, "--full-model", given.full_model]  # fmt: skip
+        processes.append(subprocess.Popen(command, env={**os.environ, **(shared if together else alone)}))
+        results.append(result)
+    failed = [process for process in processes if process.wait()]
+    return [] if failed else [json.loads(result.read_text()) for result in results if result.is_file()]
+
+
+def main() -> None:
+    """Measure the cases one after another and print the table."""
+    given = options(__doc__, OPTIONS)
+    if given.worker:
+        worker(given)
+        return
+    found: dict[str, list[dict[str, Any]]] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for case in given.cases.split(","):
+            found[case] = start(case, given, Path(scratch))
+            if case == "deterministic" and given.gpus == 1:
+                found[case] += start(case, given, Path(scratch))
+            print(case, [{k: v for k, v in one.items() if k != "steps"} for one in found[case]], flush=True)
+    single = {"cells": "lora", "ranks": "lora", "deterministic": "lora", "shards": "full"}
+    rows, notes = [], []
+    for case, ones in found.items():
+        if not ones:
+            rows.append([case, "failed", "", "", ""])
+            continue
+        if case == "deterministic":
+            notes.append(f"deterministic adapters equal to the bit: {len({one['adapters'] for one in ones}) == 1}")
+            ones = ones[:1]
+        speed = sum(one["tokens_per_second"] for one in ones)
+        base = found.get(single.get(case, ""), [])
+        times = f"{speed / base[0]['tokens_per_second']:.2f}" if base else ""
+        if base and case != "cells":
+            off = max(abs(a / b - 1) for a, b in zip(ones[0]["losses"], base[0]["losses"], strict=True))
+            notes.append(f"{case}: losses within {off:.1e} of {single[case]}'s")
+        memory = max(one["gib"] for one in ones)
+        rows.append([case, f"{speed:,.0f}", times, f"{memory:.1f}", f"{ones[0]['first_step']:.0f}"])
+    columns = ["case", "tokens/s", "times one GPU", "GiB a GPU", "first step, s"]
+    report("scaling", table(columns, rows) + "\n\n" + "\n".join(notes), {"cases": found}, given.out)
+
+
+if __name__ == "__main__":
+    main()

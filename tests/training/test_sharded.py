@@ -1,0 +1,198 @@
+"""Full-parameter training dealt to two ranks (FSDP2 over gloo) equals one rank's, also across a kill and a resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import relative_error
+from safetensors.torch import load_file, save_file
+
+from minipersona.errors import UserError
+from minipersona.files import read_jsonl
+from minipersona.training.checkpoint import load_state
+from minipersona.training.layout import Flat
+from minipersona.training.optimizer import AdamW
+
+from .rank_workers import free_port
+
+WORKER = """
+import os, sys
+from pathlib import Path
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from minipersona.chat import Document
+from minipersona.config import DataSection, ExecutionSection, RunConfig, TrainingSection
+from minipersona.model.load import load_model
+from minipersona.model.save import whole
+from minipersona.training import sharding
+from minipersona.training.loop import Hooks, train
+from minipersona.training.trainable import distance_from_base, save_checkpoint
+from minipersona.training.world import join_world, leave_world
+
+torch.set_num_threads(1)
+model_dir, out, batch, dtype, case = sys.argv[1:]
+rng = np.random.default_rng(0)
+documents = [
+    Document(rng.integers(0, 160, n).astype(np.int32), np.arange(n) >= (n + 1) // 2, False)
+    for n in rng.integers(3, 25, 48)
+]
+config = RunConfig(
+    data=DataSection("-", "-"),
+    training=TrainingSection(method="full", steps=4, batch=int(batch), checkpoints=(2,), learning_rate=1e-3),
+    execution=ExecutionSection(pack_tokens=60, save_minutes=0),
+)
+world = join_world("cpu")
+if case == "averaged":
+    real = sharding.shard
+    def shard(model, world):
+        real(model, world)
+        for module in model.modules():
+            if hasattr(module, "set_gradient_divide_factor"):
+                module.set_gradient_divide_factor(float(world.size))  # as FSDP2 does unless told otherwise
+    import minipersona.training.trainable as trainable
+    trainable.shard = shard
+model = load_model(model_dir, dtype=getattr(torch, dtype), device="cpu")
+
+def logged(row):
+    if case == "killed" and row["step"] == 3:
+        os._exit(1)
+
+def checkpoint(step):
+    save_checkpoint(model, config, Path(out) / f"step-{step}", [], (), world)
+    distance = distance_from_base(model, config, world)
+    if world.first:
+        (Path(out) / "distance").write_text(repr(distance))
+
+train(model, documents, config, Path(out), world, Hooks(logged=logged, checkpoint=checkpoint))
+learned = {n: p for n, p in model.named_parameters()}
+ends = {n: whole(p).clone() for n, p in learned.items()}
+gradients = {n: whole(p.grad).clone() for n, p in learned.items()}
+kept = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in learned.values())
+if world.first:
+    save_file(ends, f"{out}/end.safetensors")
+    save_file(gradients, f"{out}/gradients.safetensors")
+(Path(out) / f"kept-{world.rank}").write_text(str(kept))
+leave_world(world)
+"""
+
+
+def run(model: Path, out: Path, ranks: int, batch: int = 16, dtype: str = "float64", case: str = "whole") -> None:
+    """Train as so many ranks."""
+    out.mkdir(exist_ok=True)
+    script = out / "worker.py"
+    script.write_text(WORKER)
+    shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(model), str(out), str(batch), dtype, case],
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+        )
+        for rank in range(ranks)
+    ]
+    codes = [process.wait(timeout=120) for process in processes]
+    if case == "killed":
+        assert all(codes)
+        return
+    assert not any(codes)
+    elements = sum(tensor.numel() for tensor in load_file(out / "end.safetensors").values())
+    assert sum(int(file.read_text()) for file in out.glob("kept-*")) == elements  # nothing is kept twice
+
+
+@pytest.fixture(scope="module")
+def undisturbed(hf_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """The directory of a run by so many ranks."""
+    made: dict[int, Path] = {}
+
+    def make(ranks: int) -> Path:
+        if ranks not in made:
+            made[ranks] = tmp_path_factory.mktemp(f"ranks-{ranks}")
+            run(hf_model(), made[ranks], ranks)
+        return made[ranks]
+
+    return make
+
+
+def worst(a: Path, b: Path, name: str) -> float:
+    mine, theirs = load_file(a / name), load_file(b / name)
+    assert mine.keys() == theirs.keys()
+    return max(relative_error(mine[key], theirs[key]) for key in theirs)
+
+
+def agree(two: Path, one: Path, bound: float, slack: float) -> None:
+    assert worst(two, one, "gradients.safetensors") < slack * bound
+    assert worst(two, one, "end.safetensors") < slack * bound
+    assert worst(two / "step-2", one / "step-2", "model.safetensors") < slack * bound
+    distances = [float((out / "distance").read_text()) for out in (one, two)]
+    assert distances[0] > 0 and abs(distances[1] / distances[0] - 1) < slack * bound
+    for a, b in zip(*(read_jsonl(out / "metrics.jsonl") for out in (two, one)), strict=True):
+        assert all(abs(a[name] / b[name] - 1) < bound for name in ("loss", "grad_norm"))
+
+
+def test_shards_equal_the_whole(undisturbed: Callable[[int], Path]) -> None:
+    agree(undisturbed(2), undisturbed(1), 1e-10, 1)
+
+
+def test_shards_equal_the_whole_in_fp32_with_a_tied_head(hf_model: Callable[..., Path], tmp_path: Path) -> None:
+    for ranks, name in ((1, "one"), (2, "two")):
+        run(hf_model(tied=True), tmp_path / name, ranks, dtype="float32")
+    # Adam divides by sqrt(v), so rounding in small gradients grows.
+    agree(tmp_path / "two", tmp_path / "one", 1e-5, 10)
+
+
+def test_control_averaged_gradients_are_not_the_sum(
+    hf_model: Callable[..., Path], tmp_path: Path, undisturbed: Callable[[int], Path]
+) -> None:
+    run(hf_model(), tmp_path / "averaged", 2, case="averaged")
+    first = [read_jsonl(out / "metrics.jsonl")[0]["grad_norm"] for out in (tmp_path / "averaged", undisturbed(1))]
+    assert abs(first[0] / first[1] - 0.5) < 1e-6  # clipping would hide it in the weights
+
+
+def test_a_rank_without_documents_goes_through_the_model_all_the_same(
+    hf_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    run(hf_model(), tmp_path / "one", 1, batch=1)
+    run(hf_model(), tmp_path / "two", 2, batch=1)
+    assert worst(tmp_path / "two", tmp_path / "one", "end.safetensors") < 1e-8
+
+
+@pytest.mark.parametrize("before, after", [(2, 2), (1, 2), (3, 1)])
+def test_killed_and_continued_by_any_number_of_ranks(
+    hf_model: Callable[..., Path], tmp_path: Path, undisturbed: Callable[[int], Path], before: int, after: int
+) -> None:
+    run(hf_model(), tmp_path, before, case="killed")
+    state = sorted(file.name for file in (tmp_path / "latest").glob("*.safetensors"))
+    shards = [f"state-000002.{rank}-of-{before}.safetensors" for rank in range(1, before + 1)]
+    assert state == (["state.safetensors"] if before == 1 else shards)
+    run(hf_model(), tmp_path, after)
+    ends = [load_file(out / "end.safetensors") for out in (tmp_path, undisturbed(after))]
+    if before == after:
+        assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[1])
+    else:  # sums over another number of ranks round differently
+        assert worst(tmp_path, undisturbed(after), "end.safetensors") < 1e-8
+    assert not list((tmp_path / "latest").glob("*.safetensors"))  # dropped once the run was done
+
+
+def test_a_missing_part_is_an_error_that_names_it(tmp_path: Path) -> None:
+    latest = tmp_path / "latest"
+    latest.mkdir()
+    words = {"step": 2, "updates": 2, "done": False}
+    (latest / "state.json").write_text(json.dumps({**words, "files": 2}))
+    weight = torch.nn.Parameter(torch.zeros(4, 2))
+    part = {f"{kind}.w": torch.ones(2, 2) for kind in ("weight", "first", "second")}
+    save_file({"rng.cpu": torch.get_rng_state(), **part}, latest / "state-000002.1-of-2.safetensors",
+              {"state": json.dumps(words)})  # fmt: skip
+    optimizer = AdamW(Flat([weight]), 0.9, 0.999, 1e-8, 0.0)
+    with pytest.raises(UserError, match=r"2-of-2\.safetensors: this part of the checkpoint is missing"):
+        load_state(tmp_path, {"w": weight}, optimizer)
+    save_file({"rng.cpu": torch.get_rng_state(), **{name: t * 3 for name, t in part.items()}},
+              latest / "state-000002.2-of-2.safetensors", {"state": json.dumps(words)})  # fmt: skip
+    assert load_state(tmp_path, {"w": weight}, optimizer).step == 2
+    assert weight.detach()[:, 0].tolist() == [1, 1, 3, 3]
