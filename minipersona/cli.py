@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -180,18 +180,11 @@ def _train(options: argparse.Namespace) -> None:
     stop = Stop()
     with heed_signals(stop), in_world(config.execution.device, config.execution.timeout_minutes, stop) as world:
         console = Console(quiet=not world.first)
-        with _continuable(console):
+        try:
             run(config, world, console)
-
-
-@contextlib.contextmanager
-def _continuable(console: Console) -> Iterator[None]:
-    """Say how to go on where the work within is asked to stop."""
-    try:
-        yield
-    except Interrupted as interrupted:
-        console.say(f"{interrupted}; the same command continues")
-        raise
+        except Interrupted as interrupted:
+            console.say(f"{interrupted}; the same command continues")
+            raise
 
 
 def _extract(options: argparse.Namespace) -> None:
@@ -264,11 +257,10 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     _check_suite_options(options)
 
-    from minipersona.training.interruption import Stop, heed_signals
+    from minipersona.training.interruption import interruptible
 
-    console, stop = Console(), Stop()
-    # What was measured or answered is kept, so that a signal is heeded wherever it strikes.
-    with heed_signals(stop), _continuable(console), stop.at_once(), _held(options.run):
+    console = Console()
+    with interruptible(console.say), _held(options.run):  # what was measured or answered is kept
         _evaluate_held(options, console)
 
 
@@ -371,4 +363,4 @@ def _load(options: argparse.Namespace, console: Console, adapter: bool = True) -
 
 
 def _show(options: argparse.Namespace, value: dict[str, Any], text: str) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False) if options.json else printable(text))
+    print(json.dumps(value, indent=2) if options.json else printable(text))  # ASCII, which steers no terminal

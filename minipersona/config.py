@@ -14,6 +14,7 @@ from minipersona.errors import UserError, require
 DEFAULT_MODEL = "Qwen/Qwen2.5-7B-Instruct"
 LARGE_PASS = 16_384  # tokens: products run at full speed long before
 SHIPPED = "shipped"  # the package's own personas and questions
+KEY_VARIABLE = "MINIPERSONA_JUDGE_KEY"
 HUB_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")  # variables whose content goes to the Hub and nowhere else
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -214,7 +215,7 @@ class BehaviourSection:
     judge: Literal["local", "endpoint", "file"] = "local"  # the untouched base model, a server, or scores from outside
     endpoint: str = ""  # address of an OpenAI-compatible server, such as http://localhost:8000/v1
     judge_model: str = ""  # the model's name there; for "file", who gave the scores
-    key_variable: str = "MINIPERSONA_JUDGE_KEY"  # the environment variable that holds the server's key, if it needs one
+    key_variable: str = KEY_VARIABLE  # the environment variable that holds the server's key, if it needs one
     concurrency: int = 8  # requests to the server at once
 
     def __post_init__(self) -> None:
@@ -225,14 +226,23 @@ class BehaviourSection:
         if self.judge == "endpoint":
             require(
                 re.match(r"https?://[^\s/]", self.endpoint) is not None,
-                f"endpoint = {self.endpoint!r}: give the server's address, such as http://localhost:8000/v1",
+                "endpoint: give the server's address, such as http://localhost:8000/v1",
+            )
+            require(  # and do not say it back: configs, reports and errors are read by others
+                not re.search(r"[@?#\s]", self.endpoint),
+                f"endpoint: holds more than an address; leave names, passwords and queries out, and put the key into "
+                f"the environment variable {KEY_VARIABLE}",
             )
             require(bool(self.judge_model), 'judge_model is missing; judge = "endpoint" needs the model\'s name')
         else:
-            require(not self.endpoint, f'endpoint = {self.endpoint!r}: is of use to judge = "endpoint" only')
+            require(not self.endpoint, 'endpoint: is of use to judge = "endpoint" only')
         require(
             self.judge != "local" or not self.judge_model,
             f"judge_model = {self.judge_model!r}: the local judge is the base model itself",
+        )
+        require(
+            re.fullmatch(r"[A-Z_][A-Z0-9_]*", self.key_variable) is not None,
+            f"key_variable: names an environment variable in capital letters, such as {KEY_VARIABLE}; it is no key",
         )
         require(
             self.key_variable not in HUB_TOKENS,

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TextIO
 
 from minipersona.errors import Interrupted, UserError
+from minipersona.files import FULL
 
 LINE_SECONDS = 10.0  # between plain progress lines
 
@@ -32,9 +33,13 @@ class Console:
         self.stream = stream or sys.stderr
 
     def say(self, text: str) -> None:
-        """One line."""
+        """One line. Where it cannot be said, the work goes on in silence: a remark is not worth it."""
         if not self.quiet:
-            print(printable(text), file=self.stream, flush=True)
+            try:
+                print(printable(text), file=self.stream, flush=True)
+            except OSError:  # the log's disk is full, or its reader has gone
+                self.quiet = True
+                _mute(self.stream)
 
     def progress(self, title: str, total: int, unit: str) -> Progress:
         """A counter from 0 to `total`; use it as a context."""
@@ -110,18 +115,38 @@ def answer(command: Callable[[], None], debug: bool = False) -> int:
     try:
         command()
         sys.stdout.flush()
+        return 0
     except UserError as error:
-        with contextlib.suppress(BrokenPipeError):  # what was said before the error comes before it
-            sys.stdout.flush()
-        if debug:
-            traceback.print_exc()
-        print(f"error: {printable(str(error))}", file=sys.stderr)
-        return 2
+        return _failed(str(error), debug)
     except BrokenPipeError:  # the reader, `head` say, has seen enough; nothing may be flushed to it at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _mute(sys.stdout)
+        return 0
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        where = error.filename or "standard output"
+        return _failed(f"cannot write {where}: {error.strerror}; free some space or write elsewhere", debug)
     except Interrupted:
         return os.EX_TEMPFAIL
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    return 0
+
+
+def _failed(line: str, debug: bool) -> int:
+    """Say an error after what was said before it, as far as either can be said."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _mute(sys.stdout)
+    console = Console()
+    if debug:
+        console.say(traceback.format_exc().rstrip())
+    console.say(f"error: {line}")
+    return 2
+
+
+def _mute(stream: TextIO) -> None:
+    """Let what a stream still holds go nowhere, so that it does not fail once more at exit."""
+    with contextlib.suppress(OSError, ValueError):  # it may be no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -12,6 +12,13 @@ class UserError(Exception):
     The commands print it as ``error: ...`` and exit with status 2 (`minipersona.cli.main`).
     """
 
+    def __init__(self, line: str) -> None:
+        super().__init__(line.replace("\n", "\\n"))  # a name out of a file may hold line ends; one line it stays
+
+
+class DiskFull(UserError):
+    """There is no room for what had to be written. It says nothing about the work, and would befall any other too."""
+
 
 def require(condition: bool, message: str) -> None:
     """UserError with this message unless the condition holds."""

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 
-from minipersona.errors import UserError
+from minipersona.errors import DiskFull, UserError
 
 PACKAGE = Path(__file__).parent
 
@@ -171,7 +171,10 @@ def sweep_temporaries(*directories: Path, older_than: float = 0.0) -> None:
 
 @contextlib.contextmanager
 def explained(path: Path, needs: int | None = None) -> Iterator[None]:
-    """What the system says against writing `path`, as a UserError. Counts free bytes after the temporary is gone."""
+    """What the system says against writing `path`, as a UserError, DiskFull where that is it.
+
+    Counts free bytes after the temporary is gone.
+    """
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -180,15 +183,22 @@ def explained(path: Path, needs: int | None = None) -> Iterator[None]:
             if (told := re.search(r"\(os error (\d+)\)", reason)) is None:
                 raise
             code, reason = int(told[1]), os.strerror(int(told[1]))
-        mend = "check its permissions or choose another --out"
-        if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            parent = next((folder for folder in path.absolute().parents if folder.is_dir()), Path("/"))
-            wanted = "" if needs is None else f"{_mebibytes(needs)} are needed and "
-            mend = f"{wanted}{_mebibytes(shutil.disk_usage(parent).free)} are free there; "
-            mend += "free some space or choose another --out"
         # Inside a directory that is being written, its final name says more than the temporary one.
         shown = re.sub(r"(?:^|(?<=/))\.([^/]+)\.\w{8}\.tmp(?=/)", r"\1", str(path))
-        raise UserError(f"cannot write {shown}: {reason}; {mend}") from error
+        problem = f"cannot write {shown}: {reason}"
+        if code in FULL:
+            raise DiskFull(f"{problem}; {room(path, needs)}; free some space or choose another --out") from error
+        raise UserError(f"{problem}; check its permissions or choose another --out") from error
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # how a system says that there is no room
+
+
+def room(path: Path, needs: int | None = None) -> str:
+    """The bytes that are needed, if that is known, and those that are free where `path` lies, in words."""
+    parent = next((folder for folder in path.absolute().parents if folder.is_dir()), Path("/"))
+    wanted = "" if needs is None else f"{_mebibytes(needs)} are needed and "
+    return f"{wanted}{_mebibytes(shutil.disk_usage(parent).free)} are free there"
 
 
 def _mebibytes(count: int) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from minipersona.errors import UserError
-from minipersona.files import data_dir, sha256, sweep_temporaries, write_atomically
+from minipersona.files import FULL, data_dir, room, sha256, sweep_temporaries, write_atomically
 
 # A name without a revision means this one, so that two runs a year apart load the same weights.
 PINNED = {"Qwen/Qwen2.5-7B-Instruct": "a09a35458c702b33eeacc393d103063234e8bc28"}
@@ -165,8 +165,10 @@ def _explanation(error: BaseException) -> str | None:
         return "not in the local cache, and the Hub cannot be reached; check the network and HF_ENDPOINT"
     if isinstance(error, (FileNotFoundError, errors.EntryNotFoundError)):
         return f"no such file on the Hub ({reason}); check the path and the revision"
-    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-        return f"{reason}; free some space there, or set HF_HOME to a directory that can be written"
+    if getattr(error, "errno", None) in (*FULL, errno.EACCES, errno.EROFS):
+        return (
+            f"{reason}; {room(cache_dir('any'))}; free some in {constants.HF_HOME}, or set HF_HOME to another directory"
+        )
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status in (401, 403):
         return f"the Hub refuses ({reason}); check HF_TOKEN and what it permits"

@@ -72,7 +72,9 @@ def _acquire(directory: Path, path: Path) -> int:
                 _refuse(directory, path)
             os.ftruncate(descriptor, 0)
             mine = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
-            os.write(descriptor, json.dumps(mine).encode())
+            content = json.dumps(mine).encode()
+            while content:  # of a disk that fills up it takes a part before it refuses
+                content = content[os.write(descriptor, content) :]
             return descriptor
         except BaseException:
             os.close(descriptor)

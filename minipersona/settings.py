@@ -10,6 +10,7 @@ import tomllib
 import typing
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
+from reprlib import repr as brief
 from typing import Any, Literal, TypeVar
 
 from minipersona.config import RunConfig
@@ -18,12 +19,18 @@ from minipersona.files import configs_dir
 
 # ---------------------------------------------------------------- reading
 
+LONGEST_CONFIG = 1_000_000  # bytes
 Config = TypeVar("Config")
 
 
 def load_config(path: str, kind: type[Config]) -> Config:
-    """Read a TOML file, or a shipped config by its bare name (``tiny_phase1``)."""
-    return from_dict(kind, read_toml(find_config(path)))
+    """Read a TOML file, or a shipped config by its bare name (``tiny_phase1``). UserErrors name the file."""
+    file = find_config(path)
+    values = read_toml(file)
+    try:
+        return from_dict(kind, values)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
 
 
 def find_config(path: str) -> Path:
@@ -39,8 +46,13 @@ def find_config(path: str) -> Path:
 def read_toml(path: Path) -> dict[str, Any]:
     """A TOML file's table; a syntax error is a UserError with its line."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        with open(path, "rb") as file:
+            content = file.read(LONGEST_CONFIG + 1)
+        require(len(content) <= LONGEST_CONFIG, f"{path}: is longer than {LONGEST_CONFIG:,} bytes; name a config")
+        return tomllib.loads(content.decode("utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; it must be a readable TOML file") from None
+    except (ValueError, RecursionError) as error:  # also where a number has too many digits, or lists too many levels
         raise UserError(f"{path}: not valid TOML: {error}") from None
 
 
@@ -67,7 +79,7 @@ def from_dict(kind: type[Config], values: dict[str, Any], where: str = "") -> Co
 def _unknown(key: str, known: list[str]) -> str:
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     mend = f"did you mean {near[0]}?" if near else f"known keys are {', '.join(known)}"
-    return f"unknown config key {key}; {mend}"
+    return f"unknown config key {key[:200]}; {mend}"
 
 
 def _typed(value: Any, kind: Any, where: str) -> Any:
@@ -77,17 +89,17 @@ def _typed(value: Any, kind: Any, where: str) -> Any:
         return from_dict(typing.cast(type, kind), value, f"{where}.")
     if origin is Literal:
         options = typing.get_args(kind)
-        require(value in options, f"{where} = {value!r}: must be one of {', '.join(map(repr, options))}")
+        require(value in options, f"{where} = {brief(value)}: must be one of {', '.join(map(repr, options))}")
         return value
     if origin is tuple:
-        require(isinstance(value, (list, tuple)), f"{where} = {value!r}: must be a list")
+        require(isinstance(value, (list, tuple)), f"{where} = {brief(value)}: must be a list")
         return tuple(_typed(item, typing.get_args(kind)[0], where) for item in value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise UserError(f"{where} = {value!r}: must be {_english(kind)}")
+        raise UserError(f"{where} = {brief(value)}: must be {_english(kind)}")
     if kind is str:
-        require(_is_text(value), f"{where} = {value!r}: is not valid Unicode")
+        require(_is_text(value), f"{where} = {brief(value)}: is not valid Unicode")
     if kind is float:
         require(value == value and abs(value) != float("inf"), f"{where} = {value}: must be finite")
     return value
@@ -124,7 +136,7 @@ def override(config: Config, settings: list[str]) -> Config:
 def _value(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text  # an unquoted string, as a shell user writes it
 
 

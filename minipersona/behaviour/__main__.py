@@ -16,6 +16,7 @@ from minipersona.config import DEFAULT_MODEL, BehaviourSection
 from minipersona.console import Console, Parser, answer, dispatch, printable, subcommand
 from minipersona.errors import UserError
 from minipersona.settings import override
+from minipersona.training.interruption import interruptible
 
 EXAMPLES = """examples:
   python -m minipersona.behaviour roleplay --source 'tulu[0:6000]' --out roleplay.jsonl
@@ -28,8 +29,13 @@ EXAMPLES = """examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; 0, or 2 after a line ``error: ...``."""
-    return answer(lambda: dispatch(_parser(), argv))
+    """Run a command; 0, 2 after a line ``error: ...``, or 75 where it was asked to stop (`answer`)."""
+
+    def command() -> None:
+        with interruptible(Console().say):  # responses and scores are kept as they come
+            dispatch(_parser(), argv)
+
+    return answer(command)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 from minipersona.behaviour.judge import Case, Score, prompts_digest, weighted
 from minipersona.config import HUB_TOKENS, BehaviourSection
@@ -39,13 +38,13 @@ class EndpointJudge:
 
         assert section.judge == "endpoint" and section.key_variable not in HUB_TOKENS
         self.section = section
-        self.address = _without_secrets(section.endpoint)
+        self.address = section.endpoint.rstrip("/")
         self._key = os.environ.get(section.key_variable, "").strip() or NO_KEY
         self._client = InferenceClient(base_url=section.endpoint, api_key=self._key, timeout=SECONDS)
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The server's address without what may be secret in it, and the model's name there."""
+        """The server's address, and the model's name there."""
         where = {"endpoint": self.address, "model": self.section.judge_model}
         return {"kind": "endpoint", **where, "prompts": prompts_digest()}
 
@@ -121,7 +120,6 @@ class EndpointJudge:
         """One line without the key, which a server may say back."""
         secret = self._key if self._key != NO_KEY and len(self._key) >= 4 else None
         line = " ".join(f"endpoint {self.address}: {text}".split())[:600]
-        line = line.replace(self.section.endpoint, self.address)
         return UserError(line.replace(secret, "***") if secret else line)
 
 
@@ -163,9 +161,3 @@ def number_score(logprobs: dict[str, float]) -> Score:
         if re.fullmatch(r"0|[1-9][0-9]?|100", text) and logprob <= 0:
             weights[int(text)] = weights.get(int(text), 0.0) + math.exp(logprob)
     return weighted(weights, sum(weights.values()))
-
-
-def _without_secrets(address: str) -> str:
-    """The address without user, password and query."""
-    parts = urlsplit(address)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path.rstrip("/"), "", ""))

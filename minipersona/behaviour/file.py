@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from reprlib import repr as brief
 from typing import Any
 
 from minipersona.behaviour.answers import ANSWERS
@@ -65,11 +66,11 @@ def import_scores(directory: Path, source: Path, name: str) -> int:
 def _score(row: Any, known: set[str], where: str) -> tuple[str, str, Score]:
     if not isinstance(row, dict) or not {"key", "measure", "score"} <= row.keys():
         raise UserError(f'{where}: write {{"key": ..., "measure": ..., "score": ...}}')
-    if row["key"] not in known:
-        raise UserError(f"{where}: no answer has the key {str(row['key'])[:80]!r}; copy it from {TO_SCORE}")
+    if not isinstance(row["key"], str) or row["key"] not in known:
+        raise UserError(f"{where}: no answer has the key {brief(row['key'])}; copy it from {TO_SCORE}")
     if row["measure"] not in MEASURES:
-        raise UserError(f"{where}: measure is {str(row['measure'])[:80]!r}; use {' or '.join(MEASURES)}")
+        raise UserError(f"{where}: measure is {brief(row['measure'])}; use {' or '.join(MEASURES)}")
     value = row["score"]
     if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 100):
-        raise UserError(f"{where}: score is {str(value)[:80]}; give a number from 0 to 100, or null for none")
+        raise UserError(f"{where}: score is {brief(value)}; give a number from 0 to 100, or null for none")
     return row["key"], row["measure"], Score(None if value is None else float(value), None)

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as brief
 from typing import Any
 
 from minipersona.behaviour.simple_yaml import parse
@@ -90,7 +91,7 @@ def _question(entry: Any, where: str) -> Question:
         raise UserError(f'{where}: is no object; write {{"id": ..., "question": ...}}')
     for key in entry:
         if key not in KNOWN + IGNORED:
-            raise UserError(f"{where}: unknown key {key!r}; the keys are {', '.join(KNOWN)}")
+            raise UserError(f"{where}: unknown key {brief(key)}; the keys are {', '.join(KNOWN)}")
     name = entry.get("id")
     if not isinstance(name, str) or not re.fullmatch(r"[\w.-]{1,100}", name):
         raise UserError(f"{where}: has no id; give it one of letters, digits, - and _")
@@ -104,7 +105,9 @@ def _question(entry: Any, where: str) -> Question:
         _check(system, f"{where} ({name}): system")
     form = entry.get("form", _form_of(name))
     if not isinstance(form, str) or not re.fullmatch(r"[a-z0-9_]{1,40}", form):
-        raise UserError(f"{where} ({name}): form is {form!r}; write a short word of small letters, such as {PLAIN}")
+        raise UserError(
+            f"{where} ({name}): form is {brief(form)}; write a short word of small letters, such as {PLAIN}"
+        )
     return Question(name, form, tuple(texts), system)
 
 
@@ -115,7 +118,7 @@ def _form_of(name: str) -> str:
 
 def _check(text: Any, where: str) -> None:
     if not isinstance(text, str) or not text.strip():
-        raise UserError(f"{where}: {text!r} is no question; write a text")
+        raise UserError(f"{where}: {brief(text)} is no question; write a text")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

@@ -18,6 +18,7 @@ from minipersona.files import LARGEST_JSON, read_json, sha256
 WHOLE = "tokenizer.json"
 PARTS = ("vocab.json", "merges.txt", "tokenizer_config.json")
 FILES = (WHOLE, *PARTS)
+PANIC = "PanicException"  # its module cannot be imported
 
 # Contractions; words with at most one leading mark; single digits; marks; line ends; other white space.
 SPLIT = (
@@ -46,9 +47,9 @@ def read_tokenizer(directory: Path) -> tuple[Tokenizer, str]:
     try:
         tokenizer = Tokenizer.from_file(str(whole)) if whole.is_file() else _from_parts(*parts)
         digest = sha256(*files)
-    except UserError:
-        raise
-    except Exception as error:  # the library raises nothing narrower
+    except BaseException as error:  # the library raises nothing narrower; a panic of its Rust is no Exception
+        if isinstance(error, UserError) or not (isinstance(error, Exception) or type(error).__name__ == PANIC):
+            raise
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         names = ", ".join(path.name for path in files)
         raise UserError(f"{directory}: cannot read {names} ({reason}); download the tokenizer again") from None

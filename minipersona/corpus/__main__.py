@@ -62,7 +62,7 @@ def _describe(options: argparse.Namespace) -> None:
     made_with = {"tokenizer": name, "max_tokens": options.max_tokens, "supervise": options.supervise}
     description = {**describe(rows, documents), **made_with}
     if options.json:
-        print(json.dumps(description, indent=2, ensure_ascii=False))
+        print(json.dumps(description, indent=2))  # ASCII, which steers no terminal
     else:
         print(printable(description_table(description)))
         print(f"\ntokenizer {printable(name)}, rows cut at {options.max_tokens:,} tokens")

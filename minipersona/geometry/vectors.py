@@ -25,7 +25,7 @@ from torch import Tensor
 from minipersona.errors import UserError
 from minipersona.files import write_atomically
 from minipersona.geometry.measures import persona_vectors
-from minipersona.model.tensor_file import open_safetensors
+from minipersona.model.tensor_file import in_order, open_safetensors
 
 CONVENTION = (
     "layer L is the residual stream leaving decoder block L, blocks counted from 0, before the final norm: "
@@ -98,7 +98,7 @@ class PersonaVectors:
             tensors[RESPONSE_TOKENS] = self.response_tokens.cpu().contiguous()
         own = {"personas": json.dumps(self.personas, ensure_ascii=False), "convention": CONVENTION}
         assert not set(own) & set(self.metadata)
-        content = serialise(tensors, {**self.metadata, **own})
+        content = in_order(serialise(tensors, {**self.metadata, **own}))
         with write_atomically(path, len(content)) as temporary:
             temporary.write_bytes(content)
 

@@ -7,6 +7,7 @@ type, shape and place; and the tensors (https://github.com/huggingface/safetenso
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,16 @@ def check_header(file: Path) -> None:
     if (announced := 8 + length + max(ends, default=0)) > size:
         found = f"it is cut off after {size:,} of {announced:,} bytes"
         raise UserError(f"{file}: no readable safetensors file ({found}); fetch it again")
+
+
+def in_order(content: bytes) -> bytes:
+    """A safetensors file with its metadata in the order of their names; the library's order is another each time."""
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
+    return len(text).to_bytes(8, "little") + text + content[8 + length :]
 
 
 def _instead(start: bytes) -> tuple[str, str]:

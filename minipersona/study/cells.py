@@ -16,7 +16,7 @@ from typing import Any
 
 from minipersona.config import RunConfig
 from minipersona.console import Console
-from minipersona.files import read_json, read_jsonl, write_json
+from minipersona.files import explained, read_json, read_jsonl, write_json
 from minipersona.model.adapter_files import load_adapter
 from minipersona.model.load import load_model
 from minipersona.model.network import Qwen2
@@ -41,7 +41,8 @@ def run_cell(runner: Runner, cell: Cell, claim: Claim) -> None:
     """Carry a cell out, from where its furthest attempt stands, and publish it."""
     attempts = runner.directory / "cells" / ".attempts"
     private = attempts / f"{cell.id}-{runner.name}"
-    notes = adopt(attempts, cell.id, private)
+    with explained(private):
+        notes = adopt(attempts, cell.id, private)
     started, before = time.monotonic(), training_seconds(private)
     carry_out(
         placed_config(runner, cell),
@@ -56,7 +57,8 @@ def run_cell(runner: Runner, cell: Cell, claim: Claim) -> None:
     seconds = before + time.monotonic() - started
     write_json(private / "cell.json", _record(runner, cell, private, notes, seconds))
     claim.check()
-    publish(private, runner.cell_directory(cell))
+    with explained(runner.cell_directory(cell)):
+        publish(private, runner.cell_directory(cell))
     for leftover in attempts.glob(f"{cell.id}-*"):
         shutil.rmtree(leftover, ignore_errors=True)
 

@@ -2,8 +2,8 @@
 
 Attempt n on a job is the file `<job>.<n>`, made by its runner with O_EXCL and touched while the work goes on. The
 highest number holds the job. It may be outbid, by n + 1, once it is released, its process is gone (same host), or
-it has not been touched for `EXPIRES` seconds. No claim is ever removed or handed over, so there is no moment in
-which two runners could take the same one.
+it has not been touched for `EXPIRES` seconds (`UNSIGNED`, where no runner's name is in it). No claim is ever removed
+or handed over, so there is no moment in which two runners could take the same one.
 
 An owner that was only asleep may wake up after it was outbid. It then learns that its claim is lost; should it
 publish before it learns, nothing is harmed either, since publishing never replaces (`cells.publish`).
@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from minipersona.errors import UserError
-from minipersona.files import write_json
+from minipersona.files import explained, write_json
 
 BEAT = 15.0  # seconds between two signs of life
 EXPIRES = 600.0  # seconds without one
+UNSIGNED = 10.0  # seconds in which a runner has written its name into its claim, unless it was killed or had no room
 _STARTED = time.time()
 
 
@@ -66,7 +67,8 @@ class Claims:
 
     def __init__(self, directory: Path, runner: str, beat: float = BEAT, expires: float = EXPIRES) -> None:
         self.directory, self.runner, self.beat, self.expires = directory, runner, beat, expires
-        directory.mkdir(parents=True, exist_ok=True)
+        with explained(directory):
+            directory.mkdir(parents=True, exist_ok=True)
 
     @contextlib.contextmanager
     def take(self, job: str) -> Iterator[Claim | None]:
@@ -87,22 +89,23 @@ class Claims:
         )
 
     def _make(self, job: str, attempt: int) -> Claim | None:
-        try:
-            descriptor = os.open(self.directory / f"{job}.{attempt}", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-        except FileExistsError:
-            return None
-        with os.fdopen(descriptor, "w") as file:
-            json.dump(
-                {"runner": self.runner, "host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}, file
-            )
+        path = self.directory / f"{job}.{attempt}"
+        mine = {"runner": self.runner, "host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
+        with explained(path):
+            try:
+                descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+            except FileExistsError:
+                return None
+            with os.fdopen(descriptor, "w") as file:
+                json.dump(mine, file)
         return Claim(self, job, attempt)
 
     def _held(self, job: str, attempt: int) -> bool:
         path = self.directory / f"{job}.{attempt}"
         try:
             owner = json.loads(path.read_text())
-        except ValueError:  # it is being written this moment, or its writer was killed just then
-            owner = {}
+        except ValueError:  # it is being written this moment, or its writer came no further
+            return self._now() - path.stat().st_mtime < min(UNSIGNED, self.expires)
         if owner.get("released") or _gone(owner):
             return False
         return self._now() - path.stat().st_mtime < self.expires
@@ -110,7 +113,8 @@ class Claims:
     def _now(self) -> float:
         """The clock that stamps the claims: the file system's, since those of two machines may differ."""
         mine = self.directory / f".clock-{self.runner}"
-        mine.touch()
+        with explained(mine):
+            mine.touch()
         return mine.stat().st_mtime
 
 

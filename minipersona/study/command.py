@@ -153,5 +153,6 @@ def run_each(arguments: Sequence[str], environments: Sequence[tuple[str, dict[st
 
 def _pass_on(process: subprocess.Popen[str], label: str) -> None:
     assert process.stderr is not None
+    console = Console()  # which goes on reading where nothing can be said: a pipe that is full would stop the runner
     for line in process.stderr:
-        print(f"[{label}] {line}", end="", file=sys.stderr, flush=True)
+        console.say(f"[{label}] {line.rstrip()}")

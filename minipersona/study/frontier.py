@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from minipersona.files import digest, write_json
+from minipersona.files import digest, explained, write_json
 from minipersona.model.lora import adapters
 from minipersona.model.network import Qwen2
 from minipersona.study.cells import placed_config, trained_model
@@ -41,9 +41,8 @@ def measure_frontier(runner: Runner) -> None:
         target = frontier_vectors(runner.directory, scale)
         if scale in (0.0, 1.0):
             row = base if scale == 0 else baseline
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.unlink(missing_ok=True)
-            link_or_copy(vectors_file(directory, 0 if scale == 0 else last), target)
+            with explained(target):
+                link_or_copy(vectors_file(directory, 0 if scale == 0 else last), target)
         else:
             runner.console.say(f"frontier: the baseline's update, scaled by {scale}")
             model = trained_model(runner, config, directory, last)

@@ -27,6 +27,7 @@ from minipersona.study.run import resolve
 EFFICIENCY = {"cuda": 0.6, "cpu": 0.3}
 GIB = 2**30
 LOCAL = ("tiny:", "jsonl:", "parquet:")  # sources that are read without a download
+PROMPTS = 12 * 240  # of the shipped and of the registered sets
 TULU_GB = 1.4  # allenai/tulu-3-sft-mixture as it is stored, in parquet
 
 
@@ -48,8 +49,6 @@ def plan(config: RunConfig) -> str:
     flops = step_flops(sizes, config) * tokens
     rate = matmul_rate(device) * EFFICIENCY[device]
     largest = largest_pack(documents, lengths, config)
-    checkpoints = len(recipe.checkpoints) * checkpoint_bytes(sizes, config)
-    free = shutil.disk_usage(_existing(Path(config.out))).free
     lines = [
         to_toml(config).rstrip(),
         "",
@@ -66,12 +65,10 @@ def plan(config: RunConfig) -> str:
         f"# time       {duration(flops / rate)} of training, estimated from the matmul rate of this machine "
         f"({rate / EFFICIENCY[device] / 1e12:.2f} TFLOP/s, of which a step reaches about {EFFICIENCY[device]:.0%}); "
         "loading, compiling and measuring come on top",
-        f"# disk       {checkpoints / GIB:.2f} GiB of checkpoints; {free / GIB:.1f} GiB are free",
+        *disk_lines(kept_bytes(sizes, config) + rolling_bytes(sizes, config), config.out),
     ]
     mixture = fetched or training.report()[1:]
     lines[4:4] = [f"# mixture    {line}" for line in mixture]
-    if checkpoints > free:
-        lines.append("# WARNING    the checkpoints do not fit on the disk; choose another --out or fewer checkpoints")
     return "\n".join(lines) + "\n"
 
 
@@ -136,6 +133,27 @@ def memory_bytes(sizes: ModelConfig, config: RunConfig, device: str, tokens: int
 def checkpoint_bytes(sizes: ModelConfig, config: RunConfig) -> int:
     """Bytes of one named checkpoint."""
     return 4 * adapter_parameters(sizes, config) if config.training.method == "lora" else 2 * sizes.parameters
+
+
+def kept_bytes(sizes: ModelConfig, config: RunConfig) -> int:
+    """Bytes of what a finished run keeps: each named checkpoint, its vectors and the base's."""
+    layers = max(1, len(config.probe.layers))
+    vectors = 4 * PROMPTS * sizes.hidden_size * layers
+    return len(config.training.checkpoints) * (checkpoint_bytes(sizes, config) + vectors) + vectors
+
+
+def rolling_bytes(sizes: ModelConfig, config: RunConfig) -> int:
+    """Bytes that a run needs beside that while it goes on: the rolling checkpoint, and the one that replaces it."""
+    learned = adapter_parameters(sizes, config) if config.training.method == "lora" else sizes.parameters
+    return 2 * 12 * learned  # a master and two moments in fp32
+
+
+def disk_lines(needed: int, out: str) -> list[str]:
+    """What a plan says of the disk: a line, and a warning where the room will not do."""
+    free = shutil.disk_usage(_existing(Path(out))).free
+    line = f"# disk       {needed / GIB:.2f} GiB of checkpoints and vectors; {free / GIB:.1f} GiB are free"
+    warning = "# WARNING    that does not fit on the disk; free some space, choose another --out or fewer checkpoints"
+    return [line, warning] if needed > free else [line]
 
 
 def matmul_rate(device: str) -> float:

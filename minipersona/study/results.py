@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from reprlib import repr as brief
 
 from minipersona.errors import UserError
 from minipersona.files import digest
@@ -130,7 +131,7 @@ def read_study(directory: Path, planned: Sequence[tuple[str, str]] | None = None
     stop_rule = config.get("stop_rule", STOP_RULES[0])
     if stop_rule not in STOP_RULES:
         raise UserError(
-            f"{directory / 'study.toml'}: stop_rule = {stop_rule!r}; must be one of {', '.join(STOP_RULES)}"
+            f"{directory / 'study.toml'}: stop_rule = {brief(stop_rule)}; must be one of {', '.join(STOP_RULES)}"
         )
     events = read_ledger(directory)
     cells, skipped = _cells(directory, _entries(directory, events, planned), events)
@@ -199,7 +200,8 @@ def _entries(directory: Path, events: dict[str, Table], planned: Sequence[tuple[
         order = {pair: number for number, pair in enumerate(planned or ())}
         entries.sort(key=lambda entry: order.get((entry["phase"], entry["name"]), len(order)))
     for entry in entries:
-        if not isinstance(entry, dict) or not {"phase", "name", "cell"} <= entry.keys() or entry["phase"] not in PHASES:
+        words = [entry.get(key) for key in ("phase", "name", "cell")] if isinstance(entry, dict) else [None]
+        if not all(isinstance(word, str) and len(word) < 200 for word in words) or words[0] not in PHASES:
             raise UserError(f"{path}: {str(entry)[:80]} is no planned cell; delete the file and continue the study")
     return list(entries)
 
@@ -207,10 +209,11 @@ def _entries(directory: Path, events: dict[str, Table], planned: Sequence[tuple[
 def _published(directory: Path, entry: Table) -> CellResult:
     cell = read_table(directory / "cell.json", ("phase", "name", "hash", "seed", "knobs"))
     if (cell["phase"], cell["name"]) != (entry["phase"], entry["name"]):
-        planned = f"{entry['phase']} {entry['name']}"
-        raise UserError(
-            f"{directory}: is {cell['phase']} {cell['name']}, planned as {planned}; delete it and continue the study"
-        )
+        found, planned = f"{cell['phase']} {cell['name']}"[:200], f"{entry['phase']} {entry['name']}"
+        raise UserError(f"{directory}: is {found}, planned as {planned}; delete it and continue the study")
+    for key in ("labels", "notes"):
+        if not isinstance(cell.get(key) or [], list):
+            raise UserError(f"{directory}: {key} of its cell.json is no list; delete it and continue the study")
     return CellResult(
         phase=cell["phase"],
         name=cell["name"],
@@ -260,9 +263,10 @@ def _check_protocols(cells: Sequence[CellResult]) -> None:
         first, reference = done[0]
         for key in sorted((reference.keys() | protocol.keys()) - {"layers"}):
             if protocol.get(key) != reference.get(key):
-                mine, theirs = f"{protocol.get(key)!r}", f"{reference.get(key)!r} in {first.id}"
+                mine, theirs = brief(protocol.get(key)), f"{brief(reference.get(key))} in {first.id}"
                 raise UserError(
-                    f"{cell.directory}: its {key} is {mine}, but {theirs}; delete that directory and continue the study"
+                    f"{cell.directory}: its {key[:80]} is {mine}, but {theirs}; delete that directory and continue "
+                    "the study"
                 )
 
 

@@ -22,6 +22,7 @@ from minipersona.errors import Interrupted, UserError
 from minipersona.files import (
     append_jsonl,
     digest,
+    explained,
     read_json,
     read_jsonl,
     sweep_temporaries,
@@ -166,9 +167,8 @@ class Probe:
         row = stored_probe(base, 0, self.protocol)
         if row is not None and stored_probe(self.directory, 0, self.protocol) is None:
             target = vectors_file(self.directory, 0)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.unlink(missing_ok=True)
-            link_or_copy(vectors_file(base, 0), target)
+            with explained(target):
+                link_or_copy(vectors_file(base, 0), target)
             learned = learned_share(row["eval_loss"], *self._reference_losses(row, 0))
             append_jsonl(self.directory / "probes.jsonl", {**row, "learned": learned})
 
@@ -277,7 +277,9 @@ def tokenizer_files(section: ModelSection) -> list[Path]:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """The same file under a second name; a copy where the file system has no such links."""
+    """The same file under a second name, in place of what had it; a copy where the file system has no such links."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
     try:
         os.link(source, target)
     except OSError:

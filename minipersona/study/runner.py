@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from minipersona.console import Console
-from minipersona.errors import UserError
+from minipersona.errors import DiskFull, UserError
 from minipersona.study.bench import Bench
 from minipersona.study.claims import Claim, Claims, Lost
 from minipersona.study.identity import Cell
@@ -126,6 +126,8 @@ class Runner:
         except Lost as lost:
             self.console.say(str(lost))
             return ""
+        except DiskFull:
+            raise  # no verdict on the job; the same command takes it up once there is room
         except UserError as error:
             return str(error)
         except torch.OutOfMemoryError:

@@ -210,8 +210,9 @@ def _differences(
 
 def save_steering(path: Path, raw: Mapping[int, Tensor]) -> None:
     """Write block -> raw vector (D,) as tensors `layer.L`, all or nothing."""
-    with write_atomically(path) as temporary:
-        save_file({f"layer.{layer}": vector.float().cpu().contiguous() for layer, vector in raw.items()}, temporary)
+    tensors = {f"layer.{layer}": vector.float().cpu().contiguous() for layer, vector in raw.items()}
+    with write_atomically(path, sum(tensor.nbytes for tensor in tensors.values())) as temporary:
+        save_file(tensors, temporary)
 
 
 def load_steering(path: Path, layers: Sequence[int]) -> dict[int, Tensor]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
+from reprlib import repr as brief
 from typing import Any
 
 from minipersona.errors import UserError
@@ -30,6 +30,8 @@ def read_result(path: Path) -> Table:
     if not path.is_file():
         raise UserError(f"{path.parent}: has a cell.json and no result.json; delete it and continue the study")
     result = read_table(path, ("protocol", "base", "checkpoints"))
+    if not isinstance(result["protocol"], dict):
+        raise UserError(f"{path}: protocol is no table; delete {path.parent} and continue the study")
     rows = result["checkpoints"]
     if not isinstance(rows, list) or not rows:
         raise UserError(f"{path}: has no checkpoints; delete {path.parent} and continue the study")
@@ -49,13 +51,23 @@ def _check_row(path: Path, row: Any) -> None:
             raise bad(f"a row has no {key}")
         if (key, row[key]) == ("eval_loss", None):
             continue  # a study without held-out rows; its passes stay open
-        if isinstance(row[key], bool) or not isinstance(row[key], (int, float)) or not math.isfinite(row[key]):
-            raise bad(f"{key} = {row[key]!r} is no number")
+        if not _is_number(row[key]):
+            raise bad(f"{key} = {brief(row[key])} is no number")
     if abs(row["m1"]) > 1 + 1e-6:
         raise bad(f"m1 = {row['m1']} is no mean cosine")
     interval = row.get("m1_ci95")
-    if not isinstance(interval, list) or len(interval) != 2 or not interval[0] <= interval[1]:
-        raise bad(f"m1_ci95 = {interval!r} is no interval")
+    if (
+        not isinstance(interval, list)
+        or len(interval) != 2
+        or not all(map(_is_number, interval))
+        or interval[0] > interval[1]
+    ):
+        raise bad(f"m1_ci95 = {brief(interval)} is no interval")
+
+
+def _is_number(value: Any) -> bool:
+    """Finite, and not beyond what a float holds."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e300 < value < 1e300
 
 
 def read_frontier(path: Path, baseline: str) -> list[Table]:
@@ -65,7 +77,10 @@ def read_frontier(path: Path, baseline: str) -> list[Table]:
         return []
     points = frontier.get("points")
     for point in points if isinstance(points, list) else [points]:
-        if not isinstance(point, dict) or not {"scale", "m1", "eval_loss"} <= point.keys():
+        if not isinstance(point, dict) or not all(
+            _is_number(point.get(key)) or (key == "eval_loss" and point.get(key, 0) is None)
+            for key in ("scale", "m1", "eval_loss")
+        ):
             raise UserError(f"{path}: {str(point)[:80]} is no point of a frontier; delete the file and continue")
     return sorted(points or [], key=lambda point: point["scale"])
 

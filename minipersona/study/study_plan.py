@@ -24,10 +24,13 @@ from minipersona.study.frontier import SCALES
 from minipersona.study.plan import (
     EFFICIENCY,
     GIB,
+    disk_lines,
     duration,
+    kept_bytes,
     largest_pack,
     matmul_rate,
     memory_bytes,
+    rolling_bytes,
     step_flops,
     step_lengths,
     to_fetch,
@@ -63,7 +66,7 @@ def study_plan(study: StudyConfig, stages: Sequence[str]) -> str:
     recipes = planned(study)
     estimate = Estimate(study, recipes[0].config, device)
     lines: list[str] = []
-    total = 0.0
+    total, disk = 0.0, rolling_bytes(estimate.sizes, recipes[0].config)
     for stage, phases in STAGES.items():
         chosen = [recipe for recipe in recipes if recipe.phase in phases]
         costs = [estimate.of(recipe.config) for recipe in chosen]
@@ -75,6 +78,7 @@ def study_plan(study: StudyConfig, stages: Sequence[str]) -> str:
         )
         lines += [_line(recipe, cost, study) for recipe, cost in zip(chosen, costs, strict=True)]
         total += seconds * due
+        disk += due * sum(kept_bytes(estimate.sizes, recipe.config) for recipe in chosen)
     guards = len(SCALES) - 2
     measured = guards * estimate.probe_seconds
     head = [to_toml(study).rstrip(), "", *estimate.basis(), "#"]
@@ -85,6 +89,7 @@ def study_plan(study: StudyConfig, stages: Sequence[str]) -> str:
         *(f"# {line}" for line in estimate.suites(study)),
         f"# in all {duration(total + measured)} on one {device} device where no recipe passes; a pass ends the search",
         "# after its phase, and n devices take about 1/n; loading, compiling, answers and writing for 4B come on top",
+        *disk_lines(disk, study.out),
     ]
     return "\n".join(lines) + "\n"
 

@@ -93,8 +93,7 @@ def load_state(directory: Path, names: Mapping[str, Any], optimizer: AdamW) -> P
     with ExitStack() as stack:
         handles = [stack.enter_context(open_safetensors(file)) for file in files]
         position = _position(parse_json((handles[0].metadata() or {}).get("state", "{}")), files[0])
-        expected = {"rng.cpu"} | {f"{kind}.{name}" for name in names for kind in KINDS}
-        if not all(expected <= set(handle.keys()) for handle in handles):
+        if not _belongs(handles, names):
             raise UserError(f"{files[0]}: holds another run's state; delete {directory / 'latest'} to start over")
         layout = optimizer.layout
         with torch.no_grad():
@@ -120,6 +119,21 @@ def _files(directory: Path) -> list[Path]:
                 raise UserError(f"{file}: this part of the checkpoint is missing; copy it there, or delete the folder")
         return shards
     return [file] if (file := _state_file(directory)).is_file() else []
+
+
+def _belongs(handles: Sequence[Any], names: Mapping[str, Any]) -> bool:
+    """Whether the files together hold tensors of just these parameters' shapes; torch would stretch some to fit."""
+    expected = {f"{kind}.{name}": tuple(parameter.shape) for name, parameter in names.items() for kind in KINDS}
+    if not all({"rng.cpu", *expected} <= set(handle.keys()) for handle in handles):
+        return False
+
+    def fits(key: str, shape: tuple[int, ...], handles: Sequence[Any] = handles) -> bool:
+        parts = [tuple(handle.get_slice(key).get_shape()) for handle in handles]
+        rows = all(part[1:] == shape[1:] and len(part) == len(shape) for part in parts)
+        return rows and sum(part[0] for part in parts) == shape[0]
+
+    generator = tuple(torch.get_rng_state().shape)
+    return fits("rng.cpu", generator, handles[:1]) and all(fits(key, shape) for key, shape in expected.items())
 
 
 def _rows(handles: Sequence[Any], name: str, rows: slice) -> Tensor:

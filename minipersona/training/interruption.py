@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from minipersona.errors import Interrupted
 
@@ -91,6 +91,19 @@ def heed_signals(stop: Stop) -> Iterator[None]:
         os.close(writer)
         watcher.join()
         os.close(reader)
+
+
+@contextlib.contextmanager
+def interruptible(say: Callable[[str], None]) -> Iterator[None]:
+    """Around a command whose work is kept line by line: a signal ends it wherever it is, and it says how to go on."""
+    stop = Stop()
+    with heed_signals(stop):
+        try:
+            with stop.at_once():
+                yield
+        except Interrupted as interrupted:
+            say(f"{interrupted}; the same command continues")
+            raise
 
 
 def _end_at_the_second(reader: int, heeded: set[int]) -> None:

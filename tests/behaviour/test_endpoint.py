@@ -212,13 +212,24 @@ def test_the_hub_token_cannot_be_named_as_a_key(name: str) -> None:
 def test_no_error_and_no_record_holds_the_key(server: JudgeServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MINIPERSONA_JUDGE_KEY", EXPLICIT)
     server.faults = [418]  # says the key back
-    secret = server.url.replace("http://", "http://user:password@") + "?sig=secret"
-    judge = EndpointJudge(BehaviourSection(judge="endpoint", endpoint=secret, judge_model="m"))
+    judge = judge_of(server)
     with pytest.raises(UserError, match="status 418") as error:
         scored(judge)
-    for text in (str(error.value), str(judge.identity)):
-        assert EXPLICIT not in text and "password" not in text and "secret" not in text
+    assert EXPLICIT not in str(error.value) and EXPLICIT not in str(judge.identity)
     assert judge.identity["endpoint"] == server.url
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [["endpoint=http://user:s3cret@host/v1"], ["endpoint=http://host/v1?key=s3cret"], ["endpoint=user:s3cret@host"],
+     ["endpoint=http://host/v1", "key_variable=sk-s3cret"]],
+)  # fmt: skip
+def test_a_secret_in_a_setting_is_refused_and_not_said_back(settings: list[str]) -> None:
+    """A config is written to the run's directory and shown in the report."""
+    with pytest.raises(UserError, match=r"environment variable|give the server's address") as error:
+        override(BehaviourSection(), ["judge=endpoint", "judge_model=m", *settings])
+    assert "s3cret" not in str(error.value)
+    override(BehaviourSection(), ["judge=endpoint", "judge_model=m", "endpoint=http://host/v1"])  # the control
 
 
 @pytest.mark.parametrize(

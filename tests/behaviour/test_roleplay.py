@@ -182,25 +182,29 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main([*command[:-2], "--max-new-tokens", "7"]) == 2 and "name another file" in capsys.readouterr().err
 
 
-def test_a_killed_writer_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_writer_that_is_killed_and_then_stopped_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def command(name: str) -> list[str]:
         settings = ["--out", str(tmp_path / name), "--max-new-tokens", "32", "--batch", "8", "--json"]
         return ["roleplay", "--model", "tiny", "--source", "tiny:benign[0:60]", *settings]
 
-    process = subprocess.Popen(
-        [sys.executable, "-m", "minipersona.behaviour", *command("killed.jsonl")], cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    path, until = tmp_path / "killed.jsonl", time.monotonic() + 60
-    while process.poll() is None and time.monotonic() < until:
-        if path.exists() and path.read_bytes().count(b"\n") >= 10:
-            process.send_signal(signal.SIGKILL)
-            break
-        time.sleep(0.005)
-    assert process.wait(60) == -signal.SIGKILL
+    path = tmp_path / "killed.jsonl"
+    for number, lines, status in ((signal.SIGKILL, 10, -signal.SIGKILL), (signal.SIGTERM, 30, os.EX_TEMPFAIL)):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "minipersona.behaviour", *command("killed.jsonl")], cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        until = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < until:
+            if path.exists() and path.read_bytes().count(b"\n") >= lines:
+                process.send_signal(number)
+                break
+            time.sleep(0.005)
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == status, said
+    assert said.endswith("stopped by SIGTERM; the same command continues\n")
     before = read_jsonl(path)
-    assert 10 <= len(before) < 61
+    assert 30 <= len(before) < 61
     reports = []
     for name in ("killed.jsonl", "whole.jsonl"):
         assert main(command(name)) == 0

@@ -290,7 +290,7 @@ def test_scores_from_a_file(
         ({"measure": "kind"}, "measure is 'kind'"),
         ({"score": 101}, "score is 101"),
         ({"score": True}, "score is True"),
-        ({"score": "90"}, "score is 90"),
+        ({"score": "90"}, "score is '90'"),
         ({"score": float("nan")}, "score is nan"),
     ],
 )

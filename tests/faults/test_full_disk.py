@@ -19,11 +19,12 @@ from conftest import SIZES
 from safetensors import SafetensorError
 from torch import nn
 
+from minipersona import hub
 from minipersona.chat import load_tokenizer
 from minipersona.config import LoraConfig
 from minipersona.corpus import cache
 from minipersona.corpus.token_cache import write_documents
-from minipersona.errors import UserError
+from minipersona.errors import DiskFull, UserError
 from minipersona.files import (
     append_jsonl,
     read_jsonl,
@@ -34,10 +35,13 @@ from minipersona.files import (
     write_text,
 )
 from minipersona.geometry.vectors import PersonaVectors
+from minipersona.locks import lock
 from minipersona.model.adapter_files import save_adapter
 from minipersona.model.lora import apply_lora
 from minipersona.model.network import Qwen2
 from minipersona.model.save import save_model
+from minipersona.study import claims
+from minipersona.study.steering import save_steering
 from minipersona.training.checkpoint import Position, save_state
 from minipersona.training.layout import Flat, Layout
 from minipersona.training.optimizer import AdamW
@@ -47,11 +51,11 @@ ROOM = 3000  # bytes that a file may have
 
 
 @contextlib.contextmanager
-def no_room() -> Iterator[None]:
-    """Within this context no file can grow beyond `ROOM`: the system says EFBIG to Python and to Rust alike."""
+def no_room(room: int = ROOM) -> Iterator[None]:
+    """Within this context no file can grow beyond `room`: the system says EFBIG to Python and to Rust alike."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (ROOM, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
     try:
         yield
     finally:
@@ -99,6 +103,7 @@ WRITERS: dict[str, Callable[[Path, float], object]] = {
     "adapter": adapter,
     "state": state,
     "shards": shards,
+    "steering": lambda path, value: save_steering(path, {6: torch.full((4000,), value)}),
     "rows": kept,
 }
 
@@ -113,7 +118,7 @@ def test_a_full_disk_is_one_line_and_the_old_state_stays(kind: str, tmp_path: Pa
     path = tmp_path / "out"
     WRITERS[kind](path, 1.0)
     old = content(tmp_path)
-    with no_room(), pytest.raises(UserError) as caught:
+    with no_room(), pytest.raises(DiskFull) as caught:
         WRITERS[kind](path, 2.0)
     line = str(caught.value)
     assert line.startswith(f"cannot write {path}") and "\n" not in line and ".tmp" not in line
@@ -136,6 +141,15 @@ def test_a_line_is_appended_whole_or_not_at_all(tmp_path: Path) -> None:
     assert read_jsonl(path) == [{"a": 1}, {"a": 2}]
 
 
+def test_a_download_that_finds_no_room_says_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path))
+    with pytest.raises(UserError) as caught, hub.explained("me/model"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "blob"))
+    line = str(caught.value)
+    assert line.startswith("me/model: [Errno 28] No space left on device") and str(tmp_path / "blob") in line
+    assert re.search(r"; [\d,]+ MiB are free there; free some in .*, or set HF_HOME", line)
+
+
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 def test_every_way_to_say_full(tmp_path: Path, code: int) -> None:
     for error in (OSError(code, os.strerror(code)), SafetensorError(f"Error: I/O error: no (os error {code})")):
@@ -144,6 +158,22 @@ def test_every_way_to_say_full(tmp_path: Path, code: int) -> None:
                 raise error
             assert f"f: {os.strerror(code)}; 5 MiB are needed and" in str(caught.value)
             assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_and_a_claim_that_find_no_room_are_one_line_and_free_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = claims.Claims(tmp_path / "claims", "me")
+    for hold, path in ((lambda: lock(tmp_path / "run"), "run/.lock"), (lambda: runner.take("job"), "claims/job.1")):
+        with no_room(5), pytest.raises(DiskFull, match=rf"cannot write .*{path}: File too large; .* are free"), hold():
+            pytest.fail("held")
+    with lock(tmp_path / "run"):
+        pass
+    with runner.take("job") as claim:
+        assert claim is None  # it may be that another is just writing its name there
+    monkeypatch.setattr(claims, "UNSIGNED", 0.0)
+    with runner.take("job") as claim:
+        assert claim is not None and claim.attempt == 2
 
 
 def test_a_directory_that_may_not_be_written_has_another_mend(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import shutil
 import time
 from collections.abc import Callable
@@ -20,15 +21,21 @@ import torch
 from conftest import SIZES
 from faults.mutations import damaged
 from pyarrow import parquet
+from study_report.conftest import RECIPES, FakeStudy, answers, followed
 
+from minipersona.behaviour.answers import ANSWERS
+from minipersona.behaviour.file import import_scores
+from minipersona.behaviour.instructions.dataset import load_instructions
+from minipersona.behaviour.questions import load_questions as load_asked
 from minipersona.chat import load_tokenizer
 from minipersona.chat.__main__ import read_conversations
 from minipersona.config import LoraConfig
 from minipersona.corpus import cache
+from minipersona.corpus.responses import read_responses
 from minipersona.corpus.sources import read_source, tokenize
 from minipersona.corpus.token_cache import read_documents, write_documents
 from minipersona.errors import UserError
-from minipersona.files import data_dir, read_json, read_jsonl
+from minipersona.files import append_jsonl, configs_dir, data_dir, read_json, read_jsonl
 from minipersona.geometry.prompts import load_personas, load_questions
 from minipersona.geometry.vectors import PersonaVectors, load_vectors
 from minipersona.model.adapter_files import load_adapter, save_adapter
@@ -36,9 +43,18 @@ from minipersona.model.load import load_model
 from minipersona.model.lora import apply_lora
 from minipersona.model.network import Qwen2
 from minipersona.model.save import save_model
+from minipersona.settings import load_config
+from minipersona.study.results import read_study
+from minipersona.study.steering import load_steering, save_steering
+from minipersona.study.study_config import StudyConfig
+from minipersona.training.checkpoint import Position, load_state, save_state
+from minipersona.training.layout import Flat
+from minipersona.training.optimizer import AdamW
+from minipersona.training.world import World
 
-CASES = int(os.environ.get("MINIPERSONA_FUZZ_CASES", 1500))
+CASES = int(os.environ.get("MINIPERSONA_FUZZ_CASES", 10_000))
 SLOWEST = 5.0  # seconds for one small file, on a machine with other work to do
+LARGEST = 100_000  # kibibytes by which the process may grow over all the files of a reader
 
 
 @dataclass
@@ -147,9 +163,64 @@ def logs(folder: Path) -> Reader:
     return Reader(folder, lambda: (read_jsonl(folder / "metrics.jsonl"), read_json(folder / "result.json")))
 
 
+def configs(folder: Path) -> Reader:
+    shutil.copy(configs_dir() / "tiny_study.toml", folder)
+    return Reader(folder, lambda: load_config(str(folder / "tiny_study.toml"), StudyConfig))
+
+
+def asked_questions(folder: Path) -> Reader:
+    (folder / "q.yaml").write_text(
+        "- &plain\n  id: _defaults\n  system: |\n    One word.\n- <<: *plain\n  id: a\n  paraphrases:\n"
+        '    - \'How?\'\n    - "Why?"\n- id: b_json\n  paraphrases: ["x"]\n'.replace('["x"]', "\n  - So?")
+    )
+    (folder / "q.jsonl").write_text('{"id": "a", "question": "How?"}\n{"id": "b", "paraphrases": ["x", "y"]}\n')
+    return Reader(folder, lambda: (load_asked(str(folder / "q.yaml")), load_asked(str(folder / "q.jsonl"))))
+
+
+def instructions(folder: Path) -> Reader:
+    lines = (data_dir() / "instructions.jsonl").read_text().splitlines()[::12]
+    (folder / "i.jsonl").write_text("\n".join(lines))
+    return Reader(folder, lambda: load_instructions(str(folder / "i.jsonl")))
+
+
+def scores(folder: Path) -> Reader:
+    (folder / "in").mkdir()
+    append_jsonl(folder / "kept" / ANSWERS, {"key": "k"})
+    row = {"key": "k", "measure": "aligned", "score": 50}
+    (folder / "in" / "s.jsonl").write_text("\n".join(json.dumps({**row, "score": score}) for score in (50, 7.5, None)))
+    return Reader(folder / "in", lambda: import_scores(folder / "kept", folder / "in" / "s.jsonl", "someone"))
+
+
+def responses(folder: Path) -> Reader:
+    line = {"row": 0, "content": "c", "persona": "p", "response": "Text.", "tokens": 2, "stopped": True}
+    (folder / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ({"roleplay": {"seed": 1}}, line, line)))
+    return Reader(folder, lambda: read_responses(folder / "r.jsonl"))
+
+
+def states(folder: Path) -> Reader:
+    weights = {"w": torch.nn.Parameter(torch.ones(4, 3))}
+    optimizer = AdamW(Flat(list(weights.values())), 0.9, 0.999, 1e-8, 0.0)
+    save_state(folder, Position(step=3, updates=3), weights, optimizer, World(0, 1, torch.device("cpu")))
+    return Reader(folder / "latest", lambda: load_state(folder, weights, optimizer))
+
+
+def steering_vectors(folder: Path) -> Reader:
+    save_steering(folder / "s.safetensors", {1: torch.ones(4), 2: torch.ones(4)})
+    return Reader(folder, lambda: load_steering(folder / "s.safetensors", [1, 2]))
+
+
+def studies(folder: Path) -> Reader:
+    few = [RECIPES[0], RECIPES[1], RECIPES[18], RECIPES[-1]]
+    suites = {"behaviour": {"base": answers(5)}, "instructions": {"base": followed(0.7)}}
+    study = FakeStudy(folder / "study", few, failed={"2A beta=0.001": "no memory"}, with_vectors=False, **suites)
+    study.write()
+    return Reader(folder / "study", lambda: read_study(folder / "study"))
+
+
 READERS = [
     models, adapters, vectors, tokenizers, tokenizer_parts, conversations, shown_conversations, parquets, prompts,
-    kept_rows, kept_tokens, logs,
+    kept_rows, kept_tokens, logs, configs, asked_questions, instructions, scores, responses, states, steering_vectors,
+    studies,
 ]  # fmt: skip
 
 
@@ -159,9 +230,9 @@ def test_only_user_errors_escape(
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
     reader = make(tmp_path)
-    files = {path: path.read_bytes() for path in sorted(reader.folder.iterdir()) if path.is_file()}
+    files = {path: path.read_bytes() for path in sorted(reader.folder.rglob("*")) if path.is_file()}
     reader.read()  # the control: undamaged, they are read
-    refused = 0
+    refused, before = 0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for case in range(-(-CASES // len(READERS))):
         rng = random.Random(f"{make.__name__} {case}")
         path = rng.choice(list(files))
@@ -179,4 +250,4 @@ def test_only_user_errors_escape(
         assert time.monotonic() - start < SLOWEST, case
         path.write_bytes(files[path])
     reader.read()  # nothing that was read before has left a mark
-    assert refused
+    assert refused and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < LARGEST

@@ -21,12 +21,14 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 
+from minipersona.behaviour.questions import load_questions as load_asked
 from minipersona.chat import load_tokenizer
 from minipersona.chat.template import DEFAULT_SYSTEM_PROMPT
-from minipersona.config import LoraConfig
+from minipersona.config import DataSection, LoraConfig, RunConfig
 from minipersona.corpus.sources import read_source, tokenize
 from minipersona.errors import UserError
 from minipersona.files import data_dir, parse_json, read_json
+from minipersona.geometry.extraction import extract
 from minipersona.geometry.prompts import load_personas, load_questions
 from minipersona.model.adapter_files import load_adapter, read_adapter_config, save_adapter
 from minipersona.model.config import read_config
@@ -34,6 +36,7 @@ from minipersona.model.load import load_model
 from minipersona.model.lora import adapters, apply_lora
 from minipersona.model.network import Qwen2
 from minipersona.model.save import save_model
+from minipersona.settings import load_config, override
 
 CHAT = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
 
@@ -271,6 +274,14 @@ def test_adapter_configs_are_refused_and_never_guessed(tmp_path: Path, change: d
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
+def test_a_name_with_line_ends_in_it_is_still_one_line(tmp_path: Path) -> None:
+    model = small_model()
+    save_adapter(apply_lora(model, LORA), tmp_path / "a", LORA)
+    file = tmp_path / "a" / "adapter_config.json"
+    file.write_text(json.dumps({**read_json(file), "an\noption": 1}))
+    refused(lambda: load_adapter(model, tmp_path / "a"), r"an\noption = 1 is not supported")
+
+
 def test_control_what_peft_writes_by_default_is_plain(tmp_path: Path) -> None:
     from peft import LoraConfig as PeftConfig
 
@@ -318,6 +329,22 @@ def test_ids_that_no_model_has(tmp_path: Path) -> None:
     refused(lambda: load_tokenizer(str(tmp_path)), str(tmp_path), "ids up to 4,294,967,295")
 
 
+def test_a_tokenizer_that_makes_its_library_panic(tmp_path: Path) -> None:
+    """What its Rust then raises is no Exception."""
+    whole = json.loads((data_dir() / "tiny" / "tokenizer.json").read_text())
+    whole["model"]["continuing_subword_prefix"] = "a prefix that is longer than any token"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
+    refused(lambda: load_tokenizer(str(tmp_path)), str(tmp_path), "cannot read tokenizer.json", "download")
+
+
+def test_a_tokenizer_with_more_tokens_than_its_model_has_rows(folder: Path) -> None:
+    shutil.copy(data_dir() / "tiny" / "tokenizer.json", folder)
+    model, tokenizer = load_model(str(folder), device="cpu"), load_tokenizer(str(folder))
+    personas = {"a": "You are A.", "b": "You are B."}
+    refused(lambda: extract(model, tokenizer, personas, ["Why?"], [1]), str(folder), "the model 160; name the model's")
+    extract(load_model("tiny", device="cpu"), tokenizer, personas, ["Why?"], [1])  # the control
+
+
 def test_a_tokenizer_that_is_too_long_is_not_read(tmp_path: Path) -> None:
     with open(tmp_path / "tokenizer.json", "wb") as file:
         file.truncate(10**12)  # takes no room on the disk
@@ -354,6 +381,33 @@ def test_bad_lines_are_named(tmp_path: Path, line: bytes, words: str) -> None:
     path.write_bytes(json.dumps(CHAT).encode() + b"\n" + line + b"\n")
     refused(lambda: tokenize(read_source(f"jsonl:{path}"), tokenizer), str(path), words)
     assert len(tokenize(read_source(f"jsonl:{path}[0:1]"), tokenizer)) == 1  # the control: the line before is sound
+
+
+def test_lists_that_repeat_lists_that_repeat_lists(tmp_path: Path) -> None:
+    """A few lines of YAML stand for 2 to the 60th texts."""
+    lines = ["- &x0", "  - text", "  - text"]
+    for level in range(60):
+        lines += [f"- &x{level + 1}", f"  - *x{level}", f"  - *x{level}"]
+    (tmp_path / "q.yaml").write_text("\n".join([*lines, "- id: q", "  paraphrases: *x60"]))
+    refused(lambda: load_asked(str(tmp_path / "q.yaml")), str(tmp_path), "is no object")
+    hidden = ["- id: _", "  x:", *(f"    {line}" for line in lines), "- id: q", "  paraphrases: *x60"]
+    (tmp_path / "q.yaml").write_text("\n".join(hidden))
+    refused(lambda: load_asked(str(tmp_path / "q.yaml")), str(tmp_path), "question 2 (q)", "is no question")
+
+
+def test_configs_are_bounded(tmp_path: Path) -> None:
+    path = tmp_path / "c.toml"
+    for content, words in {
+        "x = " + "[" * 5000: "not valid TOML",
+        "seed = " + "1" * 5000: "not valid TOML",
+        "seed = 1979-13-45": "not valid TOML",
+        "#" * 2_000_000: "longer than 1,000,000 bytes",
+        "[data]\ntrain = 'a'\nheldout = [[[]]]": "data.heldout = [[[]]]: must be a string",
+    }.items():
+        path.write_text(content)
+        refused(lambda: load_config(str(path), RunConfig), str(path), words)
+    for setting in ("seed=" + "1" * 5000, "lora.targets=" + "[" * 5000):
+        refused(lambda setting=setting: override(RunConfig(DataSection("a", "b")), [setting]), "must be a")  # type: ignore[misc]
 
 
 def test_json_files_are_bounded(tmp_path: Path) -> None:

@@ -94,6 +94,50 @@ SAVES = {
             value = 1.0 if what == "old" else 2.0
             PersonaVectors({6: torch.full((2, 3, 4), value)}, ["a", "b"]).save(where / "state")
     """,
+    "checkpoint": """
+        import torch
+        from minipersona.training.checkpoint import Position, save_state
+        from minipersona.training.layout import Flat
+        from minipersona.training.optimizer import AdamW
+        from minipersona.training.world import World
+        weights = {"w": torch.nn.Parameter(torch.zeros(10, 9))}
+        layout, world = Flat(list(weights.values())), World(0, 1, torch.device("cpu"))
+        def save(where, what):
+            with torch.no_grad():
+                for tensor in (*layout.weights, *layout.first, *layout.second):
+                    tensor.fill_(1.0 if what == "old" else 2.0)
+            optimizer = AdamW(layout, 0.9, 0.999, 1e-8, 0.0)
+            save_state(where / "state", Position(step=1 if what == "old" else 2), weights, optimizer, world)
+    """,
+    "shards": """
+        import torch
+        from types import SimpleNamespace
+        from minipersona.training.checkpoint import Position, save_state
+        from minipersona.training.optimizer import AdamW
+        from minipersona.training.world import World
+        World.wait = lambda self: None  # the ranks come one after the other
+        def save(where, what):
+            step = 1 if what == "old" else 2
+            for rank in (1, 0):
+                kept = {name: [torch.full((5, 9), float(step))] for name in ("weights", "first", "second")}
+                optimizer = AdamW(SimpleNamespace(**kept), 0.9, 0.999, 1e-8, 0.0)
+                world = World(rank, 2, torch.device("cpu"))
+                save_state(where / "state", Position(step=step), {"w": None}, optimizer, world)
+    """,
+    "report": """
+        from study_report.conftest import RECIPES, FakeStudy
+        from minipersona.study.report import write
+        def save(where, what):
+            global armed
+            write.draw_all = lambda series: {one.name: f"PNG {what}".encode() for one in series}
+            sharp, armed = armed, False  # the report is the save, not what it is about
+            study = FakeStudy(where / "state", recipes=RECIPES[:1], with_vectors=False)
+            if what == "old":
+                study.write()
+            (where / "state" / "study.toml").write_text(f"out = '{what}'")
+            armed = sharp
+            write.write_report(where / "state")
+    """,
     "cache": """
         import huggingface_hub.constants
         from minipersona.corpus import cache
@@ -138,6 +182,32 @@ def found_vectors(where: Path) -> str:
     return {1.0: "old", 2.0: "new"}[float(load_vectors(where / "state").mean(6)[0, 0])]
 
 
+def found_checkpoint(where: Path) -> str:
+    from torch import nn, zeros
+
+    from minipersona.training.checkpoint import load_state
+    from minipersona.training.layout import Flat
+    from minipersona.training.optimizer import AdamW
+
+    weights = {"w": nn.Parameter(zeros(10, 9))}
+    layout = Flat(list(weights.values()))
+    step = load_state(where / "state", weights, AdamW(layout, 0.9, 0.999, 1e-8, 0.0)).step
+    tensors = (*layout.weights, *layout.first, *layout.second)
+    assert {float(value) for tensor in tensors for value in tensor.detach().unique()} == {float(step)}
+    return {1: "old", 2: "new"}[step]
+
+
+def found_report(where: Path) -> str:
+    """Its files are replaced one by one, the page last: each is whole, the old one or the new one."""
+    folder = where / "state"
+    pictures = list((folder / "figures").glob("*.png"))
+    assert len(pictures) >= 2 and {picture.read_bytes() for picture in pictures} <= {b"PNG old", b"PNG new"}
+    assert all(file.read_text().endswith("\n") for file in (folder / "report.md", *folder.glob("figures/*.csv")))
+    page = (folder / "report.html").read_text()
+    assert page.endswith("</html>\n")
+    return "new" if "out = &#x27;new&#x27;" in page else "old"
+
+
 def found_cache(where: Path) -> str:
     import huggingface_hub.constants
 
@@ -156,6 +226,9 @@ FOUND: dict[str, Callable[[Path], str]] = {
     "line": found_line,
     "adapter": found_adapter,
     "vectors": found_vectors,
+    "checkpoint": found_checkpoint,
+    "shards": found_checkpoint,
+    "report": found_report,
     "cache": found_cache,
 }
 

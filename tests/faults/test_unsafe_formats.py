@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from minipersona.chat import load_tokenizer
 from minipersona.errors import UserError
@@ -15,10 +16,14 @@ from minipersona.files import data_dir
 from minipersona.geometry.vectors import load_vectors
 from minipersona.model.adapter_files import load_adapter
 from minipersona.model.load import load_model
+from minipersona.training.checkpoint import Position, load_state
+from minipersona.training.layout import Flat
+from minipersona.training.optimizer import AdamW
 
 NAMES = [
     "pytorch_model.bin", "adapter_model.bin", "model.pt", "consolidated.pth", "tokenizer.model", "training_args.bin",
     "optimizer.pt", "scheduler.pt", "rng_state.pth", "model.ckpt",
+    ".metadata", "__0_0.distcp",  # a distributed checkpoint
 ]  # fmt: skip
 
 
@@ -84,6 +89,19 @@ def test_under_the_name_of_safetensors_it_is_refused(
     ):
         with pytest.raises(UserError, match="it is a PyTorch file, which could run code" if magic else "damaged"):
             read()
+    assert not canary.exists()
+
+
+def test_in_place_of_a_rolling_checkpoint_it_is_refused(tmp_path: Path, canary: Path, malicious: bytes) -> None:
+    (tmp_path / "latest").mkdir()
+    weights = {"w": torch.nn.Parameter(torch.zeros(2, 2))}
+    optimizer = AdamW(Flat(list(weights.values())), 0.9, 0.999, 1e-8, 0.0)
+    for name in NAMES:
+        (tmp_path / "latest" / name).write_bytes(malicious)
+    assert load_state(tmp_path, weights, optimizer) == Position()  # as if there were none
+    (tmp_path / "latest" / "state.safetensors").write_bytes(b"PK\x03\x04" + malicious)
+    with pytest.raises(UserError, match=r"state\.safetensors: .*it is a PyTorch file, which could run code"):
+        load_state(tmp_path, weights, optimizer)
     assert not canary.exists()
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from small_study import CPU, QUIET, small_study
 
-from minipersona.errors import UserError
+from minipersona.errors import DiskFull, UserError
 from minipersona.files import append_jsonl, read_jsonl, write_json
 from minipersona.study import search as search_module
 from minipersona.study.calibration import PREDECESSOR, calibrate
@@ -162,6 +162,21 @@ def test_running_out_of_memory_is_a_failure_and_a_defect_is_one_too_but_ends_the
     with pytest.raises(ZeroDivisionError):
         runner.complete([file_job(tmp_path, "defect", broken)])
     assert runner.failed()["defect"] == "ZeroDivisionError: oh"
+
+
+def test_a_full_disk_is_no_verdict_on_a_job_and_the_next_command_does_it(config: StudyConfig, tmp_path: Path) -> None:
+    def full(claim: Claim) -> None:
+        raise DiskFull("cannot write x: No space left on device")
+
+    runner = runner_of(config)
+    with pytest.raises(DiskFull):
+        runner.complete([file_job(tmp_path, "large", full), file_job(tmp_path, "next")])
+    assert runner.failed() == {} and not (tmp_path / "next").exists()
+    again = runner_of(config)
+    again.complete([file_job(tmp_path, "large"), file_job(tmp_path, "next")])
+    events = [(line["cell"], line["event"], line["attempt"]) for line in again.ledger.lines()]
+    assert events == [("large", "claimed", 1), ("large", "claimed", 2), ("large", "done", 2),
+                      ("next", "claimed", 1), ("next", "done", 1)]  # fmt: skip
 
 
 def test_an_owner_that_wakes_up_after_a_takeover_publishes_nothing(config: StudyConfig, tmp_path: Path) -> None:

@@ -97,6 +97,10 @@ def test_the_claim_of_a_dead_process_of_this_host_is_free_at_once(
     for name in ("far", "torn"):  # control: of these nobody can know
         with claims.take(name) as claim:
             assert claim is None
+    for name, age, held in (("far", module.UNSIGNED + 1, True), ("torn", module.UNSIGNED + 1, False)):
+        os.utime(tmp_path / f"{name}.1", (time.time() - age,) * 2)
+        with claims.take(name) as claim:
+            assert (claim is None) is held
     # In a container the number of a dead process comes round to us.
     (tmp_path / "again.1").write_text(json.dumps({**owner, "pid": os.getpid(), "time": module._STARTED - 1}))
     with claims.take("again") as claim:

@@ -130,8 +130,13 @@ def test_two_runs_are_equal_to_the_bit(finished: Path, settings: list[str], tmp_
     assert comparable(read_jsonl(tmp_path / "again" / "metrics.jsonl")) == comparable(
         read_jsonl(finished / "metrics.jsonl")
     )
-    name = Path("step-000004") / "adapter_model.safetensors"
-    assert (tmp_path / "again" / name).read_bytes() == (finished / name).read_bytes()
+    files = [path.relative_to(finished) for path in finished.rglob("*.safetensors")]
+    assert sorted(map(str, files)) == [
+        "step-000002/adapter_model.safetensors", "step-000004/adapter_model.safetensors",
+        *(f"vectors/step-{step:06}.safetensors" for step in (0, 2, 4)),
+    ]  # fmt: skip
+    assert all((tmp_path / "again" / file).read_bytes() == (finished / file).read_bytes() for file in files)
+    assert read_jsonl(tmp_path / "again" / "probes.jsonl") == read_jsonl(finished / "probes.jsonl")
 
 
 def test_a_killed_process_is_continued_to_the_bit(finished: Path, settings: list[str], tmp_path: Path) -> None:
@@ -188,6 +193,19 @@ def test_plan_does_nothing(settings: list[str], tmp_path: Path, capsys: pytest.C
     for word in ("steps = 4", "# memory", "# time", "# disk", "# data"):
         assert word in text
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", [["train", "--config", "tiny_phase1"], ["study", "--config", "study"]])
+def test_a_plan_warns_of_a_disk_that_is_too_small(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said, usage = {}, shutil.disk_usage(tmp_path)
+    for free in (10**6, 10**14):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
+        assert main([*command, "--plan", "--out", str(tmp_path / "out")]) == 0
+        said[free] = capsys.readouterr().out
+    assert "# WARNING    that does not fit on the disk; free some space" in said[10**6]
+    assert "GiB are free" in said[10**14] and "WARNING" not in said[10**14]  # the control
 
 
 def test_help_is_quick_and_imports_no_torch() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from minipersona.cli import main
 from minipersona.errors import UserError
 from minipersona.files import read_json
 from minipersona.settings import to_toml
-from minipersona.study.command import gpu_ids, parse_share, parse_stages, run_each
+from minipersona.study.command import _pass_on, gpu_ids, parse_share, parse_stages, run_each
 
 
 @pytest.mark.parametrize(
@@ -74,3 +76,14 @@ def test_runners_in_processes_of_their_own_share_a_study(
     assert out.startswith(f"{verdict['verdict']}: ") and out.count("report.html") == 1
     assert len(list((Path(config.out) / "cells").glob("1-baseline-*"))) == 1
     assert run_each(["--config", "no_such_study"], [("only", {})]) == [2]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_runner_is_heard_out_where_its_words_cannot_be_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its pipe would fill up otherwise, and hold it up."""
+    talks = "import sys; sys.stderr.write(('x' * 99 + chr(10)) * 3000)"
+    process = subprocess.Popen([sys.executable, "-c", talks], stderr=subprocess.PIPE, text=True)
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        _pass_on(process, "0")
+    assert process.wait(10) == 0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import re
 import shutil
 import time
 from collections import Counter
@@ -26,6 +28,8 @@ from minipersona.study.ledger import Ledger
 from minipersona.study.study_config import StudyConfig
 
 STAGES = ("1", "5")  # with suites of answers, steering and mixtures
+SECRETS = ("HF_TOKEN", "MINIPERSONA_JUDGE_KEY", "OPENAI_API_KEY", "AWS_SECRET_ACCESS_KEY")
+CANARY = "hf_canaryCanaryCanary00"
 FEW = ("1", "2", "3")  # with both divergences, and quick
 
 
@@ -40,7 +44,10 @@ def _no_pictures(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> StudyConfig:
     config = small_study(tmp_path_factory.mktemp("study"))
-    run(config, STAGES)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in SECRETS:
+            patch.setenv(name, CANARY)
+        run(config, STAGES)
     return config
 
 
@@ -152,6 +159,14 @@ def test_another_judge_judges_the_answers_that_are_kept(finished: StudyConfig, t
     assert {path: path.stat().st_mtime_ns for path in trained} == trained
     assert verdict["undecided"] and "could score too few" in verdict["undecided"][0]["reason"]
     assert "Name another judge" in (directory / "report.md").read_text()
+
+
+def test_no_file_of_a_study_holds_what_is_secret_in_its_environment(finished: StudyConfig) -> None:
+    files = [path for path in Path(finished.out).rglob("*") if path.is_file()]
+    assert {"study.toml", "provenance.json", "report.html", "report.md", "verdict.json"} <= {p.name for p in files}
+    shown = re.compile(rf"{CANARY}|{'|'.join(SECRETS[:1] + SECRETS[2:])}".encode())
+    assert not [path for path in files if shown.search(path.read_bytes())]
+    assert shown.search(json.dumps({"environment": {"HF_TOKEN": CANARY}}).encode())  # the control
 
 
 # ---------------------------------------------------------------- failures

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from faults.test_full_disk import no_room
 
-from minipersona.errors import UserError
+from minipersona.errors import DiskFull, UserError
 from minipersona.study.report import write, write_report
 from minipersona.study.results import read_study
 from minipersona.study.verdict import VERDICTS, judge_study
@@ -53,6 +54,23 @@ def test_a_rebuild_gives_the_same_bytes(whole: Any, tmp_path: Path) -> None:
     shutil.rmtree(again / "figures")
     write_report(again)
     assert files(again) == first
+
+
+def test_a_full_disk_leaves_the_earlier_report(new_study: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """At whichever of its files the room ends."""
+    monkeypatch.setattr(write, "draw_all", lambda series: {one.name: bytes(5_000) for one in series})
+    study = new_study(recipes=SMALL, with_vectors=False).write()
+    write_report(study)
+    first, stopped = files(study), set()
+    for room in sorted({len(content) - 1 for content in first.values()}):
+        with no_room(room), pytest.raises(DiskFull) as caught:
+            write_report(study)
+        assert re.search(r"cannot write .*; [\d,]+ bytes are needed and [\d,]+ MiB are free", str(caught.value))
+        assert files(study) == first
+        stopped.add(Path(str(caught.value).split(":")[0]).suffix)
+    assert stopped == {".csv", ".png", ".md", ".html"}
+    write_report(study)
+    assert files(study) == first and not list(study.rglob(".*.tmp"))
 
 
 def test_the_verdict_comes_first_and_every_recipe_is_there(whole: Any) -> None:

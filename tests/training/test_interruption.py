@@ -19,9 +19,11 @@ from minipersona.config import DataSection, LoraConfig, RunConfig, TrainingSecti
 from minipersona.errors import Interrupted, UserError
 from minipersona.files import read_jsonl
 from minipersona.model.load import load_model
-from minipersona.training.checkpoint import load_state
+from minipersona.training.checkpoint import Position, load_state, save_state
 from minipersona.training.interruption import SIGNALS, Stop, heed_signals
+from minipersona.training.layout import Flat
 from minipersona.training.loop import Hooks, train
+from minipersona.training.optimizer import AdamW
 from minipersona.training.world import World
 
 
@@ -185,6 +187,20 @@ def test_the_number_of_non_finite_steps_that_fail_a_run_is_the_configs(
 
 
 # ---------------------------------------------------------------- a damaged checkpoint
+
+
+def test_another_runs_state_is_an_error(tmp_path: Path) -> None:
+    """Also where torch could stretch its tensors to fit."""
+
+    def optimised(*shape: int) -> tuple[dict[str, torch.nn.Parameter], AdamW]:
+        weights = {"w": torch.nn.Parameter(torch.ones(shape))}
+        return weights, AdamW(Flat(list(weights.values())), 0.9, 0.999, 1e-8, 0.0)
+
+    save_state(tmp_path, Position(step=3, updates=3), *optimised(1, 4), World(0, 1, torch.device("cpu")))
+    assert load_state(tmp_path, *optimised(1, 4)).step == 3  # the control
+    for shape in ((4, 1), (5, 4), (4,)):
+        with pytest.raises(UserError, match=r"state\.safetensors: holds another run's state; delete"):
+            load_state(tmp_path, *optimised(*shape))
 
 
 @pytest.mark.parametrize("words", ["{}", '{"step": 3, "done": false}', '{"step": "3", "updates": 3, "done": false}',

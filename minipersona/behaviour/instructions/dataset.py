@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as brief
 from typing import Any
 
 from minipersona.behaviour.instructions.languages import KNOWN
@@ -122,8 +123,8 @@ def _read_arguments(where: str, kind: str, given: Any) -> dict[str, Any]:
     taken = KINDS[kind].arguments
     for name in present.keys() - taken.keys():
         wants = f"it takes {', '.join(taken)}" if taken else "it takes none"
-        raise UserError(f"{where} has no argument {name!r}; {wants}")
+        raise UserError(f"{where} has no argument {brief(name)}; {wants}")
     for name, argument in taken.items():
         if not argument.holds(present.get(name)):
-            raise UserError(f"{where}: {name} is {present.get(name)!r}; it must be {argument.rule}")
+            raise UserError(f"{where}: {name} is {brief(present.get(name))}; it must be {argument.rule}")
     return present

@@ -71,7 +71,7 @@ def _write_figures(directory: Path, series: Sequence[Series], figures: dict[str,
         else:
             (directory / f"{name}.csv").unlink(missing_ok=True)
         if name in figures:
-            with write_atomically(directory / f"{name}.png") as temporary:
+            with write_atomically(directory / f"{name}.png", len(figures[name])) as temporary:
                 temporary.write_bytes(figures[name])
         else:
             (directory / f"{name}.png").unlink(missing_ok=True)
