@@ -186,7 +186,7 @@ class Probe:
     def _measure(self, step: int, keep_vectors: bool) -> None:
         if self._due(step):
             # Ranks that measure together do not leave each other: they stop where they meet.
-            with contextlib.nullcontext() if self.together else self.world.stop.at_once():
+            with self.world.passes() if self.together else self.world.stop.at_once():
                 row, vectors = measure(self.model, self.instruments, self.console)
                 delta = 0.0 if step == 0 else distance_from_base(self.model, self.config, self.world)
             if not self.world.first:

@@ -96,8 +96,11 @@ def train(
         over_pack = Pass(config.seed, step, taps, config.execution.checkpoint_activations, compiled)
         attempt = functools.partial(accumulate, model, objective, over_pack, layout)
         halvings = budget.halvings
-        # Sharded ranks go through the model together, so none of them can begin a step again alone.
-        terms = attempt(batch.packs) if sharded else budget.fit(attempt, batch.packs)  # (K,) the loss comes first
+        if sharded:  # ranks go through the model together, so none of them can begin a step again alone
+            with world.passes():
+                terms = attempt(batch.packs)  # (K,) the loss comes first
+        else:
+            terms = budget.fit(attempt, batch.packs)
         following = make(order.step(step + 1), budget.tokens)  # while the device still works
         asked, halved = (terms.new_full((1,), flag) for flag in (world.stop.asked, budget.halvings - halvings))
 
@@ -141,7 +144,7 @@ def train(
 
         # 4. The rolling checkpoint, then the measurement: what ends the run in between repeats the measurement only.
         due = time.monotonic() - saved > 60 * config.execution.save_minutes
-        if sharded:  # every rank writes its shards
+        if sharded:  # every rank writes its part
             due = world.follow(due)
         if (world.first or sharded) and (due or stopping or recipe.measures(step)):
             save_state(directory, Position(step, optimizer.updates), trainable, optimizer, world)

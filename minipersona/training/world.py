@@ -94,6 +94,20 @@ class World:
                 raise
             raise self.watch.broken(error) from error
 
+    @contextlib.contextmanager
+    def passes(self) -> Iterator[None]:
+        """Around passes through a sharded model: an error there is a lost rank's, if one is found to be lost."""
+        if self.watch is not None:
+            self.watch.arrive()
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            if self.watch is not None:
+                self.watch.broken(error)  # ends this process where it finds which
+            raise
+
 
 def join_world(device: str = "auto", timeout_minutes: float = TIMEOUT_MINUTES, stop: Stop | None = None) -> World:
     """Take this process's place. `device` is auto, cpu, cuda or cuda:<n>."""

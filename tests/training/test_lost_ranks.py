@@ -68,6 +68,34 @@ def test_control_a_slow_rank_is_waited_for(tmp_path: Path) -> None:
     assert [(end.code, end.said) for end in two_ranks(SUMMING, "slow-1", tmp_path / "out")] == [(0, "")] * 2
 
 
+SHARDED = """
+from dataclasses import replace
+
+real = loop.backward
+def backward(model, pack, objective, over_pack):
+    if rank == 1 and over_pack.step == 3:
+        if scenario == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise KeyError("weights")
+    return real(model, pack, objective, over_pack)
+loop.backward = backward
+
+def work(world):
+    sharded = replace(config, training=replace(config.training, method="full"))
+    train(load_model(model_dir, device="cpu"), documents, sharded, out / "run", world)
+command(work)
+"""
+
+
+@pytest.mark.parametrize("how, code, said", [("killed", -9, "rank 1 has died"), ("defect", 1, "rank 1 failed: KeyErr")])
+def test_a_rank_lost_within_a_pass_of_a_sharded_model_is_named(
+    hf_model: Callable[..., Path], tmp_path: Path, how: str, code: int, said: str
+) -> None:
+    other, lost = two_ranks(SHARDED, how, tmp_path / "out", hf_model())
+    assert (lost.code, other.code) == (code, 1), (lost, other)
+    assert said in other.said and other.said.count("\n") == 1, other.said
+
+
 POISONED = """
 real = loop.backward
 def backward(model, pack, objective, over_pack):
