@@ -160,8 +160,11 @@ def main() -> int:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as name, small_disk(Path(name, "disk")) as disk:
         soak = Soak(disk, random.Random(given.seed))
-        said, _ = start(Path(name, "undisturbed")).communicate()
-        print(said.decode().splitlines()[-2], flush=True)
+        peaceful = start(Path(name, "undisturbed"))
+        said = peaceful.communicate()[0].decode(errors="replace")
+        if peaceful.returncode:
+            sys.exit(f"undisturbed, and ended with exit status {peaceful.returncode}, having said\n{said}")
+        print(said.splitlines()[-2], flush=True)
         expected = verdict(Path(name, "undisturbed"))
         until = time.monotonic() + 60 * given.minutes
         studies = different = 0
