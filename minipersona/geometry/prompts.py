@@ -85,8 +85,9 @@ def load_questions(source: str = SHIPPED) -> QuestionSet:
             raise UserError(f'{path}: row {number} has no "question"; write {{"question": "..."}}')
         _encodable(f"{path}: row {number}", question)
         questions.append(question)
-    if not questions:
-        raise UserError(f'{path}: holds no questions; write one {{"question": "..."}} a line')
+    if len(questions) < 2:
+        count = "one question" if questions else "no questions"
+        raise UserError(f'{path}: holds {count}; intervals need two at least, a {{"question": "..."}} a line')
     digest = sha256(path)
     return QuestionSet(REGISTERED if digest == REGISTERED_QUESTIONS.sha256 else source, questions, digest)
 

@@ -39,6 +39,7 @@ from minipersona.study.judgement import learned_share
 from minipersona.study.measure import Instruments, measure
 from minipersona.study.provenance import provenance
 from minipersona.study.steering import check_steering, run_steering
+from minipersona.training.checkpoint import drop_tensors, stored_position
 from minipersona.training.loop import Hooks, check_learnable, train
 from minipersona.training.memory import OUT_OF_MEMORY
 from minipersona.training.sharding import is_sharded
@@ -57,6 +58,8 @@ def run(config: RunConfig, world: World, console: Console) -> None:
         config = resolve(config, world.device)
         check_claim(directory, config)
         if finished(directory, config):
+            if world.first:
+                drop_tensors(directory)  # what ended the run may have come before it did that
             console.say(f"{directory} is finished; now: python evaluate.py --run {directory}")
             return
         try:
@@ -106,6 +109,8 @@ def carry_out(
         probe.take_over(base)
     probe(0)  # the base, before anything is attached to it
     steering = run_steering(config, directory, world, model, tokenizer)
+    if (step := stored_position(directory).step) and step < config.training.steps:
+        console.say(f"continues from the rolling checkpoint, of step {step:,} or later")
     steps = config.training.steps
     with console.progress("training", steps, "steps") as progress:
 
@@ -181,7 +186,7 @@ class Probe:
     def _due(self, step: int) -> bool:
         """Whether this rank has a part in the measurement of this step."""
         due = self.world.first and stored_probe(self.directory, step, self.protocol) is None
-        return self.world.follow(due) if self.together else due
+        return bool(self.world.follow(due)) if self.together else due
 
     def _measure(self, step: int, keep_vectors: bool) -> None:
         if self._due(step):
@@ -224,8 +229,7 @@ def resolve(config: RunConfig, device: torch.device) -> RunConfig:
 
 def finished(directory: Path, config: RunConfig) -> bool:
     """Whether a run has nothing left to do: its last step is taken, and every step that is due is measured."""
-    state = directory / "latest" / "state.json"
-    if not state.is_file() or not read_json(state)["done"]:
+    if not stored_position(directory).done:
         return False
     measured = {row["step"] for row in read_jsonl(directory / "probes.jsonl")}
     return {0, *filter(config.training.measures, range(1, config.training.steps + 1))} <= measured

@@ -4,13 +4,15 @@ latest/state.safetensors holds weights, both moments and the RNG, and in its met
 count; its rename is the moment at which the checkpoint exists. latest/state.json repeats the words for people.
 
 Sharded ranks write a file each, state-<step>.<rank>-of-<ranks>.safetensors, with their rows of every tensor. Once all
-of them are there, latest/state.json names the step and the number of files: its rename is the moment then. Any number
-of ranks can continue from either form, since a rank reads the rows that it keeps from whichever files hold them.
+of them are there, latest/state.json names the step, the number of files and a number that they share: its rename is the
+moment then. Any number of ranks can continue from either form, since a rank reads the rows that it keeps from whichever
+files hold them.
 """
 
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -44,7 +46,11 @@ def _state_file(directory: Path) -> Path:
     return directory / "latest" / "state.safetensors"
 
 
-def _shard_file(directory: Path, step: int, rank: int, ranks: int) -> Path:
+def _words_file(directory: Path) -> Path:
+    return directory / "latest" / "state.json"
+
+
+def _part_file(directory: Path, step: int, rank: int, ranks: int) -> Path:
     return directory / "latest" / f"state-{step:06}.{rank + 1}-of-{ranks}.safetensors"
 
 
@@ -54,22 +60,51 @@ def save_state(directory: Path, position: Position, names: Mapping[str, Any], op
     names  of the parameters, in the order of the optimizer's layout
     Sharded ranks call it together; otherwise the first one does.
     """
-    words = asdict(position)
-    latest = directory / "latest"
-    sharded = not isinstance(optimizer.layout, Flat)
-    ranks = range(world.size) if sharded else range(1)
-    files = [_shard_file(directory, position.step, r, world.size) if sharded else _state_file(directory) for r in ranks]
+    if isinstance(optimizer.layout, Flat):
+        _save_whole(directory, position, names, optimizer)
+    else:
+        _save_part(directory, position, names, optimizer, world)
+    if position.done and world.first:
+        drop_tensors(directory)
+
+
+def _save_whole(directory: Path, position: Position, names: Mapping[str, Any], optimizer: AdamW) -> None:
     if not position.done:
-        _write(files[world.rank], names, optimizer, words)
-    if sharded:
-        world.wait()  # until all files are there
+        _write(_state_file(directory), names, optimizer, asdict(position))
+    write_json(_words_file(directory), asdict(position))
+    _drop(directory, all_but=[_state_file(directory)])
+
+
+def _save_part(directory: Path, position: Position, names: Mapping[str, Any], optimizer: AdamW, world: World) -> None:
+    words: dict[str, Any] = asdict(position)
+    if world.first and not _words_file(directory).is_file():
+        write_json(_words_file(directory), asdict(Position()))  # parts without such a file are parts of a broken whole
+    # One number for all parts of this checkpoint, so that parts of others are told apart.
+    save = world.follow(secrets.randbits(62))
+    files = [_part_file(directory, position.step, rank, world.size) for rank in range(world.size)]
+    if not position.done:
+        _write(files[world.rank], names, optimizer, {**words, **_part(world.rank, world.size, save)})
+        words |= {"files": world.size, "save": save}
+    world.wait()  # until all parts are there
     if world.first:
-        write_json(latest / "state.json", {**words, "files": world.size} if sharded and not position.done else words)
-        for file in latest.glob("state*.safetensors"):
-            if position.done or file not in files:
-                file.unlink(missing_ok=True)
-    if sharded:
-        world.wait()  # until the new state is the one that counts
+        write_json(_words_file(directory), words)
+        _drop(directory, all_but=files)
+    world.wait()  # until the new state is the one that counts
+
+
+def _part(rank: int, ranks: int, save: int) -> dict[str, int]:
+    return {"part": rank + 1, "files": ranks, "save": save}
+
+
+def drop_tensors(directory: Path) -> None:
+    """Free the room of a finished run's state: nothing will continue from it."""
+    _drop(directory, all_but=[])
+
+
+def _drop(directory: Path, all_but: Sequence[Path]) -> None:
+    for file in (directory / "latest").glob("state*.safetensors"):
+        if file not in all_but:
+            file.unlink(missing_ok=True)
 
 
 def _write(file: Path, names: Mapping[str, Any], optimizer: AdamW, words: dict[str, Any]) -> None:
@@ -85,14 +120,17 @@ def _write(file: Path, names: Mapping[str, Any], optimizer: AdamW, words: dict[s
 
 def load_state(directory: Path, names: Mapping[str, Any], optimizer: AdamW) -> Position:
     """Restore the newest state in place, and say where it stands; a run without one stands at step 0."""
-    words_file = directory / "latest" / "state.json"
+    position = stored_position(directory)
     files = _files(directory)
     if not files:
-        position = _position(read_json(words_file), words_file) if words_file.is_file() else Position()
         return position if position.done else Position()
     with ExitStack() as stack:
         handles = [stack.enter_context(open_safetensors(file)) for file in files]
-        position = _position(parse_json((handles[0].metadata() or {}).get("state", "{}")), files[0])
+        words = [parse_json((handle.metadata() or {}).get("state", "{}")) for handle in handles]
+        if len(files) == 1 and files[0] == _state_file(directory):
+            position = _position(words[0], files[0])
+        else:
+            _check_parts(directory, files, words)
         if not _belongs(handles, names):
             raise UserError(f"{files[0]}: holds another run's state; delete {directory / 'latest'} to start over")
         layout = optimizer.layout
@@ -107,18 +145,39 @@ def load_state(directory: Path, names: Mapping[str, Any], optimizer: AdamW) -> P
     return position
 
 
+def stored_position(directory: Path) -> Position:
+    """Where a run's latest/state.json says that it stands; step 0 where there is none."""
+    file = _words_file(directory)
+    return _position(read_json(file), file) if file.is_file() else Position()
+
+
 def _files(directory: Path) -> list[Path]:
     """The files of the newest complete checkpoint that still has its tensors."""
-    words_file = directory / "latest" / "state.json"
+    words_file = _words_file(directory)
     words = read_json(words_file) if words_file.is_file() else {}
-    ranks = words.get("files") if isinstance(words, dict) else None
-    if isinstance(ranks, int) and 0 < ranks < 10_000:
-        shards = [_shard_file(directory, _position(words, words_file).step, rank, ranks) for rank in range(ranks)]
-        for file in shards:
+    if "files" in words:
+        position = _position(words, words_file)
+        parts = [_part_file(directory, position.step, rank, words["files"]) for rank in range(words["files"])]
+        for file in parts:
             if not file.is_file():
-                raise UserError(f"{file}: this part of the checkpoint is missing; copy it there, or delete the folder")
-        return shards
+                raise UserError(f"{file}: this part of the checkpoint is missing; {_over(directory)}")
+        return parts
+    if not words and (parts := sorted((directory / "latest").glob("state-*.safetensors"))):
+        raise UserError(f"{words_file}: is missing, which says whether {parts[0].name} counts; {_over(directory)}")
     return [file] if (file := _state_file(directory)).is_file() else []
+
+
+def _check_parts(directory: Path, files: Sequence[Path], words: Sequence[Any]) -> None:
+    """UserError unless each file is the part that its place in the checkpoint asks for."""
+    named = read_json(_words_file(directory))
+    position = asdict(_position(named, _words_file(directory)))
+    for rank, (file, found) in enumerate(zip(files, words, strict=True)):
+        if found != {**position, **_part(rank, len(files), named["save"])}:
+            raise UserError(f"{file}: is no part of the checkpoint that state.json names; {_over(directory)}")
+
+
+def _over(directory: Path) -> str:
+    return f"put the right file there, or delete {directory / 'latest'} to start the run over"
 
 
 def _belongs(handles: Sequence[Any], names: Mapping[str, Any]) -> bool:
@@ -151,7 +210,9 @@ def _rows(handles: Sequence[Any], name: str, rows: slice) -> Tensor:
 def _position(words: Any, file: Path) -> Position:
     """The position that a file's words name."""
     kinds = {"step": int, "updates": int, "done": bool}
-    known = {key: value for key, value in words.items() if key != "files"} if isinstance(words, dict) else {}
-    if {key: type(value) for key, value in known.items()} != kinds:
+    if isinstance(words, dict) and "files" in words:
+        kinds |= {"files": int, "save": int}
+    known = isinstance(words, dict) and {key: type(value) for key, value in words.items()} == kinds
+    if not known or words["step"] < 0 or not 0 < words.get("files", 1) < 10_000:
         raise UserError(f"{file}: holds no state of a run; delete {file.parent} to start over")
-    return Position(**known)
+    return Position(words["step"], words["updates"], words["done"])

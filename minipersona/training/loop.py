@@ -145,7 +145,7 @@ def train(
         # 4. The rolling checkpoint, then the measurement: what ends the run in between repeats the measurement only.
         due = time.monotonic() - saved > 60 * config.execution.save_minutes
         if sharded:  # every rank writes its part
-            due = world.follow(due)
+            due = bool(world.follow(due))
         if (world.first or sharded) and (due or stopping or recipe.measures(step)):
             save_state(directory, Position(step, optimizer.updates), trainable, optimizer, world)
             saved = time.monotonic()

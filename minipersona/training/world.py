@@ -56,9 +56,9 @@ class World:
                     f"{what} is {lowest} on one rank and {highest} on another; all ranks must see the same --out"
                 )
 
-    def follow(self, decision: bool) -> bool:
-        """The first rank's decision, on every rank."""
-        return bool(self._highest(int(decision and self.first))) if self.size > 1 else decision
+    def follow(self, value: int) -> int:
+        """The first rank's value, which is not negative, on every rank."""
+        return self._highest(value if self.first else 0) if self.size > 1 else value
 
     def wait(self) -> None:
         """Return once every rank has come here."""

@@ -77,6 +77,7 @@ def shards(path: Path, value: float) -> None:
     optimizer = AdamW(cast(Layout, dealt), 0.9, 0.999, 1e-8, 0.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(World, "wait", lambda self: None)
+        patch.setattr(World, "follow", lambda self, value: value)
         save_state(path, Position(step=int(value)), weights, optimizer, World(0, 2, torch.device("cpu")))
 
 

@@ -116,6 +116,7 @@ SAVES = {
         from minipersona.training.optimizer import AdamW
         from minipersona.training.world import World
         World.wait = lambda self: None  # the ranks come one after the other
+        World.follow = lambda self, value: 7
         def save(where, what):
             step = 1 if what == "old" else 2
             for rank in (1, 0):

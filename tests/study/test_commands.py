@@ -125,6 +125,27 @@ def test_the_same_command_again_changes_nothing(finished: Path, settings: list[s
     assert {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()} == before
 
 
+def test_a_finished_run_drops_the_state_that_a_kill_has_left(
+    finished: Path, settings: list[str], tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    for name in ("state.safetensors", "state-000004.1-of-2.safetensors"):
+        (copy / "latest" / name).write_bytes(bytes(100))
+    assert main(["train", *settings, "--out", str(copy)]) == 0
+    assert [path.name for path in (copy / "latest").iterdir()] == ["state.json"]
+
+
+@pytest.mark.parametrize("words", ["[]", "{}", "3", "null", '{"done": true}'])
+def test_words_that_are_no_state_are_refused(
+    finished: Path, settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], words: str
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    (copy / "latest" / "state.json").write_text(words)
+    refused(capsys, ["train", *settings, "--out", str(copy)], "state.json", "holds no state of a run", "delete")
+
+
 def test_two_runs_are_equal_to_the_bit(finished: Path, settings: list[str], tmp_path: Path) -> None:
     assert main(["train", *settings, "--out", str(tmp_path / "again")]) == 0
     assert comparable(read_jsonl(tmp_path / "again" / "metrics.jsonl")) == comparable(

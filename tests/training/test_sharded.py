@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -179,19 +180,58 @@ def test_killed_and_continued_by_any_number_of_ranks(
     assert not list((tmp_path / "latest").glob("*.safetensors"))  # dropped once the run was done
 
 
-def test_a_missing_part_is_an_error_that_names_it(tmp_path: Path) -> None:
-    latest = tmp_path / "latest"
-    latest.mkdir()
-    words = {"step": 2, "updates": 2, "done": False}
-    (latest / "state.json").write_text(json.dumps({**words, "files": 2}))
-    weight = torch.nn.Parameter(torch.zeros(4, 2))
-    part = {f"{kind}.w": torch.ones(2, 2) for kind in ("weight", "first", "second")}
-    save_file({"rng.cpu": torch.get_rng_state(), **part}, latest / "state-000002.1-of-2.safetensors",
-              {"state": json.dumps(words)})  # fmt: skip
-    optimizer = AdamW(Flat([weight]), 0.9, 0.999, 1e-8, 0.0)
-    with pytest.raises(UserError, match=r"2-of-2\.safetensors: this part of the checkpoint is missing"):
-        load_state(tmp_path, {"w": weight}, optimizer)
-    save_file({"rng.cpu": torch.get_rng_state(), **{name: t * 3 for name, t in part.items()}},
-              latest / "state-000002.2-of-2.safetensors", {"state": json.dumps(words)})  # fmt: skip
-    assert load_state(tmp_path, {"w": weight}, optimizer).step == 2
-    assert weight.detach()[:, 0].tolist() == [1, 1, 3, 3]
+# ---------------------------------------------------------------- parts that do not make a whole
+
+WORDS = {"step": 2, "updates": 2, "done": False}
+
+
+def parts(directory: Path, save: int = 7) -> tuple[Path, Path, Callable[[], torch.Tensor]]:
+    """A checkpoint of two ranks, and what restores it: the weight (4, 2) that it holds."""
+    latest = directory / "latest"
+    latest.mkdir(parents=True)
+    (latest / "state.json").write_text(json.dumps({**WORDS, "files": 2, "save": save}))
+    files = [latest / f"state-000002.{part}-of-2.safetensors" for part in (1, 2)]
+    for part, file in enumerate(files, 1):
+        tensors = {f"{kind}.w": torch.full((2, 2), float(part)) for kind in ("weight", "first", "second")}
+        words = {**WORDS, "part": part, "files": 2, "save": save}
+        save_file({"rng.cpu": torch.get_rng_state(), **tensors}, file, {"state": json.dumps(words)})
+
+    def restore() -> torch.Tensor:
+        weight = torch.nn.Parameter(torch.zeros(4, 2))
+        optimizer = AdamW(Flat([weight]), 0.9, 0.999, 1e-8, 0.0)
+        assert load_state(directory, {"w": weight}, optimizer).step == 2
+        return weight.detach()
+
+    return *files, restore
+
+
+def test_parts_make_the_whole(tmp_path: Path) -> None:
+    assert parts(tmp_path)[2]()[:, 0].tolist() == [1, 1, 2, 2]
+
+
+def test_a_part_that_is_missing_swapped_doubled_or_another_checkpoints_is_an_error(tmp_path: Path) -> None:
+    def damaged(name: str, damage: Callable[[Path, Path], object], said: str) -> None:
+        one, two, restore = parts(tmp_path / name)
+        damage(one, two)
+        with pytest.raises(
+            UserError, match=rf"latest/{said}.*; put the right file there, or delete .*/latest to start"
+        ):
+            restore()
+
+    another = parts(tmp_path / "another", save=8)[1]
+    missing, none = r"state-000002\.2-of-2\.safetensors: this part of the checkpoint is missing", "is no part of the"
+    damaged("missing", lambda one, two: two.unlink(), missing)
+    damaged("swapped", lambda one, two: (one.rename(one.parent / "x"), two.rename(one), (one.parent / "x").rename(two)),
+            rf"state-000002\.1-of-2\.safetensors: {none}")  # fmt: skip
+    damaged("doubled", lambda one, two: shutil.copy(one, two), rf"state-000002\.2-of-2\.safetensors: {none}")
+    damaged("other", lambda one, two: shutil.copy(another, two), rf"state-000002\.2-of-2\.safetensors: {none}")
+    damaged("unnamed", lambda one, two: (one.parent / "state.json").unlink(), r"state\.json: is missing")
+
+
+@pytest.mark.parametrize("changed", [{"files": -2}, {"files": "2"}, {"files": True}, {"files": 99_999}, {"step": -1},
+                                     {"save": None}])  # fmt: skip
+def test_words_that_name_no_checkpoint_are_an_error(tmp_path: Path, changed: dict[str, object]) -> None:
+    one, _, restore = parts(tmp_path)
+    (one.parent / "state.json").write_text(json.dumps({**WORDS, "files": 2, "save": 7, **changed}))
+    with pytest.raises(UserError, match=r"state\.json: holds no state of a run; delete"):
+        restore()
