@@ -175,7 +175,7 @@ def _train(options: argparse.Namespace) -> None:
 
     from minipersona.study.run import run
     from minipersona.training.interruption import Stop, heed_signals
-    from minipersona.training.world import in_world
+    from minipersona.training.world import end_rank, in_world
 
     stop = Stop()
     with heed_signals(stop), in_world(config.execution.device, config.execution.timeout_minutes, stop) as world:
@@ -185,6 +185,8 @@ def _train(options: argparse.Namespace) -> None:
         except Interrupted as interrupted:
             console.say(f"{interrupted}; the same command continues")
             raise
+    if world.size > 1:
+        end_rank()
 
 
 def _extract(options: argparse.Namespace) -> None:

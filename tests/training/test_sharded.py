@@ -37,7 +37,7 @@ from minipersona.model.save import whole
 from minipersona.training import sharding
 from minipersona.training.loop import Hooks, train
 from minipersona.training.trainable import distance_from_base, save_checkpoint
-from minipersona.training.world import join_world, leave_world
+from minipersona.training.world import end_rank, join_world, leave_world
 
 torch.set_num_threads(1)
 model_dir, out, batch, dtype, case = sys.argv[1:]
@@ -80,6 +80,7 @@ if world.first:
     save_file(gradients, f"{out}/gradients.safetensors")
 (Path(out) / f"kept-{world.rank}").write_text(str(kept))
 leave_world(world)
+end_rank()
 """
 )
 
