@@ -79,8 +79,8 @@ def compare(
 ) -> Comparison:
     """Compare two extractions of the same personas and questions at `layer`, by default the one both have.
 
-    Raises UserError where personas, questions or widths differ, naming the difference, or where there is no
-    single common layer.
+    Raises UserError where personas, questions, methods or widths differ, naming the difference, or where there is
+    no single common layer.
     """
     layer = _common_layer(vectors_a, vectors_b) if layer is None else layer
     samples_a, samples_b = vectors_a.at(layer), vectors_b.at(layer)  # (P, Q, D)
@@ -147,7 +147,10 @@ def _common_layer(vectors_a: PersonaVectors, vectors_b: PersonaVectors) -> int:
 
 
 def _check_same(vectors_a: PersonaVectors, vectors_b: PersonaVectors, layer: int) -> None:
-    """The pairing by persona and by question is only one where both lists are the same."""
+    """The pairing by persona and by question is only one where both lists are the same, and so is the method."""
+    methods = [vectors.metadata.get("method") for vectors in (vectors_a, vectors_b)]
+    if None not in methods and methods[0] != methods[1]:
+        raise UserError(f"Method {methods[0]} and Method {methods[1]}: extract both by the same method")
     _check_lists("persona", vectors_a.personas, vectors_b.personas)
     for what, key in (("system prompt", "system_prompts"), ("question", "questions")):
         if key in vectors_a.metadata and key in vectors_b.metadata:

@@ -76,6 +76,7 @@ def extract(
     prompts = render_prompts(tokenizer, personas, questions)
     check_vocabulary(model, tokenizer)
     ids = [prompt.ids for prompt in prompts]
+    check_positions(model, ids, RESPONSE_TOKENS if method == "B" else 0)
     read = [slice(len(prompt) - 1, len(prompt)) for prompt in ids]
     counts = None
     if method == "B":
@@ -121,6 +122,16 @@ def check_vocabulary(model: Qwen2, tokenizer: ChatTokenizer) -> None:
         raise UserError(
             f"tokenizer {tokenizer.name} has {tokenizer.vocab_size:,} tokens, the model {model.config.vocab_size:,}; "
             "name the model's own tokenizer"
+        )
+
+
+def check_positions(model: Qwen2, prompts: Sequence[np.ndarray], new: int) -> None:
+    """UserError where a prompt and so many new tokens are more than the model has positions for."""
+    longest, most = max(map(len, prompts)), model.config.max_position_embeddings
+    if longest + new > most:
+        raise UserError(
+            f"a persona's prompt with a question has {longest:,} tokens{f' and is to get {new} more' if new else ''}; "
+            f"the model was made for {most:,}: shorten the longest of them"
         )
 
 

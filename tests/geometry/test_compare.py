@@ -137,6 +137,8 @@ def test_different_lists_are_refused_by_name() -> None:
         compare(a, vectors(BASE[:5]))
     with pytest.raises(UserError, match=r"question 1 is 'How\?' in one and 'Who\?' in the other"):
         compare(a, vectors(BASE, questions=json.dumps(["Why?", "Who?"])))
+    with pytest.raises(UserError, match="Method A and Method B: extract both by the same method"):
+        compare(vectors(BASE, method="A"), vectors(BASE, method="B"))
     with pytest.raises(UserError, match="system prompt 0 is 'one digest'"):
         compare(vectors(BASE, system_prompts="one digest"), vectors(BASE, system_prompts="another"))
     with pytest.raises(UserError, match="20 and 10 questions"):

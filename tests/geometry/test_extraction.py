@@ -155,6 +155,15 @@ def test_errors(model: Qwen2) -> None:
         extract(model, tokenizer, PERSONAS, QUESTIONS, [-1])
     with pytest.raises(UserError, match="method 'Z'"):
         extract(model, tokenizer, PERSONAS, QUESTIONS, [6], method="Z")
+    words = ["a " * 1900, "What is fair?"]
+    fits = max(len(document) for document in render_prompts(tokenizer, PERSONAS, words))
+    most = model.config.max_position_embeddings
+    assert most - 256 < fits <= most
+    extract(model, tokenizer, PERSONAS, words, [6])
+    with pytest.raises(
+        UserError, match=rf"has {fits:,} tokens and is to get 256 more; .* made for {most:,}"
+    ):
+        extract(model, tokenizer, PERSONAS, words, [6], method="B")
 
 
 def test_the_last_block_computed_where_it_is_read_is_the_block(hf_model: Callable[..., Path]) -> None:
