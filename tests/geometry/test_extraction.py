@@ -160,9 +160,7 @@ def test_errors(model: Qwen2) -> None:
     most = model.config.max_position_embeddings
     assert most - 256 < fits <= most
     extract(model, tokenizer, PERSONAS, words, [6])
-    with pytest.raises(
-        UserError, match=rf"has {fits:,} tokens and is to get 256 more; .* made for {most:,}"
-    ):
+    with pytest.raises(UserError, match=rf"has {fits:,} tokens and is to get 256 more; .* made for {most:,}"):
         extract(model, tokenizer, PERSONAS, words, [6], method="B")
 
 
