@@ -82,9 +82,13 @@ class World:
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
             return int(tensor)
 
+    def passes(self) -> contextlib.AbstractContextManager[None]:
+        """Around passes through a sharded model: an error there is a lost rank's, if one is found to be lost."""
+        return self._together(nothing_else=False)
+
     @contextlib.contextmanager
-    def _together(self) -> Iterator[None]:
-        """Around a collective operation: one that fails is a rank that was lost."""
+    def _together(self, nothing_else: bool = True) -> Iterator[None]:
+        """Around a collective operation: one that fails is a rank that was lost, where it is `nothing_else`."""
         if self.watch is not None:
             self.watch.arrive()
         try:
@@ -94,20 +98,9 @@ class World:
         except RuntimeError as error:
             if self.watch is None:
                 raise
-            raise self.watch.broken(error) from error
-
-    @contextlib.contextmanager
-    def passes(self) -> Iterator[None]:
-        """Around passes through a sharded model: an error there is a lost rank's, if one is found to be lost."""
-        if self.watch is not None:
-            self.watch.arrive()
-        try:
-            yield
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            if self.watch is not None:
-                self.watch.broken(error)  # ends this process where it finds which
+            lost = self.watch.broken(error)  # ends this process where it finds which
+            if nothing_else:
+                raise lost from error
             raise
 
 
