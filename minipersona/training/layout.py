@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from minipersona.training.sharding import local
+from minipersona.training.sharding import local, own_rows
 from minipersona.training.world import World
 
 
@@ -110,8 +110,7 @@ class Shards:
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], world: World) -> None:
-        self._parameters = parameters
-        self._place = world.rank, world.size
+        self._parameters, self._world = parameters, world
         with torch.no_grad():
             self.weights = [local(parameter) for parameter in parameters]
         self.first = [torch.zeros_like(weight) for weight in self.weights]
@@ -140,11 +139,8 @@ class Shards:
         return squared.sqrt()
 
     def rows(self, index: int) -> slice:
-        """FSDP2 deals rows as torch.chunk does: equal shares rounded up, the last ranks' may be smaller or empty."""
-        rank, size = self._place
-        rows = len(self._parameters[index])
-        share = -(-rows // size)
-        return slice(min(rank * share, rows), min((rank + 1) * share, rows))
+        """Those that FSDP2 has dealt to it."""
+        return own_rows(len(self._parameters[index]), self._world)
 
 
 def _flat(parameters: Sequence[Tensor], order: Sequence[int]) -> tuple[Tensor, list[Tensor]]:

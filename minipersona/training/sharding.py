@@ -54,7 +54,9 @@ def local(tensor: Tensor) -> Tensor:
     return kept
 
 
-def own_rows(weight: Tensor, world: World) -> Tensor:
-    """The rows of a whole weight that this rank keeps: torch.chunk's, as FSDP2 deals them."""
-    chunks = weight.chunk(world.size)
-    return chunks[world.rank] if world.rank < len(chunks) else weight[:0]
+def own_rows(rows: int, world: World) -> slice:
+    """Which of a weight's rows this rank keeps. FSDP2 deals them as torch.chunk does: equal shares rounded up, of which
+    the last ranks' may be smaller or empty.
+    """
+    share = -(-rows // world.size)
+    return slice(min(world.rank * share, rows), min((world.rank + 1) * share, rows))

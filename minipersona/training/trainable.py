@@ -71,9 +71,10 @@ def distance_from_base(model: Qwen2, config: RunConfig, world: World) -> float:
     parameters = dict(model.named_parameters())
     squared = torch.zeros((), dtype=torch.float64, device=world.device)
     for name, base in stream_weights(model):
-        base = base.to(world.device, model.compute_dtype)
-        before, after = (own_rows(base, world), local(parameters[name])) if sharded else (base, parameters[name])
-        squared += (after.double() - before.double()).square().sum()
+        base, trained = base.to(world.device, model.compute_dtype), parameters[name].detach()
+        if sharded:
+            base, trained = base[own_rows(len(base), world)], local(trained)
+        squared += (trained.double() - base.double()).square().sum()
     if sharded:
         world.sum(squared)
     return float(squared.sqrt())
