@@ -1,10 +1,14 @@
 """What LoRA adds to one linear layer (Hu et al. 2021): y = W x + (alpha / r) B A dropout(x).
 
-r = rank, I/O = the layer's inputs/outputs, T = tokens. Adapters are fp32 masters, cast to the stream's precision at
-use: in bf16 a late update of relative size 1e-4 would round away.
+r = rank, I/O = the layer's inputs/outputs, T = tokens, n = layers that read the same input
+
+Adapters are fp32 masters, cast to the stream's precision at use: in bf16 a late update of relative size 1e-4 would
+round away.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -47,3 +51,25 @@ class Adapter(nn.Module):
         """||(alpha/r) B A||_F^2 = (alpha/r)^2 trace((B^T B)(A A^T)), fp64, without forming the product."""
         a, b = self.lora_A.double(), self.lora_B.double()
         return self.scale**2 * ((b.T @ b) * (a @ a.T)).sum()
+
+
+def low_one_by_one(adapters: Sequence[Adapter], x: Tensor, dropout_keys: Tensor | None) -> Tensor:
+    """x (T, I) -> what every adapter's `low` gives, side by side, (T, n r)."""
+    return torch.cat([adapter.low(x, dropout_keys) for adapter in adapters], dim=-1)
+
+
+def low_together(adapters: Sequence[Adapter], x: Tensor, dropout_keys: Tensor | None) -> Tensor:
+    """The same as one product: the dropped-out copies of x, side by side, with the A of all on a block diagonal.
+
+    A GPU takes 20 microseconds for a product of rank 32 however small it is, forward and twice backward. One product
+    of three times the size takes 35, the zeros that it multiplies included.
+    """
+    first = adapters[0]
+    assert all((a.scale, a.dropout) == (first.scale, first.dropout) for a in adapters), "one LoraConfig a model"
+    if dropout_keys is not None and first.dropout > 0:
+        channels = torch.stack([adapter.channel_keys for adapter in adapters])  # (n, I)
+        x = hashed_dropout(x[:, None], dropout_keys, channels, first.dropout).flatten(1)  # (T, n I)
+        lora_A = torch.block_diag(*(adapter.lora_A for adapter in adapters))  # (n r, n I)
+    else:
+        lora_A = torch.cat([adapter.lora_A for adapter in adapters])  # (n r, I)
+    return F.linear(x, lora_A.to(x.dtype)) * first.scale

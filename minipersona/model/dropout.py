@@ -45,13 +45,13 @@ def channel_keys(module: str, channels: int) -> Tensor:
 
 
 def keep_mask(tokens: Tensor, channels: Tensor, probability: float) -> Tensor:
-    """(T, C) bool, False with `probability`.
+    """channels (C,) -> (T, C) bool, or (n, C) -> (T, n, C); False with `probability`.
 
     Both keys are mixed already; two multiplications decorrelate their combinations. int32 arithmetic wraps, a
     signed comparison against a shifted threshold stands for the unsigned one, and the mask after the right shift
     makes it a logical one. So little integer work hides behind the memory traffic of the product it precedes.
     """
-    x = tokens[:, None] ^ channels  # (T, C)
+    x = tokens.view(-1, *[1] * channels.ndim) ^ channels  # (T, C) or (T, n, C)
     x = x * 0x7FEB352D
     x = x ^ ((x >> 15) & 0x1FFFF)
     x = x * -0x7B935975  # 0x846CA68B as a signed word
@@ -59,6 +59,9 @@ def keep_mask(tokens: Tensor, channels: Tensor, probability: float) -> Tensor:
 
 
 def hashed_dropout(x: Tensor, tokens: Tensor, channels: Tensor, probability: float) -> Tensor:
-    """Inverted dropout of x (T, C): dropped entries are 0, kept ones x / (1 - probability)."""
+    """Inverted dropout of x (T, C): dropped entries are 0, kept ones x / (1 - probability).
+
+    With the channels of several modules, (n, C), and x (T, 1, C): the dropped-out copy of each, (T, n, C).
+    """
     keep = keep_mask(tokens, channels, probability)
     return torch.where(keep, x * (1.0 / (1.0 - probability)), 0.0)

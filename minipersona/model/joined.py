@@ -25,11 +25,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minipersona.model.adapter import Adapter, low_one_by_one, low_together
 from minipersona.model.linear import Linear
 
 
 class Joined:
-    """Several layers of one input. `prepare` decides before a pass whether they can be computed together."""
+    """Several layers of one input. Before a pass, `prepare` sees whether they can be computed together."""
 
     def __init__(self, *layers: Linear) -> None:
         self.layers = layers
@@ -37,7 +38,8 @@ class Joined:
         self.ready = False
         self._storage: Tensor | None = None  # (sum of O, I + R)
         self._bias: Tensor | None = None  # (sum of O)
-        self._columns: list[Tensor] = []  # where each adapter's B goes
+        self.columns: list[Tensor] = []  # (O, r) each: where an adapter's B goes
+        self._places: list[int] = []  # where the layers' weights and biases lay when they had been laid out; ranks
 
     def __call__(self, x: Tensor, dropout_keys: Tensor | None) -> Sequence[Tensor]:
         """x (T, I) -> each layer's output (T, O)."""
@@ -45,9 +47,10 @@ class Joined:
             return [layer(x, dropout_keys) for layer in self.layers]
         storage = self._storage
         assert storage is not None
-        adapters = [layer.adapter for layer in self.layers if layer.adapter is not None and layer.adapter.enabled]
+        adapters = self.adapters
         if adapters:
-            x = torch.cat([x, *(adapter.low(x, dropout_keys) for adapter in adapters)], dim=-1)  # (T, I + R)
+            low = low_together if x.is_cuda else low_one_by_one  # a CPU would only multiply the zeros
+            x = torch.cat([x, low(adapters, x, dropout_keys)], dim=-1)  # (T, I + R)
         else:
             storage = storage[:, : x.shape[-1]]
         if not torch.is_grad_enabled():
@@ -55,9 +58,13 @@ class Joined:
         weights = list(storage.split(self.outputs))
         return side_by_side(x, weights, self._bias, [adapter.lora_B for adapter in adapters])
 
-    @torch.no_grad()
-    def prepare(self, dtype: torch.dtype) -> None:
-        """Lay the weights out where that has not been done, and copy the adapters' B into their columns.
+    @property
+    def adapters(self) -> list[Adapter]:
+        """The layers' adapters that are switched on."""
+        return [layer.adapter for layer in self.layers if layer.adapter is not None and layer.adapter.enabled]
+
+    def lay_out(self, dtype: torch.dtype) -> None:
+        """Lay the weights out where that has not been done. Every pass comes here; it looks at little else.
 
         Weights that learn or that are stored in another precision than the pass's are left alone and computed one by
         one. So are layers of which only some have an enabled adapter.
@@ -70,32 +77,24 @@ class Joined:
             and len(adapters) in (0, len(self.layers))
         )
         if not self.ready:
-            self._storage, self._bias, self._columns = None, None, []  # perhaps the last that holds on to their memory
+            # Perhaps the last that holds on to their memory.
+            self._storage, self._bias, self.columns, self._places = None, None, [], []
             return
-        inputs = weights[0].shape[1]
-        columns = sum(adapter.lora_B.shape[1] for adapter in adapters)
-        if not self._laid_out(inputs + columns):
-            self._lay_out(inputs, [adapter.lora_B.shape[1] for adapter in adapters])
-        if adapters:
-            torch._foreach_copy_(self._columns, [adapter.lora_B for adapter in adapters])
+        ranks = [adapter.lora_B.shape[1] for adapter in adapters]
+        if self._places != [*self._pointers(), *ranks]:
+            self._move(weights[0].shape[1], ranks)
+            self._places = [*self._pointers(), *ranks]
 
-    def _laid_out(self, columns: int) -> bool:
-        storage = self._storage
-        if storage is None or storage.shape[1] != columns:
-            return False
-        held = [*storage.split(self.outputs), *([] if self._bias is None else self._bias.split(self.outputs))]
-        biases = [layer.bias for layer in self.layers if layer.bias is not None]
-        used = [*(layer.weight for layer in self.layers), *biases]
-        return all(mine.data_ptr() == theirs.data_ptr() for mine, theirs in zip(held, used, strict=True))
+    def _pointers(self) -> list[int]:
+        biases = [layer.bias.data_ptr() for layer in self.layers if layer.bias is not None]
+        return [*(layer.weight.data_ptr() for layer in self.layers), *biases]
 
-    def _lay_out(self, inputs: int, ranks: Sequence[int]) -> None:
+    def _move(self, inputs: int, ranks: Sequence[int]) -> None:
         """Move the weights into one tensor; the layers' parameters become views of it."""
-        first = self.layers[0].weight
-        self._storage = first.new_zeros(sum(self.outputs), inputs + sum(ranks))
-        if ranks:
-            # .data: what an earlier pass saved for its backward pass is this same tensor, and is still right.
-            rows, edges = self._storage.data.split(self.outputs), itertools.accumulate(ranks, initial=inputs)
-            self._columns = [row[:, a:b] for row, (a, b) in zip(rows, itertools.pairwise(edges), strict=True)]
+        self._storage = self.layers[0].weight.new_zeros(sum(self.outputs), inputs + sum(ranks))
+        # .data: what an earlier pass saved for its backward pass is this same tensor, and is still right.
+        rows, edges = self._storage.data.split(self.outputs), itertools.accumulate(ranks, initial=inputs)
+        self.columns = [row[:, a:b] for row, (a, b) in zip(rows, itertools.pairwise(edges), strict=False)]
         for layer, rows in zip(self.layers, self._storage.split(self.outputs), strict=True):
             rows[:, :inputs].copy_(layer.weight)
             layer.weight.data = rows[:, :inputs]
@@ -104,6 +103,19 @@ class Joined:
         if self._bias is not None:
             for bias, rows in zip(biases, self._bias.split(self.outputs), strict=True):
                 bias.data = rows
+
+
+@torch.no_grad()
+def prepare(joined: Sequence[Joined], dtype: torch.dtype) -> None:
+    """Before a pass in this precision: lay out what is not, and copy the adapters' B into their columns.
+
+    All of them in one go, once nothing else is left to look at: a GPU waits for its host between two steps.
+    """
+    for each in joined:
+        each.lay_out(dtype)
+    pairs = [pair for each in joined if each.ready for pair in zip(each.columns, each.adapters, strict=False)]
+    if pairs:
+        torch._foreach_copy_([column for column, _ in pairs], [adapter.lora_B for _, adapter in pairs])
 
 
 # A custom operator, since activation checkpointing in a compiled block recomputes those, but keeps the outputs of an
@@ -134,12 +146,25 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
 
 def _backward(ctx: Any, slopes: list[Tensor]) -> tuple[Any, ...]:
     x, *weights = ctx.saved_tensors
-    d_x = slopes[0] @ weights[0]  # (T, I + R)
-    for slope, weight in zip(slopes[1:], weights[1:], strict=True):
-        d_x = torch.addmm(d_x, slope, weight)
+    d_x = sum_of_products(slopes, weights)  # (T, I + R)
     lows = x[:, x.shape[1] - sum(ctx.ranks) :].split(ctx.ranks, dim=-1) if ctx.ranks else []
     d_B = [(s.T @ low).to(dtype) for s, low, dtype in zip(slopes, lows, ctx.dtypes, strict=False)]
     return d_x, [None] * len(weights), None, d_B
 
 
 side_by_side.register_autograd(_backward, setup_context=_save)
+
+
+# A custom operator as well: the compiler would have every further product begin with a copy of the sum so far.
+@torch.library.custom_op("minipersona::sum_of_products", mutates_args=())
+def sum_of_products(slopes: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    """sum_i slopes_i W_i: slopes, each (T, O); weights, each (O, I) -> (T, I)."""
+    total = slopes[0] @ weights[0]
+    for slope, weight in zip(slopes[1:], weights[1:], strict=True):
+        total.addmm_(slope, weight)
+    return total
+
+
+@sum_of_products.register_fake
+def _(slopes: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    return slopes[0].new_empty(slopes[0].shape[0], weights[0].shape[1])

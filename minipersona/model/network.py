@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from minipersona.model.attention import Scope, Spans, WithinDocuments
 from minipersona.model.config import ModelConfig
-from minipersona.model.joined import Joined
+from minipersona.model.joined import Joined, prepare
 from minipersona.model.linear import Linear
 from minipersona.model.pack import Pack, make_pack
 
@@ -146,11 +146,6 @@ class Block(nn.Module):
         h = h + self.self_attn(self.input_layernorm(h), cos, sin, scope, dropout_keys)
         return h + self.mlp(self.post_attention_layernorm(h), dropout_keys)
 
-    def prepare(self, dtype: torch.dtype) -> None:
-        """Before a pass in this precision: lay side by side what is computed together."""
-        self.self_attn.qkv.prepare(dtype)
-        self.mlp.gate_up.prepare(dtype)
-
 
 class Decoder(nn.Module):
     """What Hugging Face calls `model`: everything below the head."""
@@ -172,6 +167,7 @@ class Qwen2(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype = compute_dtype
+        self.compiled = False
         self.source: dict[str, str | None] = {}
         self.model = Decoder(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -191,8 +187,20 @@ class Qwen2(nn.Module):
 
     def compile_blocks(self) -> None:
         """Compile the decoder block, once for all blocks and all pack sizes."""
+        from torch._functorch import config as functorch  # late: they bring the compiler along
+        from torch._inductor import config as inductor
+
         # A study sees several ranks and scopes, with gradients and without; past 8 variants torch would stop compiling.
         torch._dynamo.config.recompile_limit = 64
+        # Numbers such as a norm's epsilon are constants. As inputs they would be tensors on the CPU, for whose sake a
+        # C++ compiler is called: half a minute and more.
+        torch._dynamo.config.specialize_float = True
+        # A fusion that pays from 4,096 tokens on: packs on both sides of that would be compiled twice.
+        inductor.triton.mix_order_reduction = False
+        # Dropout's masks follow from a word a token; by default they would be kept for the backward pass as bytes.
+        functorch.ban_recompute_used_far_apart = False
+        functorch.ban_recompute_long_fusible_chains = False
+        self.compiled = True
         for block in self.model.layers:
             block.compile(dynamic=True)
 
@@ -222,12 +230,14 @@ class Qwen2(nn.Module):
         taps = taps or {}
         blocks = [block for block in self.model.layers if isinstance(block, Block)]
         if not prepared:
-            for block in blocks:
-                block.prepare(self.compute_dtype)
+            joined = [each for block in blocks for each in (block.self_attn.qkv, block.mlp.gate_up)]
+            prepare(joined, self.compute_dtype)
         wide = torch.float64 if self.compute_dtype == torch.float64 else torch.float32
         h = self.model.embed_tokens(pack.ids).to(self.compute_dtype)  # (T, D)
         if EMBEDDING in taps:
             h = taps[EMBEDDING](h)
+        if self.compiled and torch.is_grad_enabled() and not h.requires_grad:
+            h.requires_grad_()  # else the first block, to which nothing flows back, would be compiled on its own
         cos, sin = rotary_angles(pack.positions, self.config.head_dim, self.config.rope_theta, wide)
         within = WithinDocuments(Spans(pack.boundaries, pack.longest))
         for index, block in enumerate(blocks):

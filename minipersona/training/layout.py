@@ -79,11 +79,12 @@ class Flat:
         self._second, self.second = _flat(parameters, order)
 
     def pieces(self) -> Iterator[Piece]:
-        """Two: what decays, and what does not."""
+        """At most two: what decays, and what does not."""
         flat = (self._weights, self._gradients, self._first, self._second)
         for decays, part in ((True, slice(None, self._decayed)), (False, slice(self._decayed, None))):
             weight, gradient, first, second = (x[part] for x in flat)
-            yield Piece(weight, gradient, first, second, decays)
+            if len(weight):
+                yield Piece(weight, gradient, first, second, decays)
 
     def zero(self) -> None:
         """Forget the gradients."""

@@ -76,7 +76,7 @@ def train(
     sharded = is_sharded(config, world)
     learned = list(trainable.values())
     layout: Layout = Flat(learned) if not sharded else Shards(learned, world)
-    optimizer = AdamW(layout, recipe.beta1, recipe.beta2, recipe.epsilon, recipe.weight_decay)
+    optimizer = AdamW(layout, recipe.beta1, recipe.beta2, recipe.epsilon, recipe.weight_decay, compiled)
     position = load_state(directory, trainable, optimizer)
     world.agree(position.step, "the step to continue from")
     if position.done:

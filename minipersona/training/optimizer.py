@@ -18,10 +18,14 @@ SLICE = 50_000_000  # elements updated at once: temporaries that stay small besi
 class AdamW:
     """State: the moments, which lie in the layout, and the number of updates k."""
 
-    def __init__(self, layout: Layout, beta1: float, beta2: float, epsilon: float, weight_decay: float) -> None:
+    def __init__(
+        self, layout: Layout, beta1: float, beta2: float, epsilon: float, weight_decay: float, compiled: bool = False
+    ) -> None:
         self.layout = layout
         self.beta1, self.beta2, self.epsilon, self.weight_decay = beta1, beta2, epsilon, weight_decay
         self.updates = 0
+        # As one pass over memory instead of nine: a tenth of a full-parameter step.
+        self._move = torch.compile(move, dynamic=True) if compiled else move
 
     @torch.no_grad()
     def update(self, learning_rate: float) -> None:
@@ -30,14 +34,26 @@ class AdamW:
         correction1 = 1 - self.beta1**self.updates
         correction2 = 1 - self.beta2**self.updates
         for piece in self.layout.pieces():
-            if piece.decays:
-                piece.weight.mul_(1 - learning_rate * self.weight_decay)
+            decay = learning_rate * self.weight_decay if piece.decays else 0.0
+            # Tensors, since a compiler takes every new number for new code.
+            changing = piece.weight.new_tensor([1 - decay, learning_rate / correction1, correction2**0.5])
             flat = [x.view(-1).split(SLICE) for x in (piece.weight, piece.gradient, piece.first, piece.second)]
             for p, g, m, v in zip(*flat, strict=True):
-                m.lerp_(g, 1 - self.beta1)
-                v.mul_(self.beta2).addcmul_(g, g, value=1 - self.beta2)
-                denominator = v.sqrt().div_(correction2**0.5).add_(self.epsilon)
-                p.addcdiv_(m, denominator, value=-learning_rate / correction1)
+                self._move(p, g, m, v, changing, self.beta1, self.beta2, self.epsilon)
+
+
+def move(
+    p: Tensor, g: Tensor, m: Tensor, v: Tensor, changing: Tensor, beta1: float, beta2: float, epsilon: float
+) -> None:
+    """Update weights p and their moments m and v from their gradients g, all (n,), in place.
+
+    changing  (3,): 1 - lr wd, lr / (1-b1^k), sqrt(1-b2^k)
+    """
+    keep, rate, root = changing
+    p.mul_(keep)
+    m.lerp_(g, 1 - beta1)
+    v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    p.sub_((m * rate).div_(v.sqrt().div_(root).add_(epsilon)))
 
 
 @torch.no_grad()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from conftest import relative_error
 from torch import Tensor
 
 from minipersona.config import LoraConfig
-from minipersona.model.adapter import Adapter
-from minipersona.model.joined import Joined
+from minipersona.model.adapter import Adapter, low_one_by_one, low_together
+from minipersona.model.joined import Joined, prepare, sum_of_products
 from minipersona.model.linear import Linear
 
 INPUTS, OUTPUTS = 12, (7, 3, 5)
@@ -51,7 +53,7 @@ def test_together_equals_one_by_one(bias: bool, adapted: tuple[bool, ...]) -> No
     x = torch.randn(9, INPUTS, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     expected = results(lambda x, keys: [layer(x, keys) for layer in group], x, group)
     joined = Joined(*group)
-    joined.prepare(torch.float64)
+    prepare([joined], torch.float64)
     assert joined.ready
     for ours, theirs in zip(results(joined, x, group), expected, strict=True):
         assert relative_error(ours, theirs) < 1e-10
@@ -64,14 +66,14 @@ def test_a_changed_adapter_is_seen_once_prepared_and_only_then() -> None:
     group = layers()
     x = torch.randn(9, INPUTS, dtype=torch.float64)
     joined = Joined(*group)
-    joined.prepare(torch.float64)
+    prepare([joined], torch.float64)
     before = joined(x, None)[0]
     adapter = group[0].adapter
     assert adapter is not None
     with torch.no_grad():
         adapter.lora_B += 1
     assert torch.equal(joined(x, None)[0], before)  # the control: columns that are not brought up to date are stale
-    joined.prepare(torch.float64)
+    prepare([joined], torch.float64)
     assert relative_error(joined(x, None)[0], group[0](x)) < 1e-10
 
 
@@ -86,7 +88,7 @@ def test_a_disabled_or_removed_adapter_is_gone() -> None:
                 layer.adapter.enabled = False
             if change == "removed":
                 layer.adapter = None
-        joined.prepare(torch.float64)
+        prepare([joined], torch.float64)
         assert joined.ready
         for ours, layer in zip(joined(x, None), group, strict=True):
             assert relative_error(ours, layer(x)) < 1e-10
@@ -107,7 +109,7 @@ def test_what_cannot_be_joined_is_computed_one_by_one(reason: str) -> None:
     joined = Joined(*group)
     if reason == "learns":
         group[1].weight.requires_grad_(True)
-    joined.prepare(torch.float32 if reason == "precision" else torch.float64)
+    prepare([joined], torch.float32 if reason == "precision" else torch.float64)
     assert not joined.ready
     assert all(torch.equal(ours, layer(x)) for ours, layer in zip(joined(x, None), group, strict=True))
 
@@ -116,10 +118,38 @@ def test_weights_that_were_replaced_are_laid_out_again() -> None:
     group = layers()
     x = torch.randn(9, INPUTS, dtype=torch.float64)
     joined = Joined(*group)
-    joined.prepare(torch.float64)
+    prepare([joined], torch.float64)
     group[1].weight = torch.nn.Parameter(torch.ones_like(group[1].weight), requires_grad=False)
     assert group[0].bias is not None
     group[0].bias = torch.nn.Parameter(torch.ones_like(group[0].bias), requires_grad=False)
-    joined.prepare(torch.float64)
+    prepare([joined], torch.float64)
     for ours, layer in zip(joined(x, None), group, strict=True):
         assert relative_error(ours, layer(x)) < 1e-10
+
+
+@pytest.mark.parametrize("keys", [KEYS, None], ids=["dropout", "none"])
+def test_low_products_in_one_equal_those_one_by_one(keys: Tensor | None) -> None:
+    adapters = [layer.adapter for layer in layers() if layer.adapter is not None]
+    x = torch.randn(9, INPUTS, generator=torch.Generator().manual_seed(1), dtype=torch.float64, requires_grad=True)
+
+    def found(low: Callable[..., Tensor]) -> list[Tensor]:
+        y = low(adapters, x, keys)
+        weights = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view_as(y)
+        return [y, *torch.autograd.grad((y * weights).sum(), [x, *(adapter.lora_A for adapter in adapters)])]
+
+    together, one_by_one = found(low_together), found(low_one_by_one)
+    for ours, theirs in zip(together, one_by_one, strict=True):
+        assert relative_error(ours, theirs) < 1e-12
+    for adapter in adapters:  # the control: each has its own mask
+        adapter.channel_keys = adapters[0].channel_keys
+    assert (relative_error(found(low_together)[0], together[0]) > 1e-3) == (keys is not None)
+
+
+def test_a_sum_of_products_adds_in_place_to_its_own_memory_alone() -> None:
+    slopes = [torch.randn(5, 4) for _ in range(3)]
+    weights = [torch.randn(4, 6) for _ in range(3)]
+    before = [x.clone() for x in (*slopes, *weights)]
+    total = sum_of_products(slopes, weights)
+    expected = sum((s @ w for s, w in zip(slopes, weights, strict=True)), torch.zeros(5, 6))
+    assert relative_error(total, expected) < 1e-6
+    assert all(torch.equal(a, b) for a, b in zip(before, (*slopes, *weights), strict=True))
