@@ -1,6 +1,6 @@
 """The registered recipe's step under every objective of the study, with activation checkpointing:
 
-python -m benchmarks.objectives [--steps 12] [--out FILE]
+python -m benchmarks.objectives [--steps 24] [--out FILE]
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ LAYER = 20
 MOST = {"cross-entropy": 1.0, "KL to base": 1.6, "R3F": 2.2, "steering": 1.03}  # times cross-entropy's step
 
 
-OPTIONS = {"steps": 12, "no_checkpointing": False}
+OPTIONS = {"steps": 24, "no_checkpointing": False}
 
 
 def run(sitting: Sitting) -> None:

@@ -29,7 +29,7 @@ from minipersona.study.run import make_deterministic
 from minipersona.training.world import join_world, leave_world
 
 FULL = "random:Qwen/Qwen2.5-3B-Instruct"  # its full-parameter training fits one GPU of 80 GB
-OPTIONS = {"steps": 12, "gpus": 2, "cases": "lora,cells,ranks,full,shards,deterministic", "full_model": FULL,
+OPTIONS = {"steps": 24, "gpus": 2, "cases": "lora,cells,ranks,full,shards,deterministic", "full_model": FULL,
            "worker": "", "result": ""}  # fmt: skip
 
 

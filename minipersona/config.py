@@ -255,8 +255,8 @@ class ExecutionSection:
     """How, not what: nothing here changes a result beyond rounding, so a run may be continued with other values."""
 
     device: str = "auto"  # auto: CUDA where there is one
-    pack_tokens: int = 0  # most tokens of one pass, lower it when memory runs out; 0: in training 5,120 where
-    # activations are checkpointed, so that the 7B takes 22 GiB, else 10,240; in measuring 16,384
+    pack_tokens: int = 0  # most tokens of one pass, lower it when memory runs out; 0: in training 8,192 where
+    # activations are checkpointed, else 10,240; in measuring 16,384
     checkpoint_activations: bool = True  # recompute blocks in the backward pass: less memory, a third slower
     compile: Literal["auto", "on", "off"] = "auto"  # auto: on CUDA
     save_minutes: float = 5.0  # between rolling checkpoints
@@ -271,7 +271,7 @@ class ExecutionSection:
     @property
     def training_tokens(self) -> int:
         """Most tokens of one forward and backward pass."""
-        return self.pack_tokens or (5_120 if self.checkpoint_activations else 10_240)
+        return self.pack_tokens or (8_192 if self.checkpoint_activations else 10_240)
 
     @property
     def measuring_tokens(self) -> int:

@@ -103,6 +103,8 @@ class Joined:
         if self._bias is not None:
             for bias, rows in zip(biases, self._bias.split(self.outputs), strict=True):
                 bias.data = rows
+        if self._storage.is_cuda:
+            torch.cuda.empty_cache()  # the holes that the old weights leave are too small for what comes next
 
 
 @torch.no_grad()

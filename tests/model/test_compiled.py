@@ -19,6 +19,8 @@ from minipersona.model.lora import apply_lora
 from minipersona.model.network import Qwen2
 from minipersona.model.pack import Pack, make_pack
 
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")
+
 SIZES = ModelConfig(
     hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
     vocab_size=50, max_position_embeddings=64, rms_norm_eps=1e-6, rope_theta=1e4, tie_word_embeddings=False,
