@@ -93,9 +93,11 @@ def extract(
         response_tokens=None if counts is None else counts.view(shape[:2]),
         metadata={
             "method": method,
-            "model": str(model.source.get("name")),
-            "revision": str(model.source.get("revision")),
-            "adapter": str(model.source.get("adapter")),
+            **{
+                key: value
+                for key, name in (("model", "name"), ("revision", "revision"), ("adapter", "adapter"))
+                if (value := model.source.get(name))
+            },
             "compute_dtype": str(model.compute_dtype).removeprefix("torch."),
             "tokenizer_digest": tokenizer.digest,
             "prompt_digest": digest([d.ids.tolist() for d in prompts]),

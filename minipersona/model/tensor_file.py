@@ -53,7 +53,7 @@ def check_header(file: Path) -> None:
         raise ValueError("its header names no tensors") from None
     if (announced := 8 + length + max(ends, default=0)) > size:
         found = f"it is cut off after {size:,} of {announced:,} bytes"
-        raise UserError(f"{file}: no readable safetensors file ({found}); fetch it again")
+        raise UserError(f"{file}: no readable safetensors file ({found}); fetch or make it again")
 
 
 def in_order(content: bytes) -> bytes:

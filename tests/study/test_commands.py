@@ -424,7 +424,7 @@ def test_vectors_name_the_adapter_that_made_them(finished: Path, questions: Path
     adapter = str(finished / "step-000004")
     assert main([*command, "--out", str(tmp_path / "base")]) == 0
     assert main([*command, "--adapter", adapter, "--out", str(tmp_path / "adapted")]) == 0
-    assert load_vectors(tmp_path / "base").metadata["adapter"] == "None"
+    assert not {"adapter", "revision"} & load_vectors(tmp_path / "base").metadata.keys()
     assert adapter in load_vectors(tmp_path / "adapted").metadata["adapter"]
 
 
