@@ -255,8 +255,8 @@ class ExecutionSection:
     """How, not what: nothing here changes a result beyond rounding, so a run may be continued with other values."""
 
     device: str = "auto"  # auto: CUDA where there is one
-    pack_tokens: int = 0  # most tokens of one pass, lower it when memory runs out; 0: in training 8,192 where
-    # activations are checkpointed, else 10,240; in measuring 16,384
+    pack_tokens: int = 0  # most tokens of one pass, lower it when memory runs out; 0: in training adapters 8,192 where
+    # activations are checkpointed, else 10,240; in training all weights 5,120; in measuring 16,384
     checkpoint_activations: bool = True  # recompute blocks in the backward pass: less memory, a third slower
     compile: Literal["auto", "on", "off"] = "auto"  # auto: on CUDA
     save_minutes: float = 5.0  # between rolling checkpoints
@@ -267,11 +267,6 @@ class ExecutionSection:
         require(self.pack_tokens >= 0, f"execution.pack_tokens = {self.pack_tokens}: must not be negative")
         require(self.save_minutes >= 0, f"execution.save_minutes = {self.save_minutes}: must not be negative")
         require(self.timeout_minutes > 0, f"execution.timeout_minutes = {self.timeout_minutes}: must be positive")
-
-    @property
-    def training_tokens(self) -> int:
-        """Most tokens of one forward and backward pass."""
-        return self.pack_tokens or (8_192 if self.checkpoint_activations else 10_240)
 
     @property
     def measuring_tokens(self) -> int:
@@ -305,3 +300,12 @@ class RunConfig:
             self.steering.vector != COLLAPSE or self.probe.baseline not in ("", "self"),
             'steering.vector = "collapse" is measured on another run; name its directory in probe.baseline',
         )
+
+    @property
+    def training_tokens(self) -> int:
+        """Most tokens of one forward and backward pass."""
+        if self.execution.pack_tokens:
+            return self.execution.pack_tokens
+        if self.training.method == "full":  # its memory is taken by other things, and sharded runs cannot try again
+            return 5_120
+        return 8_192 if self.execution.checkpoint_activations else 10_240

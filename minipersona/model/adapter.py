@@ -61,8 +61,8 @@ def low_one_by_one(adapters: Sequence[Adapter], x: Tensor, dropout_keys: Tensor 
 def low_together(adapters: Sequence[Adapter], x: Tensor, dropout_keys: Tensor | None) -> Tensor:
     """The same as one product: the dropped-out copies of x, side by side, with the A of all on a block diagonal.
 
-    A GPU takes 20 microseconds for a product of rank 32 however small it is, forward and twice backward. One product
-    of three times the size takes 35, the zeros that it multiplies included.
+    A GPU takes a fixed time for a product of rank 32, more than its bytes would, forward and twice backward. So one
+    product is faster than three, though two thirds of the block diagonal are zeros (docs/log.md).
     """
     first = adapters[0]
     assert all((a.scale, a.dropout) == (first.scale, first.dropout) for a in adapters), "one LoraConfig a model"

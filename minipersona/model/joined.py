@@ -38,8 +38,8 @@ class Joined:
         self.ready = False
         self._storage: Tensor | None = None  # (sum of O, I + R)
         self._bias: Tensor | None = None  # (sum of O)
-        self.columns: list[Tensor] = []  # (O, r) each: where an adapter's B goes
-        self._places: list[int] = []  # where the layers' weights and biases lay when they had been laid out; ranks
+        self._columns: list[Tensor] = []  # (O, r) each: where an adapter's B goes
+        self._laid_out: tuple[Any, ...] = ()  # what `_layout` was when they had been laid out
 
     def __call__(self, x: Tensor, dropout_keys: Tensor | None) -> Sequence[Tensor]:
         """x (T, I) -> each layer's output (T, O)."""
@@ -63,11 +63,17 @@ class Joined:
         """The layers' adapters that are switched on."""
         return [layer.adapter for layer in self.layers if layer.adapter is not None and layer.adapter.enabled]
 
-    def lay_out(self, dtype: torch.dtype) -> None:
-        """Lay the weights out where that has not been done. Every pass comes here; it looks at little else.
+    @property
+    def copies(self) -> list[tuple[Tensor, Tensor]]:
+        """(columns, B) of the adapters that are switched on."""
+        adapters = self.adapters
+        return list(zip(self._columns, [a.lora_B for a in adapters], strict=True)) if self.ready and adapters else []
 
-        Weights that learn or that are stored in another precision than the pass's are left alone and computed one by
-        one. So are layers of which only some have an enabled adapter.
+    def lay_out(self, dtype: torch.dtype) -> None:
+        """Lay the weights out, unless they are: every pass comes here, and then compares addresses and ranks alone.
+
+        Weights that learn or that are stored in another precision than the pass's are computed one by one, and what
+        was laid out is given back. So it is where only some of the layers have an enabled adapter.
         """
         weights = [layer.weight for layer in self.layers]
         adapters = [layer.adapter for layer in self.layers if layer.adapter is not None]
@@ -77,32 +83,34 @@ class Joined:
             and len(adapters) in (0, len(self.layers))
         )
         if not self.ready:
-            # Perhaps the last that holds on to their memory.
-            self._storage, self._bias, self.columns, self._places = None, None, [], []
+            self._storage, self._bias, self._columns, self._laid_out = None, None, [], ()
             return
         ranks = [adapter.lora_B.shape[1] for adapter in adapters]
-        if self._places != [*self._pointers(), *ranks]:
+        if self._laid_out != self._layout(ranks):
             self._move(weights[0].shape[1], ranks)
-            self._places = [*self._pointers(), *ranks]
+            self._laid_out = self._layout(ranks)
 
-    def _pointers(self) -> list[int]:
+    def _layout(self, ranks: Sequence[int]) -> tuple[Any, ...]:
+        """Where everything lies, and the columns' widths. A copy of a model has other addresses."""
         biases = [layer.bias.data_ptr() for layer in self.layers if layer.bias is not None]
-        return [*(layer.weight.data_ptr() for layer in self.layers), *biases]
+        storage = 0 if self._storage is None else self._storage.data_ptr()
+        return storage, [layer.weight.data_ptr() for layer in self.layers], biases, ranks
 
     def _move(self, inputs: int, ranks: Sequence[int]) -> None:
         """Move the weights into one tensor; the layers' parameters become views of it."""
         self._storage = self.layers[0].weight.new_zeros(sum(self.outputs), inputs + sum(ranks))
-        # .data: what an earlier pass saved for its backward pass is this same tensor, and is still right.
+        # .data: what an earlier pass saved for its backward pass is this same tensor, and B does not change in between.
         rows, edges = self._storage.data.split(self.outputs), itertools.accumulate(ranks, initial=inputs)
-        self.columns = [row[:, a:b] for row, (a, b) in zip(rows, itertools.pairwise(edges), strict=False)]
-        for layer, rows in zip(self.layers, self._storage.split(self.outputs), strict=True):
-            rows[:, :inputs].copy_(layer.weight)
-            layer.weight.data = rows[:, :inputs]
+        # Without adapters there are no edges, and no columns.
+        self._columns = [row[:, a:b] for row, (a, b) in zip(rows, itertools.pairwise(edges), strict=False)]
+        for layer, rows_of_it in zip(self.layers, self._storage.split(self.outputs), strict=True):
+            rows_of_it[:, :inputs].copy_(layer.weight)
+            layer.weight.data = rows_of_it[:, :inputs]
         biases = [layer.bias for layer in self.layers if layer.bias is not None]
         self._bias = torch.cat([bias.data for bias in biases]) if biases else None
         if self._bias is not None:
-            for bias, rows in zip(biases, self._bias.split(self.outputs), strict=True):
-                bias.data = rows
+            for bias, part in zip(biases, self._bias.split(self.outputs), strict=True):
+                bias.data = part
         if self._storage.is_cuda:
             torch.cuda.empty_cache()  # the holes that the old weights leave are too small for what comes next
 
@@ -111,13 +119,13 @@ class Joined:
 def prepare(joined: Sequence[Joined], dtype: torch.dtype) -> None:
     """Before a pass in this precision: lay out what is not, and copy the adapters' B into their columns.
 
-    All of them in one go, once nothing else is left to look at: a GPU waits for its host between two steps.
+    All copies are one call, once nothing else is left to look at: a GPU waits for its host between two steps.
     """
     for each in joined:
         each.lay_out(dtype)
-    pairs = [pair for each in joined if each.ready for pair in zip(each.columns, each.adapters, strict=False)]
-    if pairs:
-        torch._foreach_copy_([column for column, _ in pairs], [adapter.lora_B for _, adapter in pairs])
+    copies = [pair for each in joined for pair in each.copies]
+    if copies:
+        torch._foreach_copy_([columns for columns, _ in copies], [lora_B for _, lora_B in copies])
 
 
 # A custom operator, since activation checkpointing in a compiled block recomputes those, but keeps the outputs of an

@@ -192,8 +192,8 @@ class Qwen2(nn.Module):
 
         # A study sees several ranks and scopes, with gradients and without; past 8 variants torch would stop compiling.
         torch._dynamo.config.recompile_limit = 64
-        # Numbers such as a norm's epsilon are constants. As inputs they would be tensors on the CPU, for whose sake a
-        # C++ compiler is called: half a minute and more.
+        # Numbers such as a norm's epsilon, or an objective's weight, are constants. As inputs they would be tensors on
+        # the CPU, for whose sake a C++ compiler is called: half a minute and more.
         torch._dynamo.config.specialize_float = True
         # A fusion that pays from 4,096 tokens on: packs on both sides of that would be compiled twice.
         inductor.triton.mix_order_reduction = False
@@ -203,6 +203,11 @@ class Qwen2(nn.Module):
         self.compiled = True
         for block in self.model.layers:
             block.compile(dynamic=True)
+
+    def prepare(self) -> None:
+        """Lay out what is computed together, or give its memory back where that cannot be: before every pass."""
+        blocks = [block for block in self.model.layers if isinstance(block, Block)]
+        prepare([each for block in blocks for each in (block.self_attn.qkv, block.mlp.gate_up)], self.compute_dtype)
 
     def forward(
         self,
@@ -230,14 +235,14 @@ class Qwen2(nn.Module):
         taps = taps or {}
         blocks = [block for block in self.model.layers if isinstance(block, Block)]
         if not prepared:
-            joined = [each for block in blocks for each in (block.self_attn.qkv, block.mlp.gate_up)]
-            prepare(joined, self.compute_dtype)
+            self.prepare()
         wide = torch.float64 if self.compute_dtype == torch.float64 else torch.float32
         h = self.model.embed_tokens(pack.ids).to(self.compute_dtype)  # (T, D)
         if EMBEDDING in taps:
             h = taps[EMBEDDING](h)
-        if self.compiled and torch.is_grad_enabled() and not h.requires_grad:
-            h.requires_grad_()  # else the first block, to which nothing flows back, would be compiled on its own
+        learns = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in blocks[0].parameters())
+        if self.compiled and learns and not h.requires_grad:
+            h = h.detach().requires_grad_()  # a first block through which nothing flows back would be compiled apart
         cos, sin = rotary_angles(pack.positions, self.config.head_dim, self.config.rope_theta, wide)
         within = WithinDocuments(Spans(pack.boundaries, pack.longest))
         for index, block in enumerate(blocks):

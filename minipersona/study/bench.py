@@ -16,7 +16,6 @@ from minipersona.model.network import Qwen2
 from minipersona.study.measure import Instruments, make_instruments
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64, "auto": None}
-COMPILATIONS = 64  # of one block, most; torch gives up at 8 by default and runs what follows uncompiled
 
 
 class Bench:
@@ -54,8 +53,6 @@ class Bench:
     def _load(self, config: RunConfig) -> Qwen2:
         model = load_run_model(config.model, self.device)
         if compiles(config, self.device):
-            # One compilation serves all blocks; each rank of adapters, with and without gradients, is another.
-            torch._dynamo.config.recompile_limit = max(COMPILATIONS, torch._dynamo.config.recompile_limit)
             model.compile_blocks()
         return model
 

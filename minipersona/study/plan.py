@@ -80,7 +80,7 @@ def step_lengths(documents: Sequence[Document], config: RunConfig) -> list[int]:
 
 def largest_pack(documents: Sequence[Document], lengths: Sequence[int], config: RunConfig) -> int:
     """Tokens of the largest pack, given those of every step."""
-    return min(max(lengths), max(config.execution.training_tokens, max(len(d) for d in documents)))
+    return min(max(lengths), max(config.training_tokens, max(len(d) for d in documents)))
 
 
 def to_fetch(data: DataSection) -> list[str]:
@@ -122,7 +122,7 @@ def memory_bytes(sizes: ModelConfig, config: RunConfig, device: str, tokens: int
     block = compute * (8 * d + 2 * k + 4.3 * f)
     stream = compute * d * sizes.num_hidden_layers
     recomputed = config.execution.checkpoint_activations
-    kept = stream + 4.3 * block if recomputed else 1.1 * block * sizes.num_hidden_layers
+    kept = stream + 2.1 * block if recomputed else 0.93 * block * sizes.num_hidden_layers
     fused = 1.0 if compiles(config, torch.device(device)) else 1.6  # unfused passes keep intermediates besides
     logits = min(tokens, CHUNK) * sizes.vocab_size * (4 + 2 * compute)
     heads = 1 if config.objective.kind == "cross_entropy" else 2

@@ -176,7 +176,7 @@ class Estimate:
             except UserError as error:
                 self._assume(error)
         tokens = recipe.batch * ROW_TOKENS
-        return [tokens] * recipe.steps, min(tokens, config.execution.training_tokens)
+        return [tokens] * recipe.steps, min(tokens, config.training_tokens)
 
     def _probe_tokens(self, config: RunConfig) -> float:
         """Tokens that a measurement computes: prompts, each persona's common beginning once, and held-out rows."""
@@ -214,7 +214,7 @@ class Estimate:
             Document(rng.integers(0, self.sizes.vocab_size, length).astype(np.int32), np.arange(length) > 40, False)
             for _ in range(config.training.batch)
         ]
-        packs = make_packs(documents, range(len(documents)), config.execution.training_tokens)
+        packs = make_packs(documents, range(len(documents)), config.training_tokens)
         seconds = []
         for step in (1, 2, 3):
             started = time.perf_counter()

@@ -84,7 +84,7 @@ def train(
     if world.first:
         cut_logs(directory, position.step)
     order = RowOrder(len(documents), recipe.batch, config.seed)
-    budget = Budget(config.execution.training_tokens // objective.share)
+    budget = Budget(config.training_tokens // objective.share)
     make = functools.partial(make_batch, documents, world=world, sharded=sharded)
     measure_step(position.step, recipe, hooks)  # again, if what ended the run came between the step and its measurement
     batch = make(order.step(position.step + 1), budget.tokens)

@@ -150,6 +150,7 @@ def _frozen_copy(model: Qwen2, config: RunConfig, compiled: bool) -> Qwen2 | Non
     if config.training.method == "lora":
         return None
     base = copy.deepcopy(model).requires_grad_(False)
+    base.prepare()  # what an earlier pass had laid out was copied beside the weights that were views of it
     if compiled:
         base.compile_blocks()
     return base

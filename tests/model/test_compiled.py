@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from minipersona.config import LoraConfig
+from minipersona.model import joined
+from minipersona.model.adapter import low_one_by_one, low_together
 from minipersona.model.config import ModelConfig
 from minipersona.model.dropout import token_keys
-from minipersona.model.lora import apply_lora
-from minipersona.model.network import Qwen2
+from minipersona.model.lora import apply_lora, remove_lora
+from minipersona.model.network import EMBEDDING, Qwen2
 from minipersona.model.pack import Pack, make_pack
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")
@@ -89,17 +91,34 @@ PACKS = [make_pack([np.arange(n) for n in lengths]) for lengths in ((5, 7), (3,)
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_one_graph_for_all_blocks_and_sizes(checkpointed: bool) -> None:
+@pytest.mark.parametrize("low", [low_one_by_one, low_together], ids=["as on a CPU", "as on CUDA"])
+def test_one_graph_for_all_blocks_and_sizes(checkpointed: bool, low: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = gradients(learning_model(), PACKS, checkpointed)
+    monkeypatch.setattr(joined, "low_one_by_one", low)
     model = learning_model()
     model.compile_blocks()
     caught = Caught(model)
     ours = gradients(model, PACKS, checkpointed)
     assert len(caught.graphs) == 1
     assert all(tensor.ndim for tensor in caught.between())
-    assert not any(tensor.dtype == torch.bool for tensor in caught.between())  # dropout's masks
+    if not checkpointed:  # where a pass keeps nothing but what goes into a block
+        assert not any(tensor.dtype == torch.bool for tensor in caught.between())  # dropout's masks
     for a, b in zip(ours, plain, strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_a_pass_in_which_nothing_learns_keeps_nothing() -> None:
+    model = remove_lora(learning_model()).requires_grad_(False)
+    model.compile_blocks()
+    Caught(model)
+    embedded: list[Tensor] = []
+    states = model(PACKS[0], taps={EMBEDDING: lambda h: embedded.append(h) or h}, scopes=[Alone()] * 3)
+    assert not states.requires_grad
+    model = learning_model()
+    model.compile_blocks()
+    Caught(model)
+    assert model(PACKS[0], taps={EMBEDDING: lambda h: embedded.append(h) or h}, scopes=[Alone()] * 3).requires_grad
+    assert not any(h.requires_grad for h in embedded)  # a caller's tensor is left as it is
 
 
 def test_control_the_first_block_would_be_a_graph_of_its_own() -> None:
@@ -111,14 +130,13 @@ def test_control_the_first_block_would_be_a_graph_of_its_own() -> None:
     assert len(caught.graphs) == 2
 
 
-def test_control_numbers_would_be_tensors_and_masks_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_control_numbers_would_be_tensors_and_masks_be_kept() -> None:
     from torch._functorch import config as functorch
 
     model = learning_model()
     model.compile_blocks()
-    monkeypatch.setattr(torch._dynamo.config, "specialize_float", False)
-    monkeypatch.setattr(functorch, "ban_recompute_used_far_apart", True)
-    caught = Caught(model)
-    gradients(model, PACKS, False)
+    with torch._dynamo.config.patch(specialize_float=False), functorch.patch(ban_recompute_used_far_apart=True):
+        caught = Caught(model)
+        gradients(model, PACKS, False)
     assert any(tensor.ndim == 0 for tensor in caught.between())
     assert any(tensor.dtype == torch.bool for tensor in caught.between())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -153,3 +155,23 @@ def test_a_sum_of_products_adds_in_place_to_its_own_memory_alone() -> None:
     expected = sum((s @ w for s, w in zip(slopes, weights, strict=True)), torch.zeros(5, 6))
     assert relative_error(total, expected) < 1e-6
     assert all(torch.equal(a, b) for a, b in zip(before, (*slopes, *weights), strict=True))
+
+
+def test_weights_that_begin_to_learn_are_held_once_and_a_copy_stands_alone() -> None:
+    group = layers(adapted=(False, False, False))
+    joined = Joined(*group)
+    prepare([joined], torch.float64)
+    other = copy.deepcopy(joined)
+    storage = weakref.ref(joined._storage)
+    for layer in group:
+        layer.weight.data = layer.weight.data.clone()
+        layer.requires_grad_(True)
+    assert storage() is not None
+    prepare([joined], torch.float64)
+    assert storage() is None and not joined.ready
+    x = torch.randn(9, INPUTS, dtype=torch.float64)
+    # A copy whose weights happen to lie where the original's once lay is told apart by its own storage.
+    other._laid_out = (0, *other._layout([])[1:])
+    other.layers[0].weight.data.fill_(1.0)
+    prepare([other], torch.float64)
+    assert relative_error(other(x, None)[0], other.layers[0](x)) < 1e-10

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -49,13 +50,15 @@ def test_schedule_equals_hugging_face(steps: int, warmup: float) -> None:
 # ---------------------------------------------------------------- optimiser
 
 
-def test_adamw_equals_torch_and_decay_matters() -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_adamw_equals_torch_and_decay_matters(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))  # needs no C++
     generator = torch.Generator().manual_seed(0)
     shapes = [(7, 5), (5,), (3, 4)]
     start = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
     mine = [nn.Parameter(t.clone()) for t in start]
     theirs = [nn.Parameter(t.clone()) for t in start]
-    optimizer = AdamW(Flat(mine), 0.9, 0.999, 1e-8, 0.1)
+    optimizer = AdamW(Flat(mine), 0.9, 0.999, 1e-8, 0.1, compiled)
     groups = [{"params": [theirs[0], theirs[2]]}, {"params": [theirs[1]], "weight_decay": 0.0}]
     reference = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
     for step in range(10):
