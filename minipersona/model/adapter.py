@@ -69,7 +69,7 @@ def low_together(adapters: Sequence[Adapter], x: Tensor, dropout_keys: Tensor | 
     if dropout_keys is not None and first.dropout > 0:
         channels = torch.stack([adapter.channel_keys for adapter in adapters])  # (n, I)
         x = hashed_dropout(x[:, None], dropout_keys, channels, first.dropout).flatten(1)  # (T, n I)
-        lora_A = torch.block_diag(*(adapter.lora_A for adapter in adapters))  # (n r, n I)
+        lora_A = torch.block_diag(*(adapter.lora_A.to(x.dtype) for adapter in adapters))  # (n r, n I)
     else:
-        lora_A = torch.cat([adapter.lora_A for adapter in adapters])  # (n r, I)
-    return F.linear(x, lora_A.to(x.dtype)) * first.scale
+        lora_A = torch.cat([adapter.lora_A.to(x.dtype) for adapter in adapters])  # (n r, I)
+    return F.linear(x, lora_A) * first.scale
