@@ -1,6 +1,6 @@
 """The registered recipe's step under every objective of the study, with activation checkpointing:
 
-python -m benchmarks.objectives [--steps 24] [--out FILE]
+python -m benchmarks.objectives [--objective-steps 20] [--out FILE]
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ LAYER = 20
 MOST = {"cross-entropy": 1.0, "KL to base": 1.6, "R3F": 2.2, "steering": 1.03}  # times cross-entropy's step
 
 
-OPTIONS = {"steps": 24, "no_checkpointing": False}
+OPTIONS = {"objective_steps": 20, "no_checkpointing": False}
 
 
 def run(sitting: Sitting) -> None:
     """Measure every objective and print the table."""
     given, model, about = sitting.given, sitting.model, sitting.about
-    docs = documents(given.steps * BATCH, model.config.vocab_size)
+    docs = documents(given.objective_steps * BATCH, model.config.vocab_size)
     direction = torch.randn(model.config.hidden_size)
     found: dict[str, dict[str, Any]] = {}
     for name, section, steering in (
@@ -32,7 +32,7 @@ def run(sitting: Sitting) -> None:
         ("R3F", ObjectiveSection("r3f", 0.01), None),
         ("steering", None, {LAYER: direction}),
     ):
-        found[name] = ours(model, docs, given.steps, not given.no_checkpointing, section, steering)
+        found[name] = ours(model, docs, given.objective_steps, not given.no_checkpointing, section, steering)
         found[name]["gib"] -= sitting.beside
         print(name, found[name]["median_step"], found[name]["gib"], in_words(found[name]["profile"]), flush=True)
     plain = found["cross-entropy"]
