@@ -101,9 +101,9 @@ def _base(options: argparse.Namespace, adapter: Path) -> tuple[str, str | None]:
     """The base model and its revision: as the options say, else as the adapter was made."""
     if options.model:
         return options.model, options.revision
-    file = adapter / "adapter_config.json"
-    if not file.is_file():
-        raise UserError(f"{adapter}: no adapter_config.json; name a directory that holds a PEFT adapter")
+    from minipersona.model.adapter_files import config_file
+
+    file = config_file(adapter)
     made_from: Any = read_json(file)
     name = made_from.get("base_model_name_or_path") if isinstance(made_from, dict) else None
     if not isinstance(name, str) or not name:

@@ -106,15 +106,22 @@ def read_adapter_config(path: Path) -> LoraConfig:
     return LoraConfig(rank=rank, alpha=float(alpha), dropout=float(dropout), targets=ordered)
 
 
+def config_file(path: Path) -> Path:
+    """The adapter_config.json of a directory; UserError where there is none."""
+    if (file := path / "adapter_config.json").is_file():
+        return file
+    whole = (path / "config.json").is_file()  # what a full-parameter run leaves at a step
+    mend = "it holds a whole model, name it with --model" if whole else "name a directory that holds a PEFT adapter"
+    raise UserError(f"{path}: no adapter_config.json; {mend}")
+
+
 def load_adapter(model: Qwen2, path: str | Path) -> LoraConfig:
     """Attach a PEFT adapter directory to `model`, replacing any adapters; every tensor must be used and must fit.
 
     The model is left as it was where the files are at fault.
     """
     path = Path(path)
-    if not (path / "adapter_config.json").is_file():
-        raise UserError(f"{path}: no adapter_config.json; name a directory that holds a PEFT adapter")
-    config = read_adapter_config(path / "adapter_config.json")
+    config = read_adapter_config(config_file(path))
     file = path / "adapter_model.safetensors"
     if not file.is_file():
         raise UserError(f"{path}: holds no {file.name}; {other_formats(path)}")

@@ -39,13 +39,18 @@ def extraction_table(report: dict[str, dict[str, Any]]) -> str:
             f"{row['m1_noise_floor']:.4f}",
             _number(row["centred_cosine"], ".4f"),
             _number(row["shared_mean_share"], ".4f"),
-            _number(row["between_variance"] / row["within_variance"] if row["within_variance"] else None, ".4f"),
+            _number(_ratio(row["between_variance"], row["within_variance"]), ".4f"),
             _number(row["effective_rank"], ".2f"),
             _number(row["nearest_centroid_accuracy"], ".3f"),
         )
         for layer, row in report.items()
     ]
     return "\n".join(_aligned([columns, *rows]))
+
+
+def _ratio(between: float, within: float | None) -> float | None:
+    """None where questions differ by rounding alone, as equal ones do."""
+    return between / within if within and within > 1e-9 * abs(between) else None
 
 
 def response_table(lengths: dict[str, dict[str, float]]) -> str:

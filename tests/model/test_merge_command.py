@@ -110,7 +110,8 @@ def test_refusals_are_one_line(
     for options, words in {
         ("merge", "--adapter", str(good), "--out", str(full)): "exists already; name a new directory",
         ("merge", "--adapter", str(good), "--out", str(full / "kept.txt")): "exists already",
-        ("merge", "--adapter", str(full), *new): "no adapter_config.json",
+        ("merge", "--adapter", str(full), *new): "no adapter_config.json; name a directory that holds a PEFT adapter",
+        ("merge", "--adapter", str(hf_model()), *new): "it holds a whole model, name it with --model",
         ("merge", "--adapter", str(unnamed), *new): "give it with --model",
         ("merge", "--adapter", str(good), "--model", "tiny", *new): "was the adapter made for this model",
         ("merge", "--adapter", str(good), "--model", "no-such", *new): "no such directory",
