@@ -72,8 +72,8 @@ class Joined:
     def lay_out(self, dtype: torch.dtype) -> None:
         """Lay the weights out, unless they are: every pass comes here, and then compares addresses and ranks alone.
 
-        Weights that learn or that are stored in another precision than the pass's are computed one by one, and what
-        was laid out is given back. So it is where only some of the layers have an enabled adapter.
+        Where weights learn or are stored in another precision than the pass's, or only some layers have an enabled
+        adapter, the layers are computed one by one, and the memory of what was laid out is given back.
         """
         weights = [layer.weight for layer in self.layers]
         adapters = [layer.adapter for layer in self.layers if layer.adapter is not None]
