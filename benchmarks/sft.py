@@ -27,7 +27,7 @@ from minipersona.training.loop import Hooks, train
 from minipersona.training.world import World
 
 BATCH = 16
-PROFILED = 3
+PROFILED = 4
 LIGER = " + Liger"
 
 
@@ -42,7 +42,7 @@ def ours(
     method: Literal["lora", "full"] = "lora",
     world: World | None = None,
 ) -> dict[str, Any]:
-    """The loop itself, `steps` times. Timed are those of the second half but the last three, which are profiled.
+    """The loop itself, `steps` times. Timed are those of the second half but the last four, which are profiled.
 
     The first dozen are slower: packs of new sizes need products that CUDA has not loaded yet.
     """

@@ -38,7 +38,8 @@ from minipersona.study.plan import (
 from minipersona.study.recipes import STAGES, Recipe, planned, standard
 from minipersona.study.run import resolve
 from minipersona.study.study_config import StudyConfig
-from minipersona.training.loop import backward, make_packs
+from minipersona.training.batch import make_packs
+from minipersona.training.loop import backward
 from minipersona.training.objectives import CrossEntropy, Pass
 from minipersona.training.trainable import make_trainable
 from minipersona.training.world import World

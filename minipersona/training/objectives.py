@@ -25,7 +25,7 @@ from minipersona.files import read_json, write_json
 from minipersona.model.dropout import token_keys
 from minipersona.model.lora import adapter_disabled
 from minipersona.model.network import EMBEDDING, Qwen2, Tap
-from minipersona.model.pack import Pack, split
+from minipersona.model.pack import Pack, send, split
 from minipersona.objective.cross_entropy import cross_entropy
 from minipersona.objective.divergence import Direction
 from minipersona.objective.head import Reference
@@ -50,7 +50,7 @@ class Pass:
 
     def keys(self, model: Qwen2, pack: Pack) -> Tensor:
         """(T,) int32 on the model's device: what dropout and noise hang on. The pack lies on the CPU."""
-        return token_keys(self.seed, self.step, pack).to(model.device, non_blocking=True)
+        return send(token_keys(self.seed, self.step, pack), model.device)
 
     def states(self, model: Qwen2, pack: Pack, keys: Tensor, noise: Tap | None = None) -> Tensor:
         """(N, D) states that predict; the pack lies on the model's device."""

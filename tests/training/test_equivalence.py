@@ -19,7 +19,8 @@ from minipersona.model.load import load_model
 from minipersona.model.lora import adapters, apply_lora
 from minipersona.model.network import Qwen2, Tap
 from minipersona.training import objectives
-from minipersona.training.loop import Hooks, backward, make_packs, steering_taps, train
+from minipersona.training.batch import make_packs
+from minipersona.training.loop import Hooks, backward, steering_taps, train
 from minipersona.training.objectives import R3F, CrossEntropy, KLToBase, Objective, Pass
 from minipersona.training.world import World
 

@@ -49,6 +49,8 @@ def test_schedule_equals_hugging_face(steps: int, warmup: float) -> None:
 
 # ---------------------------------------------------------------- optimiser
 
+ALLOWED = torch.tensor(True)
+
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_adamw_equals_torch_and_decay_matters(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,12 +71,38 @@ def test_adamw_equals_torch_and_decay_matters(compiled: bool, monkeypatch: pytes
         rate = 0.01 * (step + 1)
         for group in reference.param_groups:
             group["lr"] = rate
-        optimizer.update(rate)
+        optimizer.update(rate, ALLOWED)
         reference.step()
     for a, b in zip(mine, theirs, strict=True):
         assert relative_error(a, b) < 1e-12
     # The control: without the decay the matrices end elsewhere.
     assert relative_error(mine[0] / (1 - 0.01 * 0.1), theirs[0]) > 1e-6
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_update_that_is_not_allowed_changes_nothing(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    weight = nn.Parameter(torch.ones(2, 3))
+    layout = Flat([weight])
+    optimizer = AdamW(layout, 0.9, 0.999, 1e-8, 0.1, compiled)
+
+    def kept() -> list[torch.Tensor]:
+        return [t.clone() for t in (weight.detach(), *layout.first, *layout.second, torch.tensor(optimizer.updates))]
+
+    def update(gradient: float, allowed: bool) -> None:
+        assert weight.grad is not None
+        weight.grad.fill_(gradient)
+        optimizer.update(0.1, torch.tensor(allowed))
+
+    update(math.nan, allowed=False)  # the first of all: there are no moments yet
+    assert torch.equal(weight, torch.ones(2, 3)) and optimizer.updates == 0
+    update(1.0, allowed=True)
+    before = kept()
+    for gradient in (math.nan, math.inf, 1.0):
+        update(gradient, allowed=False)
+        assert all(map(torch.equal, kept(), before))
+    update(1.0, allowed=True)
+    assert optimizer.updates == 2 and not any(map(torch.equal, kept(), before))
 
 
 def test_small_updates_survive_in_fp32_and_would_round_away_in_bf16() -> None:
@@ -84,7 +112,7 @@ def test_small_updates_survive_in_fp32_and_would_round_away_in_bf16() -> None:
         optimizer = AdamW(Flat([weight]), 0.9, 0.999, 1e-8, 0.0)
         assert weight.grad is not None
         weight.grad.fill_(1)
-        optimizer.update(1e-4)
+        optimizer.update(1e-4, ALLOWED)
         assert bool((weight != 1.0).any()) is moves
 
 
@@ -115,7 +143,7 @@ def test_parameters_are_views_and_gradients_accumulate_where_they_are_used() -> 
         sum((w * (i + 1)).sum() for i, w in enumerate(weights)).backward()  # type: ignore[union-attr]
     matrices, vectors = ([*piece.gradient.tolist()] for piece in layout.pieces())
     assert (matrices, vectors) == ([4.0] * 4 + [6.0] * 2, [2.0] * 3)
-    optimizer.update(0.1)
+    optimizer.update(0.1, ALLOWED)
     assert all(bool((w < 1).all()) for w in weights)
 
 

@@ -43,8 +43,8 @@ model_dir, out, batch, dtype, broken, kind = sys.argv[1:]
 )
 world = join_world("cpu")
 if broken == "broken":
-    import minipersona.training.loop as loop
-    loop.deal = lambda lengths, ranks: [list(range(len(lengths)))] * ranks  # every rank takes every document
+    import minipersona.training.batch as batch
+    batch.deal = lambda lengths, ranks: [list(range(len(lengths)))] * ranks  # every rank takes every document
 model = load_model(model_dir, dtype=getattr(torch, dtype), device="cpu")
 train(model, documents, config, Path(out), world)
 trained = {n: p for n, p in model.named_parameters() if p.requires_grad}

@@ -1,0 +1,128 @@
+"""What a step leaves once its numbers are known: its line in metrics.jsonl, the rolling checkpoint, the end of a run.
+
+A GPU works through what the host has queued. The host reads a step's numbers only when the passes of the next one are
+queued behind it, so that the device never waits for the host; the weights are still those of the step that is read,
+since their next update comes later. On a CPU the order is the same.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minipersona.config import RunConfig
+from minipersona.errors import Interrupted, UserError
+from minipersona.files import append_jsonl
+from minipersona.training.batch import Batch
+from minipersona.training.checkpoint import Position
+from minipersona.training.optimizer import AdamW
+from minipersona.training.world import World
+
+
+@dataclass(frozen=True)
+class _Queued:
+    step: int
+    batch: Batch
+    learning_rate: float
+    numbers: Tensor  # on the CPU, once they have arrived
+    arrived: torch.cuda.Event | None
+
+
+class Record:
+    """Of one run, kept alike on every rank. At most one step is queued and not settled.
+
+    terms   the names of the objective's terms
+    save    writes the rolling checkpoint of the weights as they are
+    logged  called with each line
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        directory: Path,
+        world: World,
+        terms: Sequence[str],
+        optimizer: AdamW,
+        save: Callable[[Position], None],
+        logged: Callable[[dict[str, Any]], None],
+    ) -> None:
+        self._config, self._directory, self._world = config, directory, world
+        self._terms, self._optimizer, self._save, self._logged = terms, optimizer, save, logged
+        self._queued: _Queued | None = None
+        self._diverged = 0
+        self._saved = time.monotonic()
+        self.start_clock()
+
+    def start_clock(self) -> None:
+        """From here on time counts as the next step's."""
+        self._started = time.monotonic()
+
+    def flags(self, halvings: int) -> Tensor:
+        """What this rank says beside its terms, (3,): asked to stop, shortages of memory, a checkpoint is due."""
+        due = time.monotonic() - self._saved > 60 * self._config.execution.save_minutes
+        return torch.tensor([self._world.stop.asked, halvings, due and self._world.first], dtype=torch.float64)
+
+    def queue(self, step: int, batch: Batch, learning_rate: float, sums: Tensor, norm: Tensor) -> None:
+        """Send for a step's numbers: terms and flags, summed over the ranks, (K + 3,), and the gradients' norm, ()."""
+        numbers = torch.cat([sums, norm.to(sums.dtype).view(1)]).to("cpu", non_blocking=True)
+        arrived = None
+        if sums.is_cuda:
+            arrived = torch.cuda.Event()
+            arrived.record()
+        self._queued = _Queued(step, batch, learning_rate, numbers, arrived)
+
+    def settle(self) -> None:
+        """Wait for the numbers of the step that is queued, if one is, and do what follows from them.
+
+        UserError after too many steps in a row that were not finite. Interrupted on every rank where any of them was
+        asked to stop, once the rolling checkpoint is written.
+        """
+        if self._queued is None:
+            return
+        queued, self._queued = self._queued, None
+        if queued.arrived is not None:
+            queued.arrived.synchronize()
+        step, batch, recipe = queued.step, queued.batch, self._config.training
+        *totals, stopping, shortages, due, grad_norm = queued.numbers.tolist()
+        means = [total / max(1, batch.supervised) for total in totals]
+        finite = all(map(math.isfinite, (*means, grad_norm)))
+        now = time.monotonic()
+        row = {
+            "step": step,
+            **{name: mean if finite else None for name, mean in zip(self._terms, means, strict=True)},
+            "supervised_tokens": batch.supervised,
+            "tokens": batch.tokens,
+            "grad_norm": grad_norm if finite else None,
+            "lr": queued.learning_rate,
+            "tokens_per_second": batch.tokens / (now - self._started),
+        }
+        self._started = now
+        if not batch.supervised:
+            row["skipped"] = "no supervised token"
+        elif not finite:
+            row |= {"skipped": "non-finite loss or gradient", "documents": batch.rows}
+        if shortages:
+            row["out_of_memory"] = int(shortages)  # how often a rank began the step again, in smaller packs
+        if self._world.first:
+            append_jsonl(self._directory / "metrics.jsonl", row, durable=False)
+        self._logged(row)
+        self._diverged = 0 if finite else self._diverged + 1
+        if self._diverged and self._diverged == recipe.most_non_finite:
+            raise UserError(
+                f"step {step}: loss or gradient non-finite {self._diverged} steps in a row (rows {batch.rows}); "
+                "lower training.learning_rate or look at these rows"
+            )
+        # The checkpoint comes before the measurement: what ends the run in between repeats the measurement only.
+        if due or stopping or recipe.measures(step):
+            self._save(Position(step, self._optimizer.updates))
+            self._saved = time.monotonic()
+        if stopping:
+            self._world.wait()  # for the first rank's checkpoint: where one rank ends, its launcher ends the others
+            raise Interrupted(f"stopped after step {step}")
