@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -24,7 +23,6 @@ from minipersona.config import LARGE_PASS
 from minipersona.errors import UserError
 from minipersona.files import digest
 from minipersona.geometry.vectors import PersonaVectors
-from minipersona.model.attention import Spans
 from minipersona.model.cache import Cache
 from minipersona.model.generation import Completion, Request, generate
 from minipersona.model.network import Qwen2, Tap
@@ -188,7 +186,6 @@ def residuals(
         recorded: dict[int, Tensor] = {}
         taps = {layer: _recorder(recorded, layer, tails, last=layer == max(layers)) for layer in layers}
         scopes = cache.continuing(pack, slots, kept, longest)
-        scopes[-1] = replace(scopes[-1], queries=tails.spans)  # the last block is computed where it is read
         model(pack, taps=taps, stop_after=max(layers), scopes=scopes, last_rows=tails.rows)
         for layer in layers:
             samples[layer][chosen] = recorded[layer].cpu()
@@ -204,7 +201,6 @@ class Tails:
     def __init__(self, pack: Pack, counts: Sequence[int]) -> None:
         count = torch.tensor(counts, device=pack.boundaries.device)  # (S,)
         edges = F.pad(count.cumsum(0), (1, 0))  # (S+1,)
-        self.spans = Spans(edges.int(), max(counts))
         self._count = count
         self._document = torch.repeat_interleave(torch.arange(len(counts), device=count.device), count)  # (N,)
         before_end = edges[1:][self._document] - torch.arange(len(self._document), device=count.device)  # (N,) from n

@@ -10,6 +10,7 @@ softmax are computed in fp32 or better.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -83,13 +84,6 @@ class Attention(nn.Module):
         mixed = scope.attend(rotate(q, cos, sin), rotate(k, cos, sin), v)  # (T, H, d)
         return self.o_proj(mixed.flatten(-2), dropout_keys)
 
-    def at(self, rows: Tensor, x: Tensor, cos: Tensor, sin: Tensor, scope: Scope) -> Tensor:
-        """What `forward` gives at these rows (N,) alone, (N, D); all of x (T, D) is there to be seen."""
-        q, k, v = self.q_proj(x[rows]), self.k_proj(x), self.v_proj(x)
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in (q, k, v))  # (N, H, d), (T, K, d), (T, K, d)
-        mixed = scope.attend(rotate(q, cos[rows], sin[rows]), rotate(k, cos, sin), v)  # (N, H, d)
-        return self.o_proj(mixed.flatten(-2))
-
 
 class MLP(nn.Module):
     """down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
@@ -129,21 +123,21 @@ class Block(nn.Module):
     ) -> Tensor:
         """h (T, D) -> (T, D). With `recompute`, the backward pass computes anew what lies between, from h alone.
 
-        rows  (N,) of the stream: only they are computed, (N, D), without dropout; `scope` expects their queries alone
+        rows  (N,) of the stream: only they leave the block, (N, D), and the MLP, which mixes no tokens, sees no others
         """
-        if rows is not None:
-            h, seen = h[rows], h
-            h = h + self.self_attn.at(rows, self.input_layernorm(seen), cos, sin, scope)
-            return h + self.mlp(self.post_attention_layernorm(h), None)
+        inputs = (h, cos, sin, scope, dropout_keys, rows)
         if recompute and torch.is_grad_enabled():
             # Nothing here draws random numbers, so there is no RNG state to put back. Checkpointing inside of what is
             # compiled lets the compiler leave out what the backward pass does not read: the last product, above all.
-            inputs = (h, cos, sin, scope, dropout_keys)
             return checkpoint(self._compute, *inputs, use_reentrant=False, preserve_rng_state=False)
-        return self._compute(h, cos, sin, scope, dropout_keys)
+        return self._compute(*inputs)
 
-    def _compute(self, h: Tensor, cos: Tensor, sin: Tensor, scope: Scope, dropout_keys: Tensor | None) -> Tensor:
+    def _compute(
+        self, h: Tensor, cos: Tensor, sin: Tensor, scope: Scope, dropout_keys: Tensor | None, rows: Tensor | None
+    ) -> Tensor:
         h = h + self.self_attn(self.input_layernorm(h), cos, sin, scope, dropout_keys)
+        if rows is not None:
+            h, dropout_keys = h[rows], None if dropout_keys is None else dropout_keys[rows]
         return h + self.mlp(self.post_attention_layernorm(h), dropout_keys)
 
 
@@ -228,8 +222,8 @@ class Qwen2(nn.Module):
         stop_after     return the stream (T, D) that leaves this block, not normed, and skip what follows
         dropout_keys   (T,) int32 of `token_keys`: adapters drop their inputs; None turns dropout off
         scopes         what the tokens see, a scope a block; by default themselves and what precedes them in the pack
-        last_rows      (N,) rows of the stream that block `stop_after` computes, and no others: its tap and the caller
-                       get (N, D), and its scope queries of those rows
+        last_rows      (N,) rows of the stream: they alone leave the last block that is computed, so that its tap and
+                       the caller get (N, D)
         prepared       nothing about the weights has changed since an earlier pass: skip what would look
         """
         taps = taps or {}
@@ -245,18 +239,17 @@ class Qwen2(nn.Module):
             h = h.detach().requires_grad_()  # a first block through which nothing flows back would be compiled apart
         cos, sin = rotary_angles(pack.positions, self.config.head_dim, self.config.rope_theta, wide)
         within = WithinDocuments(Spans(pack.boundaries, pack.longest))
-        for index, block in enumerate(blocks):
+        last = len(blocks) - 1 if stop_after is None else stop_after
+        for index, block in enumerate(blocks[: last + 1]):
             scope = within if scopes is None else scopes[index]
-            if index == stop_after and last_rows is not None:
-                with torch.compiler.set_stance("force_eager"):  # few rows: compiling this form too would not pay
-                    h = block(h, cos, sin, scope, None, rows=last_rows)
-            else:
-                h = block(h, cos, sin, scope, dropout_keys, checkpoint_activations)
+            rows = last_rows if index == last else None
+            # Compiling the last block's form as well pays only where it learns.
+            eager = rows is not None and not torch.is_grad_enabled()
+            with torch.compiler.set_stance("force_eager") if eager else contextlib.nullcontext():
+                h = block(h, cos, sin, scope, dropout_keys, checkpoint_activations, rows)
             if index in taps:
                 h = taps[index](h)
-            if index == stop_after:
-                return h
-        return self.model.norm(h)
+        return h if stop_after is not None else self.model.norm(h)
 
     def logits(self, ids: Tensor) -> Tensor:
         """ids (B, T) -> logits (B, T, V) in fp32 (or fp64), plain causal over each row. For audits and tests."""

@@ -56,8 +56,10 @@ class Pass:
         """(N, D) states that predict; the pack lies on the model's device."""
         assert EMBEDDING not in self.taps, "the embedding's tap is the noise's"
         taps = dict(self.taps) if noise is None else {**self.taps, EMBEDDING: noise}
-        hidden = model(pack, taps=taps, dropout_keys=keys, checkpoint_activations=self.checkpoint_activations)
-        return hidden[pack.supervised]
+        return model(
+            pack, taps=taps, dropout_keys=keys, checkpoint_activations=self.checkpoint_activations,
+            last_rows=pack.supervised,
+        )  # fmt: skip
 
 
 class Objective(Protocol):

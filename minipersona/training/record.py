@@ -26,13 +26,30 @@ from minipersona.training.optimizer import AdamW
 from minipersona.training.world import World
 
 
+class _Moment:
+    """When a GPU comes to what is queued at this point; on a CPU, now."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._now = time.monotonic()
+        self._event = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
+        if self._event is not None:
+            self._event.record()
+
+    def seconds_since(self, earlier: _Moment) -> float:
+        """Waits until this moment has come."""
+        if self._event is None or earlier._event is None:
+            return self._now - earlier._now
+        self._event.synchronize()
+        return earlier._event.elapsed_time(self._event) / 1e3
+
+
 @dataclass(frozen=True)
 class _Queued:
     step: int
     batch: Batch
     learning_rate: float
-    numbers: Tensor  # on the CPU, once they have arrived
-    arrived: torch.cuda.Event | None
+    numbers: Tensor  # on the CPU, once that moment has come
+    done: _Moment
 
 
 class Record:
@@ -62,7 +79,7 @@ class Record:
 
     def start_clock(self) -> None:
         """From here on time counts as the next step's."""
-        self._started = time.monotonic()
+        self._begun = _Moment(self._world.device)
 
     def flags(self, halvings: int) -> Tensor:
         """What this rank says beside its terms, (3,): asked to stop, shortages of memory, a checkpoint is due."""
@@ -72,11 +89,7 @@ class Record:
     def queue(self, step: int, batch: Batch, learning_rate: float, sums: Tensor, norm: Tensor) -> None:
         """Send for a step's numbers: terms and flags, summed over the ranks, (K + 3,), and the gradients' norm, ()."""
         numbers = torch.cat([sums, norm.to(sums.dtype).view(1)]).to("cpu", non_blocking=True)
-        arrived = None
-        if sums.is_cuda:
-            arrived = torch.cuda.Event()
-            arrived.record()
-        self._queued = _Queued(step, batch, learning_rate, numbers, arrived)
+        self._queued = _Queued(step, batch, learning_rate, numbers, _Moment(sums.device))
 
     def settle(self) -> None:
         """Wait for the numbers of the step that is queued, if one is, and do what follows from them.
@@ -87,13 +100,11 @@ class Record:
         if self._queued is None:
             return
         queued, self._queued = self._queued, None
-        if queued.arrived is not None:
-            queued.arrived.synchronize()
+        seconds, self._begun = queued.done.seconds_since(self._begun), queued.done
         step, batch, recipe = queued.step, queued.batch, self._config.training
         *totals, stopping, shortages, due, grad_norm = queued.numbers.tolist()
         means = [total / max(1, batch.supervised) for total in totals]
         finite = all(map(math.isfinite, (*means, grad_norm)))
-        now = time.monotonic()
         row = {
             "step": step,
             **{name: mean if finite else None for name, mean in zip(self._terms, means, strict=True)},
@@ -101,9 +112,8 @@ class Record:
             "tokens": batch.tokens,
             "grad_norm": grad_norm if finite else None,
             "lr": queued.learning_rate,
-            "tokens_per_second": batch.tokens / (now - self._started),
+            "tokens_per_second": batch.tokens / seconds,
         }
-        self._started = now
         if not batch.supervised:
             row["skipped"] = "no supervised token"
         elif not finite:

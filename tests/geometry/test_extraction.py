@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +11,9 @@ import torch
 from conftest import relative_error
 
 from minipersona.chat import load_tokenizer
-from minipersona.config import LoraConfig
 from minipersona.errors import UserError
-from minipersona.geometry.extraction import Tails, extract, render_prompts
-from minipersona.model.attention import Spans, WithinDocuments, attention
+from minipersona.geometry.extraction import extract, render_prompts
 from minipersona.model.load import load_model
-from minipersona.model.lora import adapters, apply_lora
 from minipersona.model.network import Qwen2
 from minipersona.model.pack import make_pack
 
@@ -75,7 +71,6 @@ def test_packing_does_not_matter(model: Qwen2) -> None:
 def test_a_shared_beginning_computed_once_is_the_same_as_every_prompt_whole(hf_model: Callable[..., Path]) -> None:
     """In fp64, with beginnings of other lengths, prompts of a token more than theirs, and personas without any."""
     from minipersona.geometry.extraction import common_prefixes, residuals
-    from minipersona.model.pack import make_pack
 
     model = load_model(str(hf_model()), dtype=torch.float64, device="cpu")
     rng = np.random.default_rng(0)
@@ -95,7 +90,6 @@ def test_a_shared_beginning_computed_once_is_the_same_as_every_prompt_whole(hf_m
 
 def test_method_b_is_the_mean_over_the_greedy_response(model: Qwen2) -> None:
     from minipersona.model.generation import Request, generate
-    from minipersona.model.pack import make_pack
 
     tokenizer = load_tokenizer("tiny")
     vectors = extract(model, tokenizer, PERSONAS, QUESTIONS, [6], "B", pack_tokens=200)
@@ -126,7 +120,6 @@ def test_an_empty_response_is_read_at_the_prompts_last_token(model: Qwen2, monke
 @pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 def test_steering_moves_the_vectors_by_itself(hf_model: Callable[..., Path], dtype: torch.dtype, bound: float) -> None:
     """extract(h + c v) - extract(h) = c v at the steered layer, relative to the largest |h|; c = 0 is the identity."""
-    from minipersona.model.pack import make_pack
 
     model = load_model(str(hf_model()), dtype=dtype, device="cpu")
     pack = make_pack([torch.arange(n).numpy() for n in (5, 11, 2)])
@@ -162,35 +155,3 @@ def test_errors(model: Qwen2) -> None:
     extract(model, tokenizer, PERSONAS, words, [6])
     with pytest.raises(UserError, match=rf"has {fits:,} tokens and is to get 256 more; .* made for {most:,}"):
         extract(model, tokenizer, PERSONAS, words, [6], method="B")
-
-
-def test_the_last_block_computed_where_it_is_read_is_the_block(hf_model: Callable[..., Path]) -> None:
-    model = load_model(str(hf_model()), device="cpu", dtype=torch.float64)
-    apply_lora(model, LoraConfig(rank=4))
-    for adapter in adapters(model).values():
-        adapter.lora_B.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
-    ids = [np.arange(1, 9), np.arange(20, 23), np.arange(5, 17)]
-    pack, counts = make_pack(ids), [3, 1, 2]
-    tails = Tails(pack, counts)
-    assert tails.rows.tolist() == [5, 6, 7, 10, 21, 22]
-    whole = [WithinDocuments(Spans(pack.boundaries, pack.longest))] * 2
-    read = model(pack, stop_after=1, scopes=whole)[tails.rows]
-
-    def alone(queries: Spans) -> torch.Tensor:
-        scopes = [whole[0], Read(queries, Spans(pack.boundaries, pack.longest))]
-        return model(pack, stop_after=1, scopes=scopes, last_rows=tails.rows)
-
-    assert relative_error(alone(tails.spans), read) < 1e-10
-    wrong = Spans(torch.tensor([0, 1, 2, 6], dtype=torch.int32), 4)  # the control: queries of other documents
-    assert relative_error(alone(wrong), read) > 1e-3
-
-
-@dataclass(frozen=True)
-class Read:
-    """Each document's last tokens query all of its tokens."""
-
-    queries: Spans
-    documents: Spans
-
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return attention(q, k, v, self.queries, self.documents)

@@ -44,11 +44,15 @@ def learning_model() -> Qwen2:
     return apply_lora(model, LoraConfig(rank=2, alpha=4.0, dropout=0.1))
 
 
-def gradients(model: Qwen2, packs: list[Pack], checkpointed: bool) -> list[Tensor]:
+def gradients(model: Qwen2, packs: list[Pack], checkpointed: bool, supervised_alone: bool = False) -> list[Tensor]:
     learned = [p for p in model.parameters() if p.requires_grad]
     for pack in packs:
         keys = token_keys(0, 1, pack)
-        states = model(pack, dropout_keys=keys, checkpoint_activations=checkpointed, scopes=[Alone()] * 3)
+        rows = pack.supervised if supervised_alone else None
+        states = model(
+            pack, dropout_keys=keys, checkpoint_activations=checkpointed, scopes=[Alone()] * 3, last_rows=rows
+        )
+        states = states if supervised_alone else states[pack.supervised]
         states.square().sum().backward()
     found = [p.grad for p in learned]
     model.zero_grad()
@@ -87,19 +91,25 @@ class Caught:
         return [node.meta["val"] for node in ends if isinstance(node.meta.get("val"), torch.Tensor)]
 
 
-PACKS = [make_pack([np.arange(n) for n in lengths]) for lengths in ((5, 7), (3,), (9, 2, 4))]
+PACKS = [
+    make_pack([np.arange(n) for n in lengths], [np.arange(n) > 1 for n in lengths])
+    for lengths in ((5, 9), (5,), (9, 2, 4))  # no size is a width of the model
+]
 
 
+@pytest.mark.parametrize("supervised_alone", [False, True])
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("low", [low_one_by_one, low_together], ids=["as on a CPU", "as on CUDA"])
-def test_one_graph_for_all_blocks_and_sizes(checkpointed: bool, low: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_graph_for_all_blocks_and_sizes(
+    supervised_alone: bool, checkpointed: bool, low: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain = gradients(learning_model(), PACKS, checkpointed)
     monkeypatch.setattr(joined, "low_one_by_one", low)
     model = learning_model()
     model.compile_blocks()
     caught = Caught(model)
-    ours = gradients(model, PACKS, checkpointed)
-    assert len(caught.graphs) == 1
+    ours = gradients(model, PACKS, checkpointed, supervised_alone)
+    assert len(caught.graphs) == 1 + supervised_alone  # the last block leaves rows out
     assert all(tensor.ndim for tensor in caught.between())
     if not checkpointed:  # where a pass keeps nothing but what goes into a block
         assert not any(tensor.dtype == torch.bool for tensor in caught.between())  # dropout's masks
