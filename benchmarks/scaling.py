@@ -1,6 +1,6 @@
 """More than one GPU, and what one needs for full parameters or for equal bits:
 
-    python -m benchmarks.scaling [--cases lora,cells,ranks,full,shards,deterministic] [--gpus 2] [--out FILE]
+    python -m benchmarks.scaling [--cases lora,cells,ranks,full,shards,deterministic] [--batch 16] [--out FILE]
 
     lora           the registered recipe's step on one GPU
     cells          a process of its own on each GPU, as a study's runners are
@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from benchmarks.common import documents, options, our_model, report, table
 from benchmarks.sft import BATCH, ours
@@ -29,8 +29,8 @@ from minipersona.study.run import make_deterministic
 from minipersona.training.world import join_world, leave_world
 
 FULL = "random:Qwen/Qwen2.5-3B-Instruct"  # its full-parameter training fits one GPU of 80 GB
-OPTIONS = {"steps": 24, "gpus": 2, "cases": "lora,cells,ranks,full,shards,deterministic", "full_model": FULL,
-           "worker": "", "result": ""}  # fmt: skip
+OPTIONS = {"steps": 24, "batch": BATCH, "gpus": 2, "cases": "lora,cells,ranks,full,shards,deterministic",
+           "full_model": FULL, "worker": "", "result": ""}  # fmt: skip
 
 
 def worker(given: Any) -> None:
@@ -40,8 +40,9 @@ def worker(given: Any) -> None:
     world = join_world("cuda")
     full = given.worker in ("full", "shards")
     model = our_model(given.full_model if full else given.model)
-    docs = documents(given.steps * BATCH, model.config.vocab_size)
-    found = ours(model, docs, given.steps, True, method="full" if full else "lora", world=world)
+    docs = documents(given.steps * given.batch, model.config.vocab_size)
+    method: Literal["lora", "full"] = "full" if full else "lora"
+    found = ours(model, docs, given.steps, True, method=method, batch=given.batch, world=world)
     if world.first:
         Path(given.result).write_text(json.dumps(found))
     leave_world(world)
@@ -60,8 +61,10 @@ def start(case: str, given: Any, scratch: Path) -> list[dict[str, Any]]:
         shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(index),
                   "LOCAL_RANK": str(index)}  # fmt: skip
         alone = {"CUDA_VISIBLE_DEVICES": str(index)} if count > 1 else {}
-        command = [sys.executable, "-m", "benchmarks.scaling", "--worker", case, "--result", str(result), "--steps",
-                   str(given.steps), "--model", given.model, "--full-model", given.full_model]  # fmt: skip
+        passed = {"worker": case, "result": result, "steps": given.steps, "batch": given.batch, "model": given.model,
+                  "full-model": given.full_model}  # fmt: skip
+        options_of_it = [f"--{name}={value}" for name, value in passed.items()]
+        command = [sys.executable, "-m", "benchmarks.scaling", *options_of_it]
         processes.append(subprocess.Popen(command, env={**os.environ, **(shared if together else alone)}))
         results.append(result)
     failed = [process for process in processes if process.wait()]
@@ -80,7 +83,11 @@ def main() -> None:
             found[case] = start(case, given, Path(scratch))
             if case == "deterministic" and given.gpus == 1:
                 found[case] += start(case, given, Path(scratch))
-            print(case, [{k: v for k, v in one.items() if k != "steps"} for one in found[case]], flush=True)
+            print(
+                case,
+                [{k: v for k, v in one.items() if k not in ("steps", "losses")} for one in found[case]],
+                flush=True,
+            )
     single = {"cells": "lora", "ranks": "lora", "deterministic": "lora", "shards": "full"}
     rows, notes = [], []
     for case, ones in found.items():

@@ -40,6 +40,7 @@ def ours(
     steering: dict[int, torch.Tensor] | None = None,
     *,
     method: Literal["lora", "full"] = "lora",
+    batch: int = BATCH,
     world: World | None = None,
 ) -> dict[str, Any]:
     """The loop itself, `steps` times. Timed are those of the second half but the last four, which are profiled.
@@ -49,7 +50,7 @@ def ours(
     config = RunConfig(
         data=DataSection("-", "-"),
         objective=objective or ObjectiveSection(),
-        training=TrainingSection(method=method, steps=steps, checkpoints=()),
+        training=TrainingSection(method=method, steps=steps, batch=batch, checkpoints=()),
         execution=ExecutionSection(checkpoint_activations=checkpoint),
     )
     rows: list[dict[str, Any]] = []

@@ -256,7 +256,7 @@ class ExecutionSection:
 
     device: str = "auto"  # auto: CUDA where there is one
     pack_tokens: int = 0  # most tokens of one pass, lower it when memory runs out; 0: in training adapters 8,192 where
-    # activations are checkpointed, else 10,240; in training all weights 5,120; in measuring 16,384
+    # activations are checkpointed or all weights learn, else 10,240; in measuring 16,384
     checkpoint_activations: bool = True  # recompute blocks in the backward pass: less memory, a third slower
     compile: Literal["auto", "on", "off"] = "auto"  # auto: on CUDA
     save_minutes: float = 5.0  # between rolling checkpoints
@@ -306,6 +306,5 @@ class RunConfig:
         """Most tokens of one forward and backward pass."""
         if self.execution.pack_tokens:
             return self.execution.pack_tokens
-        if self.training.method == "full":  # its memory is taken by other things, and sharded runs cannot try again
-            return 5_120
-        return 8_192 if self.execution.checkpoint_activations else 10_240
+        sparing = self.execution.checkpoint_activations or self.training.method == "full"
+        return 8_192 if sparing else 10_240

@@ -5,6 +5,7 @@ N = elements of all weights that learn, n = those of a piece that is updated at 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,10 +17,12 @@ from torch.nn.utils import get_total_norm
 from minipersona.training.sharding import local, own_rows
 from minipersona.training.world import World
 
+SLICE = 50_000_000  # the most elements of a piece: an update's temporaries stay small beside the model
+
 
 @dataclass(frozen=True)
 class Piece:
-    """Elements that are updated alike, (n,) or of a parameter's own shape."""
+    """Elements that are updated alike, (n,)."""
 
     weight: Tensor
     gradient: Tensor
@@ -36,8 +39,8 @@ class Layout(Protocol):
     first: list[Tensor]
     second: list[Tensor]
 
-    def pieces(self) -> Iterator[Piece]:
-        """All that this rank updates."""
+    def bundles(self) -> Iterator[list[Piece]]:
+        """All that this rank updates, in lists of what is updated with one call."""
         ...
 
     def zero(self) -> None:
@@ -78,13 +81,12 @@ class Flat:
         self._first, self.first = _flat(parameters, order)
         self._second, self.second = _flat(parameters, order)
 
-    def pieces(self) -> Iterator[Piece]:
-        """At most two: what decays, and what does not."""
+    def bundles(self) -> Iterator[list[Piece]]:
+        """What decays, and what does not, a slice at a time."""
         flat = (self._weights, self._gradients, self._first, self._second)
         for decays, part in ((True, slice(None, self._decayed)), (False, slice(self._decayed, None))):
-            weight, gradient, first, second = (x[part] for x in flat)
-            if len(weight):
-                yield Piece(weight, gradient, first, second, decays)
+            for piece in _slices([x[part] for x in flat], decays):
+                yield [piece]
 
     def zero(self) -> None:
         """Forget the gradients."""
@@ -117,12 +119,17 @@ class Shards:
         self.first = [torch.zeros_like(weight) for weight in self.weights]
         self.second = [torch.zeros_like(weight) for weight in self.weights]
 
-    def pieces(self) -> Iterator[Piece]:
-        """One a parameter that this rank keeps rows of."""
-        for parameter, *kept in zip(self._parameters, self.weights, self.first, self.second, strict=True):
-            weight, first, second = kept
-            if parameter.grad is not None and weight.numel():
-                yield Piece(weight, local(parameter.grad), first, second, decays=parameter.ndim >= 2)
+    def bundles(self) -> Iterator[list[Piece]]:
+        """A block each. A call costs the host 0.1 ms, and a model has hundreds of weights.
+
+        FSDP2 reduces a block's gradients as one tensor, of which they are views.
+        """
+        kept = zip(self._parameters, self.weights, self.first, self.second, strict=True)
+        learned = [(p, w, local(p.grad), *moments) for p, w, *moments in kept if p.grad is not None]
+        for _, block in itertools.groupby(learned, lambda each: each[2].untyped_storage().data_ptr()):
+            pieces = [piece for p, *own in block for piece in _slices([x.view(-1) for x in own], p.ndim >= 2)]
+            if pieces:  # of small weights a rank may keep no row
+                yield pieces
 
     def zero(self) -> None:
         """Forget the gradients, and free their memory."""
@@ -135,13 +142,21 @@ class Shards:
 
     def gradient_norm(self, world: World) -> Tensor:
         """()"""
-        squared = get_total_norm([piece.gradient for piece in self.pieces()]).to(world.device).square()
+        gradients = [piece.gradient for bundle in self.bundles() for piece in bundle]
+        squared = get_total_norm(gradients).to(world.device).square()
         world.sum(squared)
         return squared.sqrt()
 
     def rows(self, index: int) -> slice:
         """Those that FSDP2 has dealt to it."""
         return own_rows(len(self._parameters[index]), self._world)
+
+
+def _slices(kept: Sequence[Tensor], decays: bool) -> Iterator[Piece]:
+    """Weights, gradients and both moments, (n,) each, in pieces; none where n = 0."""
+    for weight, gradient, first, second in zip(*(x.split(SLICE) for x in kept), strict=True):
+        if len(weight):
+            yield Piece(weight, gradient, first, second, decays)
 
 
 def _flat(parameters: Sequence[Tensor], order: Sequence[int]) -> tuple[Tensor, list[Tensor]]:

@@ -6,13 +6,13 @@ v <- b2 v + (1-b2) g^2          p <- p - lr (m / (1-b1^k)) / (sqrt(v / (1-b2^k))
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from minipersona.training.layout import Layout
 from minipersona.training.world import World
-
-SLICE = 50_000_000  # elements updated at once: temporaries that stay small beside the model
 
 
 class AdamW:
@@ -51,34 +51,31 @@ class AdamW:
             torch.stack([torch.full_like(rate, keep), rate, root]).to(self.layout.weights[0].dtype)
             for keep in (1 - learning_rate * self.weight_decay, 1.0)
         )
-        for piece in self.layout.pieces():
-            changing = decayed if piece.decays else plain
-            flat = [x.view(-1).split(SLICE) for x in (piece.weight, piece.gradient, piece.first, piece.second)]
-            for p, g, m, v in zip(*flat, strict=True):
-                self._move(p, g, m, v, allowed, changing, self.beta1, self.beta2, self.epsilon)
+        for bundle in self.layout.bundles():
+            tensors = [(piece.weight, piece.gradient, piece.first, piece.second) for piece in bundle]
+            changing = [decayed if piece.decays else plain for piece in bundle]
+            self._move(tensors, changing, allowed, self.beta1, self.beta2, self.epsilon)
 
 
 def move(
-    p: Tensor,
-    g: Tensor,
-    m: Tensor,
-    v: Tensor,
+    bundle: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]],
+    changing: Sequence[Tensor],
     allowed: Tensor,
-    changing: Tensor,
     beta1: float,
     beta2: float,
     epsilon: float,
 ) -> None:
-    """Update weights p and their moments m and v from their gradients g, all (n,), in place, where `allowed`, ().
+    """Where `allowed`, (), update in place: weights p and moments m and v from gradients g, for each (p, g, m, v).
 
-    changing  (3,): 1 - lr wd, lr / (1-b1^k), sqrt(1-b2^k)
+    bundle    tensors (n,)
+    changing  (3,) for each: 1 - lr wd, lr / (1-b1^k), sqrt(1-b2^k)
     """
-    keep, rate, root = changing
-    first = torch.lerp(m, g, 1 - beta1)
-    second = torch.addcmul(v * beta2, g, g, value=1 - beta2)
-    moved = p * keep - (first * rate).div_(second.sqrt().div_(root).add_(epsilon))
-    for old, new in ((p, moved), (m, first), (v, second)):
-        old.copy_(torch.where(allowed, new, old))
+    for (p, g, m, v), (keep, rate, root) in zip(bundle, changing, strict=True):
+        first = torch.lerp(m, g, 1 - beta1)
+        second = torch.addcmul(v * beta2, g, g, value=1 - beta2)
+        moved = p * keep - (first * rate).div_(second.sqrt().div_(root).add_(epsilon))
+        for old, new in ((p, moved), (m, first), (v, second)):
+            old.copy_(torch.where(allowed, new, old))
 
 
 @torch.no_grad()
@@ -90,6 +87,5 @@ def scale_and_clip(layout: Layout, world: World, divisor: float, max_norm: float
     """
     norm = layout.gradient_norm(world) / divisor
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0) / divisor
-    for piece in layout.pieces():
-        piece.gradient.mul_(factor)
+    torch._foreach_mul_([piece.gradient for bundle in layout.bundles() for piece in bundle], factor)
     return norm

@@ -141,7 +141,7 @@ def test_parameters_are_views_and_gradients_accumulate_where_they_are_used() -> 
     assert all(torch.equal(w, b) for w, b in zip(weights, before, strict=True))
     for _ in range(2):
         sum((w * (i + 1)).sum() for i, w in enumerate(weights)).backward()  # type: ignore[union-attr]
-    matrices, vectors = ([*piece.gradient.tolist()] for piece in layout.pieces())
+    matrices, vectors = ([*piece.gradient.tolist()] for bundle in layout.bundles() for piece in bundle)
     assert (matrices, vectors) == ([4.0] * 4 + [6.0] * 2, [2.0] * 3)
     optimizer.update(0.1, ALLOWED)
     assert all(bool((w < 1).all()) for w in weights)

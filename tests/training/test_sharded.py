@@ -35,6 +35,7 @@ from minipersona.config import DataSection, ExecutionSection, RunConfig, Trainin
 from minipersona.model.load import load_model
 from minipersona.model.save import whole
 from minipersona.training import sharding
+from minipersona.training.layout import Shards
 from minipersona.training.loop import Hooks, train
 from minipersona.training.trainable import distance_from_base, save_checkpoint
 from minipersona.training.world import end_rank, join_world, leave_world
@@ -74,6 +75,9 @@ train(model, documents, config, Path(out), world, Hooks(logged=logged, checkpoin
 learned = {n: p for n, p in model.named_parameters()}
 ends = {n: whole(p).clone() for n, p in learned.items()}
 gradients = {n: whole(p.grad).clone() for n, p in learned.items()}
+if world.size > 1:  # the optimizer is called for a block at a time, not for every weight
+    bundles = list(Shards(list(learned.values()), world).bundles())
+    assert len(bundles) <= model.config.num_hidden_layers + 2 < len(learned), len(bundles)
 kept = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in learned.values())
 if world.first:
     save_file(ends, f"{out}/end.safetensors")
