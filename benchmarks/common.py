@@ -65,6 +65,8 @@ def options(description: str | None, defaults: Mapping[str, Any]) -> argparse.Na
 
 def our_model(name: str) -> Qwen2:
     """The model on the GPU in bf16, its blocks compiled."""
+    if not torch.cuda.is_available():
+        raise SystemExit("error: the benchmarks need a CUDA device")
     model = load_model(name, device="cuda", dtype=torch.bfloat16)
     model.compile_blocks()
     return model

@@ -47,7 +47,7 @@ def run(sitting: Sitting) -> None:
         ]
         for name, row in found.items()
     ]
-    columns = ["objective", "ms a step", "times cross-entropy", "at most", "GiB", "beyond cross-entropy"]
+    columns = ["objective", "ms, median", "times cross-entropy, by tokens/s", "at most", "GiB", "beyond it"]
     report("objectives", table(columns, rows), {**about, "rows": found}, given.out)
 
 

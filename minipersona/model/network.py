@@ -30,6 +30,18 @@ Tap = Callable[[Tensor], Tensor]
 EMBEDDING = -1  # the tap index of the embeddings; blocks are counted from 0
 
 
+class Embedding(nn.Module):
+    """A row of channels for each token. torch's own would bring its compiler along, to fill weights that are loaded."""
+
+    def __init__(self, vocabulary: int, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocabulary, channels))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids (T,) -> (T, D), in the weights' precision."""
+        return F.embedding(ids, self.weight)
+
+
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * w (Zhang & Sennrich 2019)."""
 
@@ -146,7 +158,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -175,16 +187,15 @@ class Qwen2(nn.Module):
     def tie_head(self) -> None:
         """Make the head the embedding itself, one parameter, where the architecture says so."""
         if self.config.tie_word_embeddings:
-            weight = self.model.embed_tokens.weight
-            assert isinstance(weight, nn.Parameter)
-            self.lm_head.weight = weight
+            self.lm_head.weight = self.model.embed_tokens.weight
 
     def compile_blocks(self) -> None:
-        """Compile the decoder block, once for all blocks and all pack sizes."""
+        """Compile the block once for all pack sizes and all blocks, and once more where the last leaves rows out."""
         from torch._functorch import config as functorch  # late: they bring the compiler along
         from torch._inductor import config as inductor
 
-        # A study sees several ranks and scopes, with gradients and without; past 8 variants torch would stop compiling.
+        # A study sees adapters of several ranks, several scopes, and passes with gradients and without; past 8 variants
+        # torch would stop compiling.
         torch._dynamo.config.recompile_limit = 64
         # Numbers such as a norm's epsilon, or an objective's weight, are constants. As inputs they would be tensors on
         # the CPU, for whose sake a C++ compiler is called: half a minute and more.
@@ -244,7 +255,7 @@ class Qwen2(nn.Module):
             scope = within if scopes is None else scopes[index]
             rows = last_rows if index == last else None
             # Compiling the last block's form as well pays only where it learns.
-            eager = rows is not None and not torch.is_grad_enabled()
+            eager = self.compiled and rows is not None and not torch.is_grad_enabled()
             with torch.compiler.set_stance("force_eager") if eager else contextlib.nullcontext():
                 h = block(h, cos, sin, scope, dropout_keys, checkpoint_activations, rows)
             if index in taps:

@@ -93,7 +93,7 @@ class Flat:
         self._gradients.zero_()
 
     def reduce(self, world: World, sums: Tensor) -> None:
-        """One reduction, once all packs of the step are through."""
+        """Once all packs of the step are through."""
         world.sum(self._gradients, sums)
 
     def gradient_norm(self, world: World) -> Tensor:
@@ -142,14 +142,18 @@ class Shards:
 
     def gradient_norm(self, world: World) -> Tensor:
         """()"""
-        gradients = [piece.gradient for bundle in self.bundles() for piece in bundle]
-        squared = get_total_norm(gradients).to(world.device).square()
+        squared = get_total_norm(gradients(self)).to(world.device).square()
         world.sum(squared)
         return squared.sqrt()
 
     def rows(self, index: int) -> slice:
         """Those that FSDP2 has dealt to it."""
         return own_rows(len(self._parameters[index]), self._world)
+
+
+def gradients(layout: Layout) -> list[Tensor]:
+    """Those of all that this rank updates, (n,) each; on a sharded rank there are none before a backward pass."""
+    return [piece.gradient for bundle in layout.bundles() for piece in bundle]
 
 
 def _slices(kept: Sequence[Tensor], decays: bool) -> Iterator[Piece]:

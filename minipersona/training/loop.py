@@ -83,16 +83,18 @@ def train(
     if world.first:
         cut_logs(directory, position.step)
 
-    def save(position: Position) -> None:
+    def save(step: int, done: bool = False) -> Position:
+        position = Position(step, optimizer.updates, done)
         if world.first or sharded:  # every rank writes its part
             save_state(directory, position, trainable, optimizer, world)
+        return position
 
     order = RowOrder(len(documents), recipe.batch, config.seed)
     budget = Budget(config.training_tokens // objective.share)
     make = functools.partial(make_batch, documents, world=world, sharded=sharded)
     measure_step(position.step, recipe, hooks)  # again, if what ended the run came between the step and its measurement
     batch = make(order.step(position.step + 1), budget.tokens)
-    record = Record(config, directory, world, objective.terms, optimizer, save, hooks.logged)
+    record = Record(config, directory, world, objective.terms, save, hooks.logged)
 
     for step in range(position.step + 1, recipe.steps + 1):
         # 1. Summed loss, its terms, and gradients, over this rank's share of the step's documents.
@@ -126,8 +128,7 @@ def train(
         batch = following
 
     record.settle()
-    position = Position(recipe.steps, optimizer.updates, done=True)
-    save(position)
+    position = save(recipe.steps, done=True)
     world.wait()
     return position
 

@@ -1,8 +1,8 @@
 """What a step leaves once its numbers are known: its line in metrics.jsonl, the rolling checkpoint, the end of a run.
 
 A GPU works through what the host has queued. The host reads a step's numbers only when the passes of the next one are
-queued behind it, so that the device never waits for the host; the weights are still those of the step that is read,
-since their next update comes later. On a CPU the order is the same.
+queued behind it, so that the device need not wait for the host between two steps; the weights are still those of the
+step that is read, since their next update comes later. On a CPU the order is the same.
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ from minipersona.config import RunConfig
 from minipersona.errors import Interrupted, UserError
 from minipersona.files import append_jsonl
 from minipersona.training.batch import Batch
-from minipersona.training.checkpoint import Position
-from minipersona.training.optimizer import AdamW
 from minipersona.training.world import World
 
 
@@ -35,11 +33,15 @@ class _Moment:
         if self._event is not None:
             self._event.record()
 
+    def wait(self) -> None:
+        """Until it has come."""
+        if self._event is not None:
+            self._event.synchronize()
+
     def seconds_since(self, earlier: _Moment) -> float:
-        """Waits until this moment has come."""
+        """Between two moments that have come."""
         if self._event is None or earlier._event is None:
             return self._now - earlier._now
-        self._event.synchronize()
         return earlier._event.elapsed_time(self._event) / 1e3
 
 
@@ -48,15 +50,17 @@ class _Queued:
     step: int
     batch: Batch
     learning_rate: float
-    numbers: Tensor  # on the CPU, once that moment has come
+    numbers: Tensor  # (K + 4,) on the CPU, valid once `done` has come: terms, flags, the gradients' norm
     done: _Moment
 
 
 class Record:
-    """Of one run, kept alike on every rank. At most one step is queued and not settled.
+    """The record of one run, the same on every rank. At most one step is queued and not settled.
 
-    terms   the names of the objective's terms
-    save    writes the rolling checkpoint of the weights as they are
+    K = terms of the objective
+
+    terms   their names
+    save    writes the rolling checkpoint of the weights as they are, which are those after this step
     logged  called with each line
     """
 
@@ -66,12 +70,11 @@ class Record:
         directory: Path,
         world: World,
         terms: Sequence[str],
-        optimizer: AdamW,
-        save: Callable[[Position], None],
+        save: Callable[[int], object],
         logged: Callable[[dict[str, Any]], None],
     ) -> None:
         self._config, self._directory, self._world = config, directory, world
-        self._terms, self._optimizer, self._save, self._logged = terms, optimizer, save, logged
+        self._terms, self._save, self._logged = terms, save, logged
         self._queued: _Queued | None = None
         self._diverged = 0
         self._saved = time.monotonic()
@@ -100,6 +103,7 @@ class Record:
         if self._queued is None:
             return
         queued, self._queued = self._queued, None
+        queued.done.wait()
         seconds, self._begun = queued.done.seconds_since(self._begun), queued.done
         step, batch, recipe = queued.step, queued.batch, self._config.training
         *totals, stopping, shortages, due, grad_norm = queued.numbers.tolist()
@@ -131,7 +135,7 @@ class Record:
             )
         # The checkpoint comes before the measurement: what ends the run in between repeats the measurement only.
         if due or stopping or recipe.measures(step):
-            self._save(Position(step, self._optimizer.updates))
+            self._save(step)
             self._saved = time.monotonic()
         if stopping:
             self._world.wait()  # for the first rank's checkpoint: where one rank ends, its launcher ends the others

@@ -26,6 +26,7 @@ from .rank_workers import DOCUMENTS, free_port
 WORKER = (
     """
 import os, sys
+from dataclasses import replace
 from pathlib import Path
 import numpy as np
 import torch
@@ -50,6 +51,8 @@ model_dir, out, batch, dtype, case = sys.argv[1:]
     execution=ExecutionSection(pack_tokens=60, save_minutes=0),
 )
 world = join_world("cpu")
+if case == "untaught":  # most rows, and so most steps of one row, teach nothing
+    documents = [d if i % 3 == 0 else replace(d, supervised=d.supervised & False) for i, d in enumerate(documents)]
 if case == "averaged":
     real = sharding.shard
     def shard(model, world):
@@ -74,7 +77,7 @@ def checkpoint(step):
 train(model, documents, config, Path(out), world, Hooks(logged=logged, checkpoint=checkpoint))
 learned = {n: p for n, p in model.named_parameters()}
 ends = {n: whole(p).clone() for n, p in learned.items()}
-gradients = {n: whole(p.grad).clone() for n, p in learned.items()}
+gradients = {n: whole(p.grad).clone() for n, p in learned.items() if p.grad is not None}
 if world.size > 1:  # the optimizer is called for a block at a time, not for every weight
     bundles = list(Shards(list(learned.values()), world).bundles())
     assert len(bundles) <= model.config.num_hidden_layers + 2 < len(learned), len(bundles)
@@ -139,6 +142,14 @@ def agree(two: Path, one: Path, bound: float, slack: float) -> None:
     assert distances[0] > 0 and abs(distances[1] / distances[0] - 1) < slack * bound
     for a, b in zip(*(read_jsonl(out / "metrics.jsonl") for out in (two, one)), strict=True):
         assert all(abs(a[name] / b[name] - 1) < bound for name in ("loss", "grad_norm"))
+
+
+def test_steps_that_teach_nothing_are_skipped(hf_model: Callable[..., Path], tmp_path: Path) -> None:
+    for name, ranks in (("one", 1), ("two", 2)):
+        run(hf_model(), tmp_path / name, ranks, batch=1, case="untaught")
+    rows = read_jsonl(tmp_path / "two" / "metrics.jsonl")
+    assert 0 < sum("skipped" in row for row in rows) < len(rows) == 4
+    assert worst(tmp_path / "two", tmp_path / "one", "end.safetensors") < 1e-10
 
 
 def test_shards_equal_the_whole(undisturbed: Callable[[int], Path]) -> None:
