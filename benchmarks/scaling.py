@@ -1,6 +1,7 @@
 """More than one GPU, and what one needs for full parameters or for equal bits:
 
-    python -m benchmarks.scaling [--cases lora,cells,ranks,full,shards,deterministic] [--batch 16] [--out FILE]
+    python -m benchmarks.scaling [--cases lora,cells,ranks,full,shards,deterministic]
+                                 [--batch 16] [--gpus 2] [--out FILE]
 
     lora           the registered recipe's step on one GPU
     cells          a process of its own on each GPU, as a study's runners are

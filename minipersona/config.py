@@ -255,8 +255,8 @@ class ExecutionSection:
     """How, not what: nothing here changes a result beyond rounding, so a run may be continued with other values."""
 
     device: str = "auto"  # auto: CUDA where there is one
-    pack_tokens: int = 0  # most tokens of one pass, lower it when memory runs out; 0: in training adapters 8,192 where
-    # activations are checkpointed or all weights learn, else 10,240; in measuring 16,384
+    pack_tokens: int = 0  # most tokens of one pass, lower it when memory runs out; 0: in training 8,192, or 10,240 for
+    # adapters whose activations are not checkpointed; in measuring 16,384
     checkpoint_activations: bool = True  # recompute blocks in the backward pass: less memory, a third slower
     compile: Literal["auto", "on", "off"] = "auto"  # auto: on CUDA
     save_minutes: float = 5.0  # between rolling checkpoints

@@ -44,7 +44,7 @@ class Hooks:
 
     checkpoint: Callable[[int], None] = lambda step: None  # at each named step, with the weights of that step
     probe: Callable[[int], None] = lambda step: None  # at the other steps that are measured, every `probe_every`
-    logged: Callable[[dict[str, Any]], None] = lambda row: None  # after each step, with its line of metrics.jsonl
+    logged: Callable[[dict[str, Any]], None] = lambda row: None  # with each step's line, as it comes (`record.py`)
 
 
 def train(
@@ -105,7 +105,11 @@ def train(
             with world.passes():
                 terms = attempt(batch.packs)  # (K,) the loss comes first
         else:
-            terms = budget.fit(attempt, batch.packs)
+            try:
+                terms = budget.fit(attempt, batch.packs)
+            except Exception:
+                record.settle()  # the step before is done, whatever happens in this one
+                raise
 
         # 2. While the device is at it: the record of the step before, whose weights these still are; the next batch.
         record.settle()

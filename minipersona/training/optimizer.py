@@ -28,6 +28,8 @@ class AdamW:
         self.layout = layout
         self.beta1, self.beta2, self.epsilon, self.weight_decay = beta1, beta2, epsilon, weight_decay
         self._updates = torch.zeros((), dtype=torch.float64, device=layout.weights[0].device)
+        self._dtype = layout.weights[0].dtype
+        self._still = self._updates.new_tensor([1.0, 0.0, 1.0, 0.0, 1.0])  # an update's numbers that change nothing
         # As one pass over memory instead of one an operation: with full parameters a step of the 3B is 5% faster.
         self._move = torch.compile(move, dynamic=True) if compiled else move
 
@@ -46,36 +48,38 @@ class AdamW:
         k = self._updates.add_(allowed)
         rate = learning_rate / (1 - self.beta1**k)
         root = (1 - self.beta2**k).sqrt()
-        # Tensors, since a compiler takes every new number for new code.
-        decayed, plain = (
-            torch.stack([torch.full_like(rate, keep), rate, root]).to(self.layout.weights[0].dtype)
-            for keep in (1 - learning_rate * self.weight_decay, 1.0)
-        )
+
+        def changing(weight_decay: float) -> Tensor:  # a tensor, since a compiler takes every new number for new code
+            keep, first, second = (
+                torch.full_like(rate, x) for x in (1 - learning_rate * weight_decay, 1 - self.beta1, self.beta2)
+            )
+            return torch.where(allowed, torch.stack([keep, rate, root, first, second]), self._still).to(self._dtype)
+
+        decayed, plain = changing(self.weight_decay), changing(0.0)
         for bundle in self.layout.bundles():
             tensors = [(piece.weight, piece.gradient, piece.first, piece.second) for piece in bundle]
-            changing = [decayed if piece.decays else plain for piece in bundle]
-            self._move(tensors, changing, allowed, self.beta1, self.beta2, self.epsilon)
+            numbers = [decayed if piece.decays else plain for piece in bundle]
+            self._move(tensors, numbers, allowed, 1 - self.beta2, self.epsilon)
 
 
 def move(
     bundle: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]],
-    changing: Sequence[Tensor],
+    numbers: Sequence[Tensor],
     allowed: Tensor,
-    beta1: float,
-    beta2: float,
+    square: float,
     epsilon: float,
 ) -> None:
-    """Where `allowed`, (), update in place: weights p and moments m and v from gradients g, for each (p, g, m, v).
+    """Update in place weights p and moments m and v from gradients g, for each (p, g, m, v) of tensors (n,).
 
-    bundle    tensors (n,)
-    changing  (3,) for each: 1 - lr wd, lr / (1-b1^k), sqrt(1-b2^k)
+    numbers  (5,) for each: 1 - lr wd, lr / (1-b1^k), sqrt(1-b2^k), 1-b1, b2; those that move nothing if not `allowed`
+    allowed  (): where it is False, gradients count as zeros
+    square   1-b2
     """
-    for (p, g, m, v), (keep, rate, root) in zip(bundle, changing, strict=True):
-        first = torch.lerp(m, g, 1 - beta1)
-        second = torch.addcmul(v * beta2, g, g, value=1 - beta2)
-        moved = p * keep - (first * rate).div_(second.sqrt().div_(root).add_(epsilon))
-        for old, new in ((p, moved), (m, first), (v, second)):
-            old.copy_(torch.where(allowed, new, old))
+    for (p, g, m, v), (keep, rate, root, first, second) in zip(bundle, numbers, strict=True):
+        g = torch.where(allowed, g, 0.0)
+        m.lerp_(g, first)
+        v.mul_(second).addcmul_(g, g, value=square)
+        p.mul_(keep).sub_((m * rate).div_(v.sqrt().div_(root).add_(epsilon)))
 
 
 @torch.no_grad()

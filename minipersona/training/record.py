@@ -31,7 +31,7 @@ class _Moment:
         self._now = time.monotonic()
         self._event = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
         if self._event is not None:
-            self._event.record()
+            self._event.record(torch.cuda.current_stream(device))
 
     def wait(self) -> None:
         """Until it has come."""

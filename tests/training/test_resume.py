@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from minipersona.errors import UserError
 from minipersona.files import read_jsonl
 from minipersona.model.load import load_model
 from minipersona.training import loop
-from minipersona.training.checkpoint import Position
+from minipersona.training.checkpoint import Position, stored_position
 from minipersona.training.loop import Hooks, train
 from minipersona.training.world import World
 
@@ -101,6 +103,25 @@ def test_control_a_resume_without_moments_ends_elsewhere(
     monkeypatch.setattr(loop, "load_state", forgetful)
     resumed, _ = run(hf_model(), documents, tmp_path / "cut", config())
     assert any(not torch.equal(expected[name], resumed[name]) for name in expected)
+
+
+def test_a_step_is_recorded_although_the_next_one_fails(
+    hf_model: Callable[..., Path], documents: list[Document], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its numbers are read while the next one is at work."""
+    real, calls = loop.accumulate, itertools.count(1)
+
+    def failing(*arguments: Any) -> torch.Tensor:
+        if next(calls) == 4:
+            raise RuntimeError("a defect")
+        return real(*arguments)
+
+    monkeypatch.setattr(loop, "accumulate", failing)
+    settings = replace(config(), execution=replace(config().execution, save_minutes=0))
+    with pytest.raises(RuntimeError, match="a defect"):
+        run(hf_model(), documents, tmp_path, settings)
+    assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    assert stored_position(tmp_path).step == 3
 
 
 def test_a_finished_run_drops_its_tensors_and_is_left_alone(
