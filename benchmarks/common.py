@@ -51,7 +51,7 @@ def sit(description: str | None, defaults: Mapping[str, Any]) -> Sitting:
 
 
 def options(description: str | None, defaults: Mapping[str, Any]) -> argparse.Namespace:
-    """The options that every benchmark has, and more with the type of their defaults."""
+    """The options that every benchmark has, and more with the type of their defaults. Ends where there is no GPU."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=MODEL, help=f"default {MODEL}")
     parser.add_argument("--out", help="write the figures there too, as JSON")
@@ -60,13 +60,14 @@ def options(description: str | None, defaults: Mapping[str, Any]) -> argparse.Na
             parser.add_argument(f"--{name.replace('_', '-')}", action="store_true")
         else:
             parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
-    return parser.parse_args()
+    given = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("error: the benchmarks need a CUDA device")
+    return given
 
 
 def our_model(name: str) -> Qwen2:
     """The model on the GPU in bf16, its blocks compiled."""
-    if not torch.cuda.is_available():
-        raise SystemExit("error: the benchmarks need a CUDA device")
     model = load_model(name, device="cuda", dtype=torch.bfloat16)
     model.compile_blocks()
     return model
