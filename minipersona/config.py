@@ -255,8 +255,8 @@ class ExecutionSection:
     """How, not what: nothing here changes a result beyond rounding, so a run may be continued with other values."""
 
     device: str = "auto"  # auto: CUDA where there is one
-    pack_tokens: int = 0  # most tokens of one pass, lower it when memory runs out; 0: in training 8,192, or 10,240 for
-    # adapters whose activations are not checkpointed; in measuring 16,384
+    pack_tokens: int = 0  # most tokens of one pass, lower it when memory runs out; 0: in measuring 16,384; in training
+    # 8,192, or 10,240 for adapters without checkpointed activations, or 16,384 for all weights with them
     checkpoint_activations: bool = True  # recompute blocks in the backward pass: less memory, a third slower
     compile: Literal["auto", "on", "off"] = "auto"  # auto: on CUDA
     save_minutes: float = 5.0  # between rolling checkpoints
@@ -306,5 +306,9 @@ class RunConfig:
         """Most tokens of one forward and backward pass."""
         if self.execution.pack_tokens:
             return self.execution.pack_tokens
-        sparing = self.execution.checkpoint_activations or self.training.method == "full"
-        return 8_192 if sparing else 10_240
+        full, sparing = self.training.method == "full", self.execution.checkpoint_activations
+        if (
+            full and sparing
+        ):  # weights are cast, or gathered, once a pass, and that takes longer than activations are large
+            return 16_384
+        return 8_192 if full or sparing else 10_240

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from minipersona.training.sharding import local, own_rows
+from minipersona.training.sharding import is_dealt, local, own_rows
 from minipersona.training.world import World
 
 SLICE = 50_000_000  # the most elements of a piece: an update's temporaries stay small beside the model
@@ -57,6 +57,10 @@ class Layout(Protocol):
 
     def rows(self, index: int) -> slice:
         """Which rows of parameter `index` this rank keeps."""
+        ...
+
+    def own(self, index: int) -> slice:
+        """Which of the rows that it keeps this rank writes down; the ranks' files together hold each row once."""
         ...
 
 
@@ -105,50 +109,67 @@ class Flat:
         """All."""
         return slice(0, len(self.weights[index]))
 
+    def own(self, index: int) -> slice:
+        """All: one rank writes."""
+        return self.rows(index)
+
 
 class Shards:
-    """A rank keeps some rows of each parameter, as FSDP2 has dealt them; their gradients come reduced.
+    """A rank keeps some rows of each matrix, as FSDP2 has dealt them, whose gradients come reduced; and all vectors.
 
     `parameters` are those of a model that `sharding.shard` has treated.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], world: World) -> None:
         self._parameters, self._world = parameters, world
+        vectors = [parameter for parameter in parameters if not is_dealt(parameter)]
+        flat = self._vectors = Flat(vectors)
+        kept = dict(zip(vectors, zip(flat.weights, flat.first, flat.second, strict=True), strict=True))
         with torch.no_grad():
-            self.weights = [local(parameter) for parameter in parameters]
-        self.first = [torch.zeros_like(weight) for weight in self.weights]
-        self.second = [torch.zeros_like(weight) for weight in self.weights]
+            dealt = {matrix: local(matrix) for matrix in parameters if is_dealt(matrix)}
+        kept |= {matrix: (rows, torch.zeros_like(rows), torch.zeros_like(rows)) for matrix, rows in dealt.items()}
+        self._matrices = [(matrix, *kept[matrix]) for matrix in dealt]
+        self.weights, self.first, self.second = ([kept[p][i] for p in parameters] for i in range(3))
 
     def bundles(self) -> Iterator[list[Piece]]:
-        """A block each. A call costs the host 0.1 ms, and a model has hundreds of weights.
+        """The vectors; then a block each, since a call costs the host 0.1 ms, and a model has hundreds of weights."""
+        yield from self._vectors.bundles()
+        yield from self._blocks()
 
-        FSDP2 reduces a block's gradients as one tensor, of which they are views.
-        """
-        kept = zip(self._parameters, self.weights, self.first, self.second, strict=True)
-        learned = [(p, w, local(p.grad), *moments) for p, w, *moments in kept if p.grad is not None]
+    def _blocks(self) -> Iterator[list[Piece]]:
+        """FSDP2 reduces a block's gradients as one tensor, of which they are views."""
+        learned = [(p, w, local(p.grad), *moments) for p, w, *moments in self._matrices if p.grad is not None]
         for _, block in itertools.groupby(learned, lambda each: each[2].untyped_storage().data_ptr()):
-            pieces = [piece for p, *own in block for piece in _slices([x.view(-1) for x in own], p.ndim >= 2)]
+            pieces = [piece for _, *own in block for piece in _slices([x.view(-1) for x in own], decays=True)]
             if pieces:  # of small weights a rank may keep no row
                 yield pieces
 
     def zero(self) -> None:
-        """Forget the gradients, and free their memory."""
-        for parameter in self._parameters:
+        """Forget the gradients, and free the matrices' memory."""
+        self._vectors.zero()
+        for parameter, *_ in self._matrices:
             parameter.grad = None
 
     def reduce(self, world: World, sums: Tensor) -> None:
-        """The gradients were summed over the ranks, and dealt to them, during the backward passes."""
-        world.sum(sums)
+        """The vectors'. Matrices' gradients were summed over the ranks, and dealt to them, in the backward passes."""
+        self._vectors.reduce(world, sums)
 
     def gradient_norm(self, world: World) -> Tensor:
         """()"""
-        squared = get_total_norm(gradients(self)).to(world.device).square()
+        own = [piece.gradient for block in self._blocks() for piece in block]
+        squared = get_total_norm(own).to(world.device).square()
         world.sum(squared)
-        return squared.sqrt()
+        return (squared + self._vectors.gradient_norm(world).square()).sqrt()
 
     def rows(self, index: int) -> slice:
-        """Those that FSDP2 has dealt to it."""
-        return own_rows(len(self._parameters[index]), self._world)
+        """Of a matrix those that FSDP2 has dealt to it."""
+        parameter = self._parameters[index]
+        return own_rows(len(parameter), self._world) if is_dealt(parameter) else slice(0, len(parameter))
+
+    def own(self, index: int) -> slice:
+        """All that it keeps of a matrix, and its share of a vector."""
+        parameter = self._parameters[index]
+        return slice(None) if is_dealt(parameter) else own_rows(len(parameter), self._world)
 
 
 def gradients(layout: Layout) -> list[Tensor]:

@@ -1,8 +1,9 @@
 """Full-parameter training on several ranks: every rank keeps a share of the weights, gradients and moments.
 
-FSDP2 (`torch.distributed.fsdp.fully_shard`; Zhao et al. 2023) gathers a block's weights before they are used, frees
-them after, and sums and deals out their gradients as the backward pass goes. Weights travel as the fp32 masters they
-are, so that a sharded run computes what an unsharded one does.
+FSDP2 (`torch.distributed.fsdp.fully_shard`; Zhao et al. 2023) gathers a block's matrices before they are used, frees
+them after, and sums and deals out their gradients as the backward pass goes. A sharded run computes what an unsharded
+one does: matrices travel in the precision in which the products read them, their gradients are summed as fp32, and
+vectors (norms, read as fp32, and biases) are few enough that every rank keeps them whole.
 """
 
 from __future__ import annotations
@@ -20,22 +21,28 @@ def is_sharded(config: RunConfig, world: World) -> bool:
 
 
 def shard(model: Qwen2, world: World) -> None:
-    """Deal the model's weights to the ranks, which all hold the same ones before.
+    """Deal the model's matrices to the ranks, which all hold the same ones before. Vectors stay as they are.
 
     Every rank has to go through the model equally often from here on: each pass is a sequence of collective operations.
     """
     # Imported late: it brings torch.distributed.tensor along, a second that no other command should wait for.
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import FSDPModule, fully_shard
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
     for parameter in model.parameters():
         parameter.data = parameter.data.contiguous()  # some may be views into a `Joined` tensor
     mesh = init_device_mesh(world.device.type, (world.size,))
+    vectors = {parameter for parameter in model.parameters() if parameter.ndim < 2}
+    master = model.lm_head.weight.dtype
+    as_read = MixedPrecisionPolicy(param_dtype=model.compute_dtype, reduce_dtype=master, cast_forward_inputs=False)
     for block in model.model.layers:
-        fully_shard(block, mesh=mesh)
+        fully_shard(block, mesh=mesh, mp_policy=as_read, ignored_params=vectors)
+    # Embedding and head stay as they are stored: gradients of a token's row add up over its places in the pack.
     if not model.config.tie_word_embeddings:  # a tied one stays with the head, which is the same parameter
         fully_shard(model.model.embed_tokens, mesh=mesh)
-    fully_shard(model, mesh=mesh)  # the rest: final norm and head, which stay gathered until the backward pass is over
+    fully_shard(
+        model, mesh=mesh, ignored_params=vectors
+    )  # the head, which stays gathered until a step's passes are over
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # sums, not means: the loop divides, once
@@ -47,16 +54,27 @@ def reshard(model: Qwen2) -> None:
     model.reshard()  # type: ignore[operator]
 
 
+def is_dealt(tensor: Tensor) -> bool:
+    """Whether this rank keeps some rows of it only."""
+    return hasattr(tensor, "to_local")
+
+
 def local(tensor: Tensor) -> Tensor:
-    """What this rank keeps of a sharded tensor; call it without gradients."""
+    """What this rank keeps of a tensor that is dealt; call it without gradients."""
     kept = tensor.to_local()  # type: ignore[attr-defined]  # a DTensor
     assert isinstance(kept, Tensor)
     return kept
 
 
 def own_rows(rows: int, world: World) -> slice:
-    """Which of a weight's rows this rank keeps. FSDP2 deals them as torch.chunk does: equal shares rounded up, of which
-    the last ranks' may be smaller or empty.
+    """Which rows of a matrix this rank keeps, and which of a vector it answers for.
+
+    FSDP2 deals them as torch.chunk does: equal shares rounded up, of which the last ranks' may be smaller or empty.
     """
     share = -(-rows // world.size)
     return slice(min(world.rank * share, rows), min((world.rank + 1) * share, rows))
+
+
+def own_part(weight: Tensor, world: World) -> Tensor:
+    """Those rows. Together the ranks have each of them once."""
+    return local(weight) if is_dealt(weight) else weight[own_rows(len(weight), world)]
