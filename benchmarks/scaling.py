@@ -1,7 +1,7 @@
 """More than one GPU, and what one needs for full parameters or for equal bits:
 
-    python -m benchmarks.scaling [--cases lora,cells,ranks,full,shards,deterministic]
-                                 [--batch 16] [--gpus 2] [--out FILE]
+    python -m benchmarks.scaling [--cases lora,cells,ranks,full,shards,full:64,shards:64,deterministic]
+                                 [--batch 16] [--gpus 2] [--full-model random:Qwen/Qwen2.5-3B-Instruct] [--out FILE]
 
     lora           the registered recipe's step on one GPU
     cells          a process of its own on each GPU, as a study's runners are
@@ -10,7 +10,8 @@
     shards         the same on all GPUs, sharded (FSDP2)
     deterministic  the recipe's step with execution.deterministic, twice; the adapters have to be equal to the bit
 
-Every case is made of processes of its own, so the first one compiles and the others find its work in the cache.
+A number behind a case's name is its rows a step, instead of --batch: `shards:64`. Every case is made of processes of
+its own, so the first one compiles and the others find its work in the cache.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ from minipersona.study.run import make_deterministic
 from minipersona.training.world import join_world, leave_world
 
 FULL = "random:Qwen/Qwen2.5-3B-Instruct"  # its full-parameter training fits one GPU of 80 GB
-OPTIONS = {"steps": 24, "batch": BATCH, "gpus": 2, "cases": "lora,cells,ranks,full,shards,deterministic",
-           "full_model": FULL, "worker": "", "result": ""}  # fmt: skip
+CASES = "lora,cells,ranks,full,shards,full:64,shards:64,deterministic"
+OPTIONS = {"steps": 24, "batch": BATCH, "gpus": 2, "cases": CASES, "full_model": FULL, "worker": "", "result": ""}
+BASE = {"cells": "lora", "ranks": "lora", "deterministic": "lora", "shards": "full"}  # what a case is compared with
 
 
 def worker(given: Any) -> None:
@@ -49,8 +51,8 @@ def worker(given: Any) -> None:
     leave_world(world)
 
 
-def start(case: str, given: Any, scratch: Path) -> list[dict[str, Any]]:
-    """Run the processes of a case side by side; what each independent one found."""
+def start(case: str, rows: int, given: Any, scratch: Path) -> list[dict[str, Any]]:
+    """Run the processes of a case side by side, with so many rows a step; what each independent one found."""
     together = case in ("ranks", "shards")
     count = {"lora": 1, "full": 1, "deterministic": min(2, given.gpus)}.get(case, given.gpus)
     with socket.socket() as listener:
@@ -62,7 +64,7 @@ def start(case: str, given: Any, scratch: Path) -> list[dict[str, Any]]:
         shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(index),
                   "LOCAL_RANK": str(index)}  # fmt: skip
         alone = {"CUDA_VISIBLE_DEVICES": str(index)} if count > 1 else {}
-        passed = {"worker": case, "result": result, "steps": given.steps, "batch": given.batch, "model": given.model,
+        passed = {"worker": case, "result": result, "steps": given.steps, "batch": rows, "model": given.model,
                   "full-model": given.full_model}  # fmt: skip
         options_of_it = [f"--{name}={value}" for name, value in passed.items()]
         command = [sys.executable, "-m", "benchmarks.scaling", *options_of_it]
@@ -78,36 +80,35 @@ def main() -> None:
     if given.worker:
         worker(given)
         return
-    found: dict[str, list[dict[str, Any]]] = {}
+    found: dict[tuple[str, int], list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        for case in given.cases.split(","):
-            found[case] = start(case, given, Path(scratch))
+        for named in given.cases.split(","):
+            case, _, number = named.partition(":")
+            rows = int(number or given.batch)
+            ones = start(case, rows, given, Path(scratch))
             if case == "deterministic" and given.gpus == 1:
-                found[case] += start(case, given, Path(scratch))
-            print(
-                case,
-                [{k: v for k, v in one.items() if k not in ("steps", "losses")} for one in found[case]],
-                flush=True,
-            )
-    single = {"cells": "lora", "ranks": "lora", "deterministic": "lora", "shards": "full"}
-    rows, notes = [], []
-    for case, ones in found.items():
+                ones += start(case, rows, given, Path(scratch))
+            found[case, rows] = ones
+            print(named, [{k: v for k, v in one.items() if k not in ("steps", "losses")} for one in ones], flush=True)
+    lines, notes = [], []
+    for (case, rows), ones in found.items():
         if not ones:
-            rows.append([case, "failed", "", "", ""])
+            lines.append([case, str(rows), "failed", "", "", ""])
             continue
         if case == "deterministic":
             notes.append(f"deterministic adapters equal to the bit: {len({one['adapters'] for one in ones}) == 1}")
             ones = ones[:1]
         speed = sum(one["tokens_per_second"] for one in ones)
-        base = found.get(single.get(case, ""), [])
+        base = found.get((BASE.get(case, ""), rows), [])
         times = f"{speed / base[0]['tokens_per_second']:.2f}" if base else ""
         if base and case != "cells":
             off = max(abs(a / b - 1) for a, b in zip(ones[0]["losses"], base[0]["losses"], strict=True))
-            notes.append(f"{case}: losses within {off:.1e} of {single[case]}'s")
+            notes.append(f"{case}, {rows} rows: losses within {off:.1e} of {BASE[case]}'s")
         memory = max(one["gib"] for one in ones)
-        rows.append([case, f"{speed:,.0f}", times, f"{memory:.1f}", f"{ones[0]['first_step']:.0f}"])
-    columns = ["case", "tokens/s", "times one GPU", "GiB a GPU", "first step, s"]
-    report("scaling", table(columns, rows) + "\n\n" + "\n".join(notes), {"cases": found}, given.out)
+        lines.append([case, str(rows), f"{speed:,.0f}", times, f"{memory:.1f}", f"{ones[0]['first_step']:.0f}"])
+    columns = ["case", "rows a step", "tokens/s", "times one GPU", "GiB a GPU", "first step, s"]
+    cases = {f"{case}:{rows}": ones for (case, rows), ones in found.items()}
+    report("scaling", table(columns, lines) + "\n\n" + "\n".join(notes), {"cases": cases}, given.out)
 
 
 if __name__ == "__main__":
