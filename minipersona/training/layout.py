@@ -17,6 +17,7 @@ from torch.nn.utils import get_total_norm
 from minipersona.training.sharding import is_dealt, local, own_rows
 from minipersona.training.world import World
 
+BLOCK = 7  # the most pieces that are updated with one call: as many matrices as a block has
 SLICE = 50_000_000  # the most elements of a piece: an update's temporaries stay small beside the model
 
 
@@ -137,12 +138,12 @@ class Shards:
         yield from self._blocks()
 
     def _blocks(self) -> Iterator[list[Piece]]:
-        """FSDP2 reduces a block's gradients as one tensor, of which they are views."""
+        """FSDP2 reduces some blocks' gradients as one tensor, of which they are views."""
         learned = [(p, w, local(p.grad), *moments) for p, w, *moments in self._matrices if p.grad is not None]
-        for _, block in itertools.groupby(learned, lambda each: each[2].untyped_storage().data_ptr()):
-            pieces = [piece for _, *own in block for piece in _slices([x.view(-1) for x in own], decays=True)]
-            if pieces:  # of small weights a rank may keep no row
-                yield pieces
+        for _, blocks in itertools.groupby(learned, lambda each: each[2].untyped_storage().data_ptr()):
+            pieces = [piece for _, *own in blocks for piece in _slices([x.view(-1) for x in own], decays=True)]
+            for start in range(0, len(pieces), BLOCK):
+                yield pieces[start : start + BLOCK]
 
     def zero(self) -> None:
         """Forget the gradients, and free the matrices' memory."""
