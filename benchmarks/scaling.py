@@ -25,10 +25,12 @@ import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.common import documents, options, our_model, report, table
+import torch
+
+from benchmarks.common import GIB, documents, options, our_model, report, seconds, table
 from benchmarks.sft import BATCH, ours
 from minipersona.study.run import make_deterministic
-from minipersona.training.world import join_world, leave_world
+from minipersona.training.world import World, join_world, leave_world
 
 FULL = "random:Qwen/Qwen2.5-3B-Instruct"  # its full-parameter training fits one GPU of 80 GB
 CASES = "lora,cells,ranks,full,shards,full:64,shards:64,deterministic"
@@ -46,9 +48,19 @@ def worker(given: Any) -> None:
     docs = documents(given.steps * given.batch, model.config.vocab_size)
     method: Literal["lora", "full"] = "full" if full else "lora"
     found = ours(model, docs, given.steps, True, method=method, batch=given.batch, world=world)
+    if world.size > 1:
+        found["link_gb_per_s"] = link(world)
     if world.first:
         Path(given.result).write_text(json.dumps(found))
     leave_world(world)
+
+
+def link(world: World) -> float:
+    """GB/s that a GPU sends and receives while a GiB is summed over all of them: what their connection gives."""
+    summed = torch.zeros(int(GIB) // 4, device=world.device)
+    world.sum(summed)
+    took = min(seconds(world.sum, summed) for _ in range(5))
+    return 2 * (world.size - 1) / world.size * GIB / took / 1e9
 
 
 def start(case: str, rows: int, given: Any, scratch: Path) -> list[dict[str, Any]]:
@@ -104,6 +116,8 @@ def main() -> None:
         if base and case != "cells":
             off = max(abs(a / b - 1) for a, b in zip(ones[0]["losses"], base[0]["losses"], strict=True))
             notes.append(f"{case}, {rows} rows: losses within {off:.1e} of {BASE[case]}'s")
+        if "link_gb_per_s" in ones[0]:
+            notes.append(f"{case}, {rows} rows: {ones[0]['link_gb_per_s']:.0f} GB/s between the GPUs")
         memory = max(one["gib"] for one in ones)
         lines.append([case, str(rows), f"{speed:,.0f}", times, f"{memory:.1f}", f"{ones[0]['first_step']:.0f}"])
     columns = ["case", "rows a step", "tokens/s", "times one GPU", "GiB a GPU", "first step, s"]

@@ -47,6 +47,8 @@ def ours(
 
     The first dozen are slower: packs of new sizes need products that CUDA has not loaded yet.
     """
+    if steps <= PROFILED:
+        raise SystemExit(f"error: {steps} steps are too few; the last {PROFILED} are profiled, so take more")
     config = RunConfig(
         data=DataSection("-", "-"),
         objective=objective or ObjectiveSection(),
@@ -73,7 +75,7 @@ def ours(
             trained.update(parameter.detach().cpu().numpy().tobytes())
     remove_lora(model)
     times = [row["tokens"] / row["tokens_per_second"] for row in rows]
-    late = slice(len(rows) // 2, steps - PROFILED)
+    late = slice(min(steps // 2, steps - PROFILED - 1), steps - PROFILED)
     return {
         "tokens_per_second": sum(row["tokens"] for row in rows[late]) / sum(times[late]),
         "median_step": statistics.median(times[late]),
