@@ -176,7 +176,10 @@ def free() -> None:
 
 
 class Profile:
-    """Shares of the wall time between `start` and `stop`: products, attention, elementwise passes, copies, and gaps."""
+    """Shares of the wall time between `start` and `stop`: products, attention, and so on, and gaps.
+
+    What runs side by side counts twice: where GPUs send each other tensors during the passes, gaps may be negative.
+    """
 
     def start(self) -> None:
         """Begin once the device has nothing left to do."""
@@ -188,14 +191,14 @@ class Profile:
         self._started = time.perf_counter()
 
     def stop(self) -> dict[str, float]:
-        """The shares; together with the gaps, in which the device idles, they are 1."""
+        """The shares; together with the gaps they are 1."""
         torch.cuda.synchronize()
         wall = time.perf_counter() - self._started
         self._profiler.__exit__(None, None, None)
-        shares = dict.fromkeys(("gemm", "attention", "elementwise", "copies"), 0.0)
+        shares = dict.fromkeys(("gemm", "attention", "elementwise", "copies", "communication"), 0.0)
         for event in self._profiler.key_averages():
             shares[_kind(event.key.lower())] += event.self_device_time_total / 1e6 / wall
-        return {**shares, "gaps": 1 - sum(shares.values())}
+        return {**{kind: share for kind, share in shares.items() if share}, "gaps": 1 - sum(shares.values())}
 
 
 def profile(work: Callable[..., Any], *arguments: Any) -> dict[str, float]:
@@ -207,6 +210,8 @@ def profile(work: Callable[..., Any], *arguments: Any) -> dict[str, float]:
 
 
 def _kind(kernel: str) -> str:
+    if "nccl" in kernel:
+        return "communication"
     if any(word in kernel for word in ("nvjet", "gemm", "splitk", "cutlass_80", "cublas")):
         return "gemm"
     if any(word in kernel for word in ("flash", "sdpa", "fmha")):

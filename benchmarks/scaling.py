@@ -10,14 +10,16 @@
     shards         the same on all GPUs, sharded (FSDP2)
     deterministic  the recipe's step with execution.deterministic, twice; the adapters have to be equal to the bit
 
+Beside the table stand the losses' differences, and how fast the GPUs of a case sum a GiB.
 A number behind a case's name is its rows a step, instead of --batch: `shards:64`. Every case is made of processes of
-its own, so the first one compiles and the others find its work in the cache.
+its own. What the first one of a kind compiles, later ones find in the cache.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -33,6 +35,7 @@ from minipersona.study.run import make_deterministic
 from minipersona.training.world import World, join_world, leave_world
 
 FULL = "random:Qwen/Qwen2.5-3B-Instruct"  # its full-parameter training fits one GPU of 80 GB
+KINDS = ("lora", "cells", "ranks", "full", "shards", "deterministic")
 CASES = "lora,cells,ranks,full,shards,full:64,shards:64,deterministic"
 OPTIONS = {"steps": 24, "batch": BATCH, "gpus": 2, "cases": CASES, "full_model": FULL, "worker": "", "result": ""}
 BASE = {"cells": "lora", "ranks": "lora", "deterministic": "lora", "shards": "full"}  # what a case is compared with
@@ -56,7 +59,10 @@ def worker(given: Any) -> None:
 
 
 def link(world: World) -> float:
-    """GB/s that a GPU sends and receives while a GiB is summed over all of them: what their connection gives."""
+    """GB/s that a GPU sends, and receives, while a GiB is summed over all of them.
+
+    Counted as a ring sums: 2 (n-1)/n of the tensor.
+    """
     summed = torch.zeros(int(GIB) // 4, device=world.device)
     world.sum(summed)
     took = min(seconds(world.sum, summed) for _ in range(5))
@@ -72,7 +78,7 @@ def start(case: str, rows: int, given: Any, scratch: Path) -> list[dict[str, Any
         port = listener.getsockname()[1]
     processes, results = [], []
     for index in range(count):
-        result = scratch / f"{case}-{index}.json"
+        result = scratch / f"{case}-{rows}-{index}.json"
         shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(index),
                   "LOCAL_RANK": str(index)}  # fmt: skip
         alone = {"CUDA_VISIBLE_DEVICES": str(index)} if count > 1 else {}
@@ -92,6 +98,9 @@ def main() -> None:
     if given.worker:
         worker(given)
         return
+    for named in given.cases.split(","):
+        if re.fullmatch(f"({'|'.join(KINDS)})(:[1-9][0-9]*)?", named) is None:
+            raise SystemExit(f"error: --cases: {named!r} is none; take {', '.join(KINDS)}, or such as shards:64")
     found: dict[tuple[str, int], list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for named in given.cases.split(","):

@@ -43,12 +43,12 @@ def ours(
     batch: int = BATCH,
     world: World | None = None,
 ) -> dict[str, Any]:
-    """The loop itself, `steps` times. Timed are those of the second half but the last four, which are profiled.
+    """The loop itself, `steps` times. The last four are profiled; timed is what else the second half has, one at least.
 
     The first dozen are slower: packs of new sizes need products that CUDA has not loaded yet.
     """
-    if steps <= PROFILED:
-        raise SystemExit(f"error: {steps} steps are too few; the last {PROFILED} are profiled, so take more")
+    if steps < PROFILED + 2:
+        raise SystemExit(f"error: {steps} steps are too few; take {PROFILED + 2} or more: the first compiles")
     config = RunConfig(
         data=DataSection("-", "-"),
         objective=objective or ObjectiveSection(),
@@ -84,7 +84,7 @@ def ours(
         "gib": torch.cuda.max_memory_allocated() / GIB,
         "reserved_gib": torch.cuda.max_memory_reserved() / GIB,
         "losses": [row["loss"] for row in rows],
-        "steps": [[row["tokens"], seconds] for row, seconds in zip(rows, times, strict=True)],
+        "steps": [[row["tokens"], took] for row, took in zip(rows, times, strict=True)],
         "adapters": trained.hexdigest(),
         "profile": shares,
     }

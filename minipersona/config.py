@@ -256,7 +256,7 @@ class ExecutionSection:
 
     device: str = "auto"  # auto: CUDA where there is one
     pack_tokens: int = 0  # most tokens of one pass, lower it when memory runs out; 0: in measuring 16,384; in training
-    # 8,192, or 10,240 for adapters without checkpointed activations, or 16,384 for all weights with them
+    # all weights 16,384 with checkpointed activations, adapters 10,240 without them, and otherwise 8,192
     checkpoint_activations: bool = True  # recompute blocks in the backward pass: less memory, a third slower
     compile: Literal["auto", "on", "off"] = "auto"  # auto: on CUDA
     save_minutes: float = 5.0  # between rolling checkpoints
@@ -306,9 +306,7 @@ class RunConfig:
         """Most tokens of one forward and backward pass."""
         if self.execution.pack_tokens:
             return self.execution.pack_tokens
-        full, sparing = self.training.method == "full", self.execution.checkpoint_activations
-        if (
-            full and sparing
-        ):  # weights are cast, or gathered, once a pass, and that takes longer than activations are large
-            return 16_384
-        return 8_192 if full or sparing else 10_240
+        full, checkpointed = self.training.method == "full", self.execution.checkpoint_activations
+        if full and checkpointed:
+            return LARGE_PASS  # a pass casts or gathers all weights, so few long ones are faster; 2 GiB more for the 3B
+        return 8_192 if full or checkpointed else 10_240

@@ -174,7 +174,7 @@ class Qwen2(nn.Module):
         self.config = config
         self.compute_dtype = compute_dtype
         self.compiled = False
-        self.stop: int | None = None  # the only block after which a pass may end early, where weights are sharded
+        self.early_exit: int | None = None  # the only block after which a pass may end early, where weights are sharded
         self.source: dict[str, str | None] = {}
         self.model = Decoder(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -251,7 +251,7 @@ class Qwen2(nn.Module):
             h = h.detach().requires_grad_()  # a first block through which nothing flows back would be compiled apart
         cos, sin = rotary_angles(pack.positions, self.config.head_dim, self.config.rope_theta, wide)
         within = WithinDocuments(Spans(pack.boundaries, pack.longest))
-        assert self.stop is None or stop_after in (self.stop, None), "weights would stay gathered, and grow stale"
+        assert self.early_exit is None or stop_after in (self.early_exit, None), "weights would stay gathered"
         last = len(blocks) - 1 if stop_after is None else stop_after
         for index, block in enumerate(blocks[: last + 1]):
             scope = within if scopes is None else scopes[index]

@@ -113,8 +113,8 @@ def _write(file: Path, names: Mapping[str, Any], optimizer: AdamW, words: dict[s
     if torch.cuda.is_available():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
     for index, (name, *kept) in enumerate(zip(names, layout.weights, layout.first, layout.second, strict=True)):
-        own = layout.own(index)
-        tensors |= {f"{kind}.{name}": tensor.detach()[own] for kind, tensor in zip(KINDS, kept, strict=True)}
+        rows = layout.saved_rows(index)
+        tensors |= {f"{kind}.{name}": tensor.detach()[rows] for kind, tensor in zip(KINDS, kept, strict=True)}
     with write_atomically(file, sum(t.nbytes for t in tensors.values())) as temporary:
         save_file({k: t.cpu().contiguous() for k, t in tensors.items()}, temporary, {"state": json.dumps(words)})
 

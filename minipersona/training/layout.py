@@ -17,7 +17,7 @@ from torch.nn.utils import get_total_norm
 from minipersona.training.sharding import is_dealt, local, own_rows
 from minipersona.training.world import World
 
-BLOCK = 7  # the most pieces that are updated with one call: as many matrices as a block has
+CALL = 7  # the most pieces of an update's call on a sharded rank: as many matrices as a block has
 SLICE = 50_000_000  # the most elements of a piece: an update's temporaries stay small beside the model
 
 
@@ -60,7 +60,7 @@ class Layout(Protocol):
         """Which rows of parameter `index` this rank keeps."""
         ...
 
-    def own(self, index: int) -> slice:
+    def saved_rows(self, index: int) -> slice:
         """Which of the rows that it keeps this rank writes down; the ranks' files together hold each row once."""
         ...
 
@@ -110,7 +110,7 @@ class Flat:
         """All."""
         return slice(0, len(self.weights[index]))
 
-    def own(self, index: int) -> slice:
+    def saved_rows(self, index: int) -> slice:
         """All: one rank writes."""
         return self.rows(index)
 
@@ -138,12 +138,12 @@ class Shards:
         yield from self._blocks()
 
     def _blocks(self) -> Iterator[list[Piece]]:
-        """FSDP2 reduces some blocks' gradients as one tensor, of which they are views."""
+        """The matrices' pieces, up to CALL at a time, none with another group's: a group's gradients are one tensor."""
         learned = [(p, w, local(p.grad), *moments) for p, w, *moments in self._matrices if p.grad is not None]
-        for _, blocks in itertools.groupby(learned, lambda each: each[2].untyped_storage().data_ptr()):
-            pieces = [piece for _, *own in blocks for piece in _slices([x.view(-1) for x in own], decays=True)]
-            for start in range(0, len(pieces), BLOCK):
-                yield pieces[start : start + BLOCK]
+        for _, group in itertools.groupby(learned, lambda each: each[2].untyped_storage().data_ptr()):
+            pieces = [piece for _, *kept in group for piece in _slices([x.view(-1) for x in kept], decays=True)]
+            for start in range(0, len(pieces), CALL):
+                yield pieces[start : start + CALL]
 
     def zero(self) -> None:
         """Forget the gradients, and free the matrices' memory."""
@@ -157,8 +157,8 @@ class Shards:
 
     def gradient_norm(self, world: World) -> Tensor:
         """()"""
-        own = [piece.gradient for block in self._blocks() for piece in block]
-        squared = get_total_norm(own).to(world.device).square()
+        dealt = [piece.gradient for block in self._blocks() for piece in block]
+        squared = get_total_norm(dealt).to(world.device).square()
         world.sum(squared)
         return (squared + self._vectors.gradient_norm(world).square()).sqrt()
 
@@ -167,7 +167,7 @@ class Shards:
         parameter = self._parameters[index]
         return own_rows(len(parameter), self._world) if is_dealt(parameter) else slice(0, len(parameter))
 
-    def own(self, index: int) -> slice:
+    def saved_rows(self, index: int) -> slice:
         """All that it keeps of a matrix, and its share of a vector."""
         parameter = self._parameters[index]
         return slice(None) if is_dealt(parameter) else own_rows(len(parameter), self._world)

@@ -2,8 +2,9 @@
 
 FSDP2 (`torch.distributed.fsdp.fully_shard`; Zhao et al. 2023) gathers some blocks' matrices before they are used, frees
 them after, and sums and deals out their gradients as the backward pass goes. A sharded run computes what an unsharded
-one does: matrices travel in the precision in which the products read them, their gradients are summed as fp32, and
-vectors (norms, read as fp32, and biases) are few enough that every rank keeps them whole.
+one does: the blocks' matrices travel in the precision in which the products read them, embedding and head as they are
+stored, and all gradients are summed in the masters' precision. Vectors (norms, which are read as fp32, and biases) are
+few enough that every rank keeps them whole.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from minipersona.config import RunConfig
 from minipersona.model.network import Qwen2
 from minipersona.training.world import World
 
-GATHERED = 320_000_000  # elements gathered at a time: a block of the 7B, four of the 3B; each time costs the host 1 ms
+GROUP = 320_000_000  # elements gathered at a time: a block of the 7B, four of the 3B; each time costs the host 1 ms
 
 
 def is_sharded(config: RunConfig, world: World) -> bool:
@@ -27,7 +28,8 @@ def is_sharded(config: RunConfig, world: World) -> bool:
 def shard(model: Qwen2, world: World, stop: int) -> None:
     """Deal the model's matrices to the ranks, which all hold the same ones before. Vectors stay as they are.
 
-    stop  the block after which a pass may end early: torch 2.11 keeps gathered what it sees used in part
+    stop  the one block after which a pass may end early. No group reaches over it, since torch 2.11 leaves a group
+          gathered of which a pass has used a part
 
     Every rank has to go through the model equally often from here on: each pass is a sequence of collective operations.
     """
@@ -43,13 +45,12 @@ def shard(model: Qwen2, world: World, stop: int) -> None:
     as_read = MixedPrecisionPolicy(param_dtype=model.compute_dtype, reduce_dtype=master, cast_forward_inputs=False)
     for group in groups(list(model.model.layers), stop):
         fully_shard(group, mesh=mesh, mp_policy=as_read, ignored_params=vectors)
-    model.stop = stop
+    model.early_exit = stop
     # Embedding and head stay as they are stored: gradients of a token's row add up over its places in the pack.
     if not model.config.tie_word_embeddings:  # a tied one stays with the head, which is the same parameter
         fully_shard(model.model.embed_tokens, mesh=mesh)
-    fully_shard(
-        model, mesh=mesh, ignored_params=vectors
-    )  # the head, which stays gathered until a step's passes are over
+    # The head stays gathered from a pass's end to the end of its backward pass: the loss reads it in between.
+    fully_shard(model, mesh=mesh, ignored_params=vectors)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # sums, not means: the loop divides, once
@@ -57,8 +58,8 @@ def shard(model: Qwen2, world: World, stop: int) -> None:
 
 
 def groups(blocks: Sequence[nn.Module], stop: int) -> list[list[nn.Module]]:
-    """The blocks in their order, in groups of about GATHERED elements; none reaches over the end of block `stop`."""
-    size = max(1, round(GATHERED / sum(parameter.numel() for parameter in blocks[0].parameters())))
+    """The blocks in their order, in groups of about GROUP elements; none reaches over the end of block `stop`."""
+    size = max(1, round(GROUP / sum(parameter.numel() for parameter in blocks[0].parameters())))
     parts = blocks[: stop + 1], blocks[stop + 1 :]
     return [list(part[i : i + size]) for part in parts for i in range(0, len(part), size)]
 
@@ -89,6 +90,6 @@ def own_rows(rows: int, world: World) -> slice:
     return slice(min(world.rank * share, rows), min((world.rank + 1) * share, rows))
 
 
-def own_part(weight: Tensor, world: World) -> Tensor:
-    """Those rows. Together the ranks have each of them once."""
+def share_of(weight: Tensor, world: World) -> Tensor:
+    """This rank's rows of a weight, whether it is dealt or kept whole; together the ranks have each row once."""
     return local(weight) if is_dealt(weight) else weight[own_rows(len(weight), world)]

@@ -13,7 +13,7 @@ from minipersona.model.load import stream_weights
 from minipersona.model.lora import adapter_norm, apply_lora
 from minipersona.model.network import Qwen2
 from minipersona.model.save import save_model, send_weights
-from minipersona.training.sharding import is_sharded, own_part, own_rows, reshard, shard
+from minipersona.training.sharding import is_sharded, own_rows, reshard, shard, share_of
 from minipersona.training.world import World
 
 
@@ -74,7 +74,7 @@ def distance_from_base(model: Qwen2, config: RunConfig, world: World) -> float:
     for name, base in stream_weights(model):
         base, trained = base.to(world.device, model.compute_dtype), parameters[name].detach()
         if sharded:
-            base, trained = base[own_rows(len(base), world)], own_part(trained, world)
+            base, trained = base[own_rows(len(base), world)], share_of(trained, world)
         squared += (trained.double() - base.double()).square().sum()
     if sharded:
         world.sum(squared)

@@ -73,7 +73,7 @@ def shards(path: Path, value: float) -> None:
     """The part that one of two ranks writes, which nobody waits for here."""
     weights = {"w": nn.Parameter(torch.full((4000,), value))}
     whole = Flat(list(weights.values()))
-    dealt = SimpleNamespace(weights=whole.weights, first=whole.first, second=whole.second, own=whole.own)
+    dealt = SimpleNamespace(weights=whole.weights, first=whole.first, second=whole.second, saved_rows=whole.saved_rows)
     optimizer = AdamW(cast(Layout, dealt), 0.9, 0.999, 1e-8, 0.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(World, "wait", lambda self: None)

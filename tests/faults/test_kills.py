@@ -121,7 +121,7 @@ SAVES = {
             step = 1 if what == "old" else 2
             for rank in (1, 0):
                 kept = {name: [torch.full((5, 9), float(step))] for name in ("weights", "first", "second")}
-                optimizer = AdamW(SimpleNamespace(**kept, own=lambda index: slice(None)), 0.9, 0.999, 1e-8, 0.0)
+                optimizer = AdamW(SimpleNamespace(**kept, saved_rows=lambda index: slice(None)), 0.9, 0.999, 1e-8, 0.0)
                 world = World(rank, 2, torch.device("cpu"))
                 save_state(where / "state", Position(step=step), {"w": None}, optimizer, world)
     """,

@@ -96,7 +96,7 @@ gradients = {n: whole(p.grad).clone() for n, p in learned.items() if p.grad is n
 if world.size > 1 and case != "rounded":  # the optimizer is called for a block at a time, not for every weight
     bundles = list(Shards(list(learned.values()), world).bundles())
     assert len(bundles) <= model.config.num_hidden_layers + 3 < len(learned), len(bundles)  # vectors, embedding, head
-kept = sum(sharding.own_part(p.detach(), world).numel() if world.size > 1 else p.numel() for p in learned.values())
+kept = sum(sharding.share_of(p.detach(), world).numel() if world.size > 1 else p.numel() for p in learned.values())
 if world.first:
     save_file(ends, f"{out}/end.safetensors")
     save_file(gradients, f"{out}/gradients.safetensors")
@@ -189,12 +189,12 @@ def test_control_averaged_gradients_are_not_the_sum(
 
 def test_no_group_reaches_over_the_block_after_which_a_pass_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = [nn.Linear(9, 1) for _ in range(10)]  # 10 elements each
-    monkeypatch.setattr(sharding, "GATHERED", 40)
+    monkeypatch.setattr(sharding, "GROUP", 40)
     for stop, sizes in ((9, [4, 4, 2]), (7, [4, 4, 2]), (4, [4, 1, 4, 1]), (0, [1, 4, 4, 1])):
         made = sharding.groups(blocks, stop)
         assert [len(group) for group in made] == sizes
         assert [block for group in made for block in group] == blocks
-    monkeypatch.setattr(sharding, "GATHERED", 4)
+    monkeypatch.setattr(sharding, "GROUP", 4)
     assert [len(group) for group in sharding.groups(blocks, 3)] == [1] * 10
 
 
