@@ -92,4 +92,5 @@ def own_rows(rows: int, world: World) -> slice:
 
 def share_of(weight: Tensor, world: World) -> Tensor:
     """This rank's rows of a weight, whether it is dealt or kept whole; together the ranks have each row once."""
+    assert is_dealt(weight) or weight.ndim < 2, "still gathered, and rounded at that"
     return local(weight) if is_dealt(weight) else weight[own_rows(len(weight), world)]

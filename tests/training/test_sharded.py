@@ -51,7 +51,7 @@ model_dir, out, batch, dtype, case = sys.argv[1:]
     + """config = RunConfig(
     data=DataSection("-", "-"),
     training=TrainingSection(method="full", steps=4, batch=int(batch), checkpoints=(2,), learning_rate=1e-3),
-    probe=ProbeSection(layers=(0,)),
+    probe=ProbeSection(layers=(1,)),
     execution=ExecutionSection(pack_tokens=60, save_minutes=0),
 )
 world = join_world("cpu")
@@ -81,7 +81,7 @@ def logged(row):
 def checkpoint(step):
     save_checkpoint(model, config, Path(out) / f"step-{step}", [], (), world)
     with torch.no_grad():
-        stream = model(make_pack([documents[0].ids]), stop_after=0)
+        stream = model(make_pack([documents[0].ids]), stop_after=1)
     gathered = [p for p in model.model.layers.parameters() if p.ndim > 1 and not sharding.is_dealt(p)]
     assert world.size == 1 or not gathered, "a pass that ended early has left something gathered"
     distance = distance_from_base(model, config, world)
