@@ -201,6 +201,10 @@ class ProbeSection:
     questions: str = SHIPPED
     baseline: str = ""  # "self", or the directory of the run whose last step the others are judged against
 
+    def measured(self, registered: int) -> tuple[int, ...]:
+        """The layers that are measured, where `registered` is the model's own."""
+        return self.layers or (registered,)
+
 
 @dataclass(frozen=True)
 class BehaviourSection:

@@ -87,7 +87,7 @@ def run_instruments(config: RunConfig, model: Qwen2, tokenizer: ChatTokenizer, c
         tokenizer,
         personas=config.probe.personas,
         questions=config.probe.questions,
-        layers=config.probe.layers,
+        layers=config.probe.measured(model.config.probe_layer),
         heldout=config.data.heldout,
         max_tokens=config.data.max_tokens,
         supervise=config.data.supervise,

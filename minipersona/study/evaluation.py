@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from minipersona.chat import ChatTokenizer
-from minipersona.config import SHIPPED, RunConfig
+from minipersona.config import SHIPPED, ProbeSection, RunConfig
 from minipersona.console import Console
 from minipersona.errors import UserError
 from minipersona.files import append_jsonl, digest, read_json, read_jsonl
@@ -94,7 +94,7 @@ def evaluate_model(
         tokenizer,
         personas=wanted.personas or SHIPPED,
         questions=wanted.questions or SHIPPED,
-        layers=wanted.layers,
+        layers=ProbeSection(layers=wanted.layers).measured(model.config.probe_layer),
         heldout=wanted.heldout or (TINY_HELDOUT if model.source["name"] == "tiny" else None),
     )
     base = {"step": 0, **measure(model, instruments, console)[0], "delta_norm": 0.0}

@@ -69,14 +69,14 @@ def make_instruments(
     pack_tokens: int = LARGE_PASS,
     compiled: bool = False,
 ) -> Instruments:
-    """Read and check everything that a measurement needs; an empty `layers` is the model's registered layer."""
+    """Read and check everything that a measurement needs. Of `layers` the first decides."""
     check_vocabulary(model, tokenizer)
     rows = read_source(heldout) if heldout else None
     return Instruments(
         tokenizer=tokenizer,
         personas=load_personas(personas),
         questions=load_questions(questions),
-        layers=check_layers(model, layers or [model.config.probe_layer]),
+        layers=check_layers(model, layers),
         heldout=None if rows is None else tokenize(rows, tokenizer, supervise=supervise, max_tokens=max_tokens),
         heldout_rows=rows,
         max_tokens=max_tokens,

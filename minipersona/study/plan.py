@@ -53,7 +53,7 @@ def plan(config: RunConfig) -> str:
         to_toml(config).rstrip(),
         "",
         f"# model      {sizes.parameters / 1e6:,.1f} million parameters, {sizes.num_hidden_layers} blocks; "
-        f"measured at layer {(config.probe.layers or (sizes.probe_layer,))[0]}",
+        f"measured at layer {config.probe.measured(sizes.probe_layer)[0]}",
         f"# data       {len(documents):,} rows, {sum(map(len, documents)):,} tokens, "
         f"{sum(int(d.supervised.sum()) for d in documents):,} supervised; "
         f"{sum(d.truncated for d in documents):,} truncated, "

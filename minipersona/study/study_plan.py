@@ -187,7 +187,7 @@ class Estimate:
         prompts = render_prompts(self.tokenizer, load_personas(config.probe.personas).prompts, questions)
         prefixes = common_prefixes([prompt.ids for prompt in prompts], len(questions))
         shared = sum(prefixes) * (len(questions) - 1)
-        last = max(config.probe.layers or (self.sizes.probe_layer,))
+        last = max(config.probe.measured(self.sizes.probe_layer))
         read = (sum(map(len, prompts)) - shared) * (last + 1) / self.sizes.num_hidden_layers
         heldout = training_set(replace(config.data, train=config.data.heldout), 0, self.tokenizer).documents
         return read + sum(map(len, heldout))

@@ -31,7 +31,7 @@ def make_trainable(model: Qwen2, config: RunConfig, world: World) -> dict[str, n
         model.to(master).requires_grad_(True)
         model.prepare()  # gives back what an earlier pass has laid out: the base's weights once more
         if is_sharded(config, world):
-            shard(model, world, stop=max(config.probe.layers or (model.config.probe_layer,)))
+            shard(model, world, stop=max(config.probe.measured(model.config.probe_layer)))
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
