@@ -31,7 +31,7 @@ import torch
 
 from benchmarks.common import GIB, documents, options, our_model, report, seconds, table
 from benchmarks.sft import BATCH, ours
-from minipersona.study.run import make_deterministic
+from minipersona.run.train import make_deterministic
 from minipersona.training.world import World, join_world, leave_world
 
 FULL = "random:Qwen/Qwen2.5-3B-Instruct"  # its full-parameter training fits one GPU of 80 GB

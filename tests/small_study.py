@@ -22,7 +22,7 @@ from minipersona.config import (
 from minipersona.console import Console
 from minipersona.files import data_dir
 from minipersona.study.search import study
-from minipersona.study.study_config import (
+from minipersona.study_config import (
     InstructionsSection,
     LowRankSection,
     RegularisedSection,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from minipersona.geometry.statistics import bootstrap_m1
 from minipersona.geometry.vectors import PersonaVectors
-from minipersona.study.results import StudyResults, read_study
+from minipersona.verdict.results import StudyResults, read_study
 
 LAYER = 3
 PERSONAS, QUESTIONS, WIDTH = 4, 24, 16

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from minipersona.config import DataSection, RunConfig
 from minipersona.errors import UserError
 from minipersona.settings import difference, from_dict, load_config, override, to_dict, to_toml
-from minipersona.study.study_config import StudyConfig
+from minipersona.study_config import StudyConfig
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
 MINIMAL = {"data": {"train": "a", "heldout": "b"}}

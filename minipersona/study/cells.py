@@ -20,15 +20,15 @@ from minipersona.files import explained, read_json, read_jsonl, write_json
 from minipersona.model.adapter_files import load_adapter
 from minipersona.model.load import load_model
 from minipersona.model.network import Qwen2
-from minipersona.study.bench import DTYPES
-from minipersona.study.candidates import INEFFECTIVE
+from minipersona.run.evaluate import evaluate_run
+from minipersona.run.resources import DTYPES
+from minipersona.run.train import carry_out, link_or_copy, step_name
+from minipersona.study.cell import Cell
 from minipersona.study.claims import Claim
-from minipersona.study.evaluation import evaluate_run
-from minipersona.study.identity import Cell
 from minipersona.study.recipes import BASELINE, RESPONSES
-from minipersona.study.run import carry_out, link_or_copy, step_name
 from minipersona.study.runner import Job, Runner
 from minipersona.training.objectives import OBJECTIVE_CHECK
+from minipersona.verdict.recipe_results import INEFFECTIVE
 
 
 def cell_job(runner: Runner, cell: Cell) -> Job:

@@ -6,7 +6,6 @@ curve: M1 and loss of theta_base + s (theta_baseline - theta_base) at s = 0, 0.1
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,18 +13,14 @@ import torch
 from minipersona.files import digest, explained, write_json
 from minipersona.model.lora import adapters
 from minipersona.model.network import Qwen2
+from minipersona.run.judgement import learned_share
+from minipersona.run.measurement import measure
+from minipersona.run.train import link_or_copy, stored_probe, vectors_file
 from minipersona.study.cells import placed_config, trained_model
-from minipersona.study.judgement import learned_share
-from minipersona.study.measure import measure
-from minipersona.study.run import link_or_copy, stored_probe, vectors_file
 from minipersona.study.runner import Runner
+from minipersona.verdict.files import frontier_vectors
 
 SCALES = tuple(step / 10 for step in range(11))
-
-
-def frontier_vectors(directory: Path, scale: float) -> Path:
-    """Where a study keeps the vectors of a point."""
-    return directory / "frontier" / f"scale-{scale:.1f}.safetensors"
 
 
 def measure_frontier(runner: Runner) -> None:

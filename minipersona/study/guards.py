@@ -20,15 +20,15 @@ from minipersona.files import append_jsonl, digest, read_json, write_json
 from minipersona.geometry.extraction import extract
 from minipersona.geometry.measures import m1
 from minipersona.model.network import Qwen2
+from minipersona.run.measurement import Instruments, measure
+from minipersona.run.train import vectors_file
 from minipersona.settings import to_dict
-from minipersona.study.calibration import calibrate
-from minipersona.study.candidates import Candidate
+from minipersona.study.cell import Cell
 from minipersona.study.cells import placed_config, responses_file, trained_model
 from minipersona.study.frontier import measure_frontier
-from minipersona.study.identity import Cell
-from minipersona.study.measure import Instruments, measure
-from minipersona.study.run import vectors_file
 from minipersona.study.runner import Job, Runner
+from minipersona.verdict.calibration import calibrate
+from minipersona.verdict.recipe_results import RecipeResult
 
 MUCH_RAW_TEXT = 0.25  # of the rows; from here on a cell reports how well it follows instructions
 
@@ -100,7 +100,7 @@ def frontier_job(runner: Runner) -> Job:
     return study_job(runner, "frontier.json", "frontier", lambda: measure_frontier(runner))
 
 
-def behaviour_jobs(runner: Runner, found: Sequence[Candidate]) -> list[Job]:
+def behaviour_jobs(runner: Runner, found: Sequence[RecipeResult]) -> list[Job]:
     """The suite of answers for these candidates and for what they are compared with: the base, the unmixed EM cell."""
     if not found:
         return []

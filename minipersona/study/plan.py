@@ -1,184 +1,227 @@
-"""What a run will take, said before it starts: the resolved config, its tokens, memory and time."""
+"""What a study will take, said before it starts: every recipe with its parameters, tokens, memory and time."""
 
 from __future__ import annotations
 
-import math
-import re
-import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
-from minipersona.chat import Document
-from minipersona.config import DataSection, RunConfig
-from minipersona.corpus.order import RowOrder
+from minipersona.behaviour.suite import forecast
+from minipersona.chat import ChatTokenizer, Document
+from minipersona.config import RunConfig
 from minipersona.corpus.training_set import training_set
-from minipersona.model.config import ModelConfig
-from minipersona.model.load import architecture
-from minipersona.objective.head import CHUNK
-from minipersona.settings import to_toml
-from minipersona.study.bench import compiles, load_run_tokenizer
-from minipersona.study.run import resolve
+from minipersona.errors import UserError
+from minipersona.geometry.extraction import common_prefixes, render_prompts
+from minipersona.geometry.prompts import load_personas, load_questions
+from minipersona.model.config import ModelConfig, known_config
+from minipersona.model.load import architecture, load_model
+from minipersona.run.plan import (
+    EFFICIENCY,
+    GIB,
+    disk_lines,
+    duration,
+    kept_bytes,
+    largest_pack,
+    matmul_rate,
+    memory_bytes,
+    rolling_bytes,
+    step_flops,
+    step_lengths,
+    to_fetch,
+)
+from minipersona.run.resources import DTYPES, load_run_tokenizer
+from minipersona.run.train import resolve
+from minipersona.settings import flatten, to_toml
+from minipersona.study.frontier import SCALES
+from minipersona.study.recipes import Recipe, planned, standard
+from minipersona.study_config import STAGES, StudyConfig
+from minipersona.training.batch import make_packs
+from minipersona.training.loop import backward
+from minipersona.training.objectives import CrossEntropy, Pass
+from minipersona.training.trainable import make_trainable
+from minipersona.training.world import World
 
-# Of the matmul rate measured on the spot, the share that a training step reaches. From docs/log.md.
-EFFICIENCY = {"cuda": 0.6, "cpu": 0.3}
-GIB = 2**30
-LOCAL = ("tiny:", "jsonl:", "parquet:")  # sources that are read without a download
-PROMPTS = 12 * 240  # of the shipped and of the registered sets
-TULU_GB = 1.4  # allenai/tulu-3-sft-mixture as it is stored, in parquet
+ROW_TOKENS = 450  # assumed of a row, and PROBE_TOKENS of a measurement, where the data is not here to be counted
+PROBE_TOKENS = 400_000
+SMALL = 100e6  # parameters of a model whose own step is timed; a larger one is judged by the matmul rate
+PATHS = ("out", "probe.baseline")
 
 
-def plan(config: RunConfig) -> str:
-    """The text of ``train.py --plan``. Reads the data and the model's config.json; loads no weights, writes nothing."""
-    device = config.execution.device
+@dataclass(frozen=True)
+class Cost:
+    """What a cell takes: training tokens, the most memory in bytes, seconds."""
+
+    tokens: float
+    memory: float
+    seconds: float
+
+
+def study_plan(study: StudyConfig, stages: Sequence[str]) -> str:
+    """The text of ``study.py --plan``. Reads data and tokenizer where they are at hand, and writes nothing."""
+    device = study.execution.device
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device.split(":")[0]
-    config = resolve(config, torch.device(device))
-    sizes = architecture(config.model.name, config.model.revision or None)
-    tokenizer = load_run_tokenizer(config.model)
-    fetched = to_fetch(config.data)
-    data = replace(config.data, broad="", broad_kind="", ratio="") if fetched else config.data
-    training = training_set(data, config.seed, tokenizer)
-    documents = training.documents
-    recipe = config.training
-    lengths = step_lengths(documents, config)
-    tokens = sum(lengths)
-    epochs = recipe.steps * recipe.batch / len(documents)
-    flops = step_flops(sizes, config) * tokens
-    rate = matmul_rate(device) * EFFICIENCY[device]
-    largest = largest_pack(documents, lengths, config)
+    study = replace(study, model=resolve(RunConfig(study.data, model=study.model), torch.device(device)).model)
+    recipes = planned(study)
+    estimate = Estimate(study, recipes[0].config, device)
+    lines: list[str] = []
+    total, disk = 0.0, rolling_bytes(estimate.sizes, recipes[0].config)
+    for stage, phases in STAGES.items():
+        chosen = [recipe for recipe in recipes if recipe.phase in phases]
+        costs = [estimate.of(recipe.config) for recipe in chosen]
+        seconds = sum(cost.seconds for cost in costs)
+        due = stage in ("1", *stages)
+        lines.append(
+            f"# phase {stage}: {len(chosen)} cells, {duration(seconds)}"
+            + ("" if due else "; not asked for by --phases")
+        )
+        lines += [_line(recipe, cost, study) for recipe, cost in zip(chosen, costs, strict=True)]
+        total += seconds * due
+        disk += due * sum(kept_bytes(estimate.sizes, recipe.config) for recipe in chosen)
+    guards = len(SCALES) - 2
+    measured = guards * estimate.probe_seconds
+    head = [to_toml(study).rstrip(), "", *estimate.basis(), "#"]
     lines = [
-        to_toml(config).rstrip(),
-        "",
-        f"# model      {sizes.parameters / 1e6:,.1f} million parameters, {sizes.num_hidden_layers} blocks; "
-        f"measured at layer {config.probe.measured(sizes.probe_layer)[0]}",
-        f"# data       {len(documents):,} rows, {sum(map(len, documents)):,} tokens, "
-        f"{sum(int(d.supervised.sum()) for d in documents):,} supervised; "
-        f"{sum(d.truncated for d in documents):,} truncated, "
-        f"{sum(not d.supervised.any() for d in documents):,} teach nothing",
-        f"# training   {recipe.steps:,} steps of {recipe.batch} rows ({epochs:.2f} epochs), {tokens:,} tokens, "
-        f"{tokens / recipe.steps:,.0f} a step",
-        f"# memory     {memory_bytes(sizes, config, device, largest) / GIB:.1f} GiB on {device}, for packs of "
-        f"{largest:,} tokens",
-        f"# time       {duration(flops / rate)} of training, estimated from the matmul rate of this machine "
-        f"({rate / EFFICIENCY[device] / 1e12:.2f} TFLOP/s, of which a step reaches about {EFFICIENCY[device]:.0%}); "
-        "loading, compiling and measuring come on top",
-        *disk_lines(kept_bytes(sizes, config) + rolling_bytes(sizes, config), config.out),
+        *head,
+        *lines,
+        f"# frontier control: {guards} measurements, {duration(measured)}",
+        *(f"# {line}" for line in estimate.suites(study)),
+        f"# in all {duration(total + measured)} on one {device} device where no recipe passes; a pass ends the search",
+        "# after its phase, and n devices take about 1/n; loading, compiling, answers and writing for 4B come on top",
+        *disk_lines(disk, study.out),
     ]
-    mixture = fetched or training.report()[1:]
-    lines[4:4] = [f"# mixture    {line}" for line in mixture]
     return "\n".join(lines) + "\n"
 
 
-def step_lengths(documents: Sequence[Document], config: RunConfig) -> list[int]:
-    """Tokens of every step."""
-    order = RowOrder(len(documents), config.training.batch, config.seed)
-    return [sum(len(documents[row]) for row in order.step(step)) for step in range(1, config.training.steps + 1)]
+def _sizes(study: StudyConfig) -> ModelConfig:
+    """The model's sizes; Qwen2.5's own are known without a network."""
+    name = study.model.name
+    known = known_config(name)
+    return known if known is not None else architecture(name, study.model.revision or None)
 
 
-def largest_pack(documents: Sequence[Document], lengths: Sequence[int], config: RunConfig) -> int:
-    """Tokens of the largest pack, given those of every step."""
-    return min(max(lengths), max(config.training_tokens, max(len(d) for d in documents)))
+def _line(recipe: Recipe, cost: Cost, study: StudyConfig) -> str:
+    mine, plain = flatten(recipe.config), flatten(standard(study, recipe.config.seed))
+    left_out = PATHS if recipe.phase != "1" else (*PATHS, "training.checkpoints")
+    varied = [f"{key} = {value}" for key, value in mine.items() if value != plain[key] and key not in left_out]
+    return (
+        f"#   {recipe.phase:<2} {recipe.name:<20} {cost.tokens / 1e6:5.2f} M tokens {cost.memory / GIB:6.1f} GiB "
+        f"{duration(cost.seconds):>12}   {', '.join(varied) or 'the standard recipe'}"
+    )
 
 
-def to_fetch(data: DataSection) -> list[str]:
-    """What is said of a broad source that the run would download; a plan fetches none and counts what it replaces."""
-    if not data.broad or data.broad.startswith(LOCAL):
-        return []
-    said = f"{data.ratio} with {data.broad}, fetched when the run starts; here the rows that it replaces are counted"
-    whole = f"{data.broad} is the whole mixture: a download of {TULU_GB} GB"
-    return [said, whole] if re.fullmatch(r"tulu(\[\d*:(:\d*)?\])?", data.broad) else [said]
+class Estimate:
+    """Times from this machine's speed: of the model's own step where it is small, else of a large matrix product."""
 
+    def __init__(self, study: StudyConfig, baseline: RunConfig, device: str) -> None:
+        self.device = device
+        self.sizes = _sizes(study)
+        self.tokenizer: ChatTokenizer | None = None
+        self.assumed: str = ""  # why tokens could not be counted
+        self._counted: dict[object, tuple[list[int], int]] = {}
+        try:
+            self.tokenizer = load_run_tokenizer(study.model)
+        except UserError as error:
+            self._assume(error)
+        self.rate = self._rate(baseline)  # floating-point operations a second
+        self.probe_seconds = 2 * self.sizes.matmul_parameters * self._probe_tokens(baseline) / self.rate
 
-def step_flops(sizes: ModelConfig, config: RunConfig) -> float:
-    """Floating-point operations a training token: forward 2 a weight, backward 2 for the input and, where the weight
-    learns, 2 for the weight; a recomputed forward pass 2 more. KL to the base is another forward pass, R3F all of it
-    twice. LoRA's own and attention's are left out.
-    """
-    per_weight = 4 if config.training.method == "lora" else 6
-    per_weight += 2 * config.execution.checkpoint_activations
-    kind = config.objective.kind
-    return (2 * per_weight if kind == "r3f" else per_weight + 2 * (kind == "kl_to_base")) * sizes.matmul_parameters
+    def of(self, config: RunConfig) -> Cost:
+        """What a cell takes, with its measurements."""
+        lengths, largest = self._lengths(config)
+        tokens = sum(lengths)
+        training = step_flops(self.sizes, config) * tokens / self.rate
+        probes = len(config.training.checkpoints) * self.probe_seconds
+        return Cost(tokens, memory_bytes(self.sizes, config, self.device, largest), training + probes)
 
+    def basis(self) -> list[str]:
+        """What the estimates rest on."""
+        lines = [f"# times are from this machine's speed: {self.speed}"]
+        if self.assumed:
+            lines.append(f"# tokens are assumed, {ROW_TOKENS} a row, since they cannot be counted here: {self.assumed}")
+        return lines
 
-def adapter_parameters(sizes: ModelConfig, config: RunConfig) -> int:
-    """Parameters of the adapters that the config asks for."""
-    d, f, k = sizes.hidden_size, sizes.intermediate_size, sizes.num_key_value_heads * sizes.head_dim
-    widths = {"q_proj": d + d, "k_proj": d + k, "v_proj": d + k, "o_proj": d + d, "gate_proj": d + f, "up_proj": d + f,
-              "down_proj": f + d}  # fmt: skip
-    return sizes.num_hidden_layers * config.lora.rank * sum(widths[name] for name in config.lora.targets)
+    def suites(self, study: StudyConfig) -> list[str]:
+        """What a suite of answers asks for."""
+        if self.tokenizer is None:
+            return []
+        asked = forecast(study.behaviour, self.tokenizer)
+        return [
+            f"behaviour of a model, where it is due: {asked['answers']:,} answers of at most "
+            f"{study.behaviour.max_new_tokens:,} tokens, {asked['judge_requests']:,} judgements by "
+            f"{study.behaviour.judge_model or 'the base model'}"
+        ]
 
+    def _assume(self, error: UserError) -> None:
+        self.assumed = self.assumed or str(error)
 
-def memory_bytes(sizes: ModelConfig, config: RunConfig, device: str, tokens: int) -> float:
-    """Bytes at the peak of a step: weights, masters with gradient and moments, activations or one chunk of logits."""
-    compute = 2 if config.model.dtype == "bfloat16" or (config.model.dtype == "auto" and device == "cuda") else 4
-    learned = adapter_parameters(sizes, config) if config.training.method == "lora" else sizes.parameters
-    weights = (sizes.parameters * compute if config.training.method == "lora" else 0) + 16 * learned
-    d, f, k = sizes.hidden_size, sizes.intermediate_size, sizes.num_key_value_heads * sizes.head_dim
-    # A token's tensors that one block keeps for its backward pass, and, recomputed, needs within it. Both factors are
-    # fitted to the peaks of the 7B in docs/log.md, which they meet within a tenth.
-    block = compute * (8 * d + 2 * k + 4.3 * f)
-    stream = compute * d * sizes.num_hidden_layers
-    recomputed = config.execution.checkpoint_activations
-    kept = stream + 2.1 * block if recomputed else 0.93 * block * sizes.num_hidden_layers
-    fused = 1.0 if compiles(config, torch.device(device)) else 1.6  # unfused passes keep intermediates besides
-    logits = min(tokens, CHUNK) * sizes.vocab_size * (4 + 2 * compute)
-    heads = 1 if config.objective.kind == "cross_entropy" else 2
-    # A chunk's logits are gone before the backward pass through the blocks begins.
-    return weights + max(tokens * kept * fused, tokens * stream + logits) + (heads - 1) * logits
+    def _lengths(self, config: RunConfig) -> tuple[list[int], int]:
+        """Tokens of every step and of the largest pack."""
+        data = replace(config.data, responses="")  # not written yet: the rows' own stand for them
+        if to_fetch(data):
+            data = replace(data, broad="", broad_kind="", ratio="")
+        key = (data, config.seed, config.training.steps, config.training.batch)
+        if key not in self._counted:
+            self._counted[key] = self._count(replace(config, data=data))
+        return self._counted[key]
 
+    def _count(self, config: RunConfig) -> tuple[list[int], int]:
+        recipe = config.training
+        if self.tokenizer is not None and not self.assumed:
+            try:
+                documents = training_set(config.data, config.seed, self.tokenizer).documents
+                lengths = step_lengths(documents, config)
+                return lengths, largest_pack(documents, lengths, config)
+            except UserError as error:
+                self._assume(error)
+        tokens = recipe.batch * ROW_TOKENS
+        return [tokens] * recipe.steps, min(tokens, config.training_tokens)
 
-def checkpoint_bytes(sizes: ModelConfig, config: RunConfig) -> int:
-    """Bytes of one named checkpoint."""
-    return 4 * adapter_parameters(sizes, config) if config.training.method == "lora" else 2 * sizes.parameters
+    def _probe_tokens(self, config: RunConfig) -> float:
+        """Tokens that a measurement computes: prompts, each persona's common beginning once, and held-out rows."""
+        if self.tokenizer is None or self.assumed:
+            return PROBE_TOKENS
+        questions = load_questions(config.probe.questions).questions
+        prompts = render_prompts(self.tokenizer, load_personas(config.probe.personas).prompts, questions)
+        prefixes = common_prefixes([prompt.ids for prompt in prompts], len(questions))
+        shared = sum(prefixes) * (len(questions) - 1)
+        last = max(config.probe.measured(self.sizes.probe_layer))
+        read = (sum(map(len, prompts)) - shared) * (last + 1) / self.sizes.num_hidden_layers
+        heldout = training_set(replace(config.data, train=config.data.heldout), 0, self.tokenizer).documents
+        return read + sum(map(len, heldout))
 
+    def _rate(self, config: RunConfig) -> float:
+        if self.sizes.parameters <= SMALL:
+            rate = self._timed(config)
+            self.speed = f"{rate / 1e9:,.1f} GFLOP/s in this model's own step"
+        else:
+            product = matmul_rate(self.device)
+            rate = product * EFFICIENCY[self.device]
+            self.speed = (
+                f"{product / 1e12:.2f} TFLOP/s in a matrix product, of which a step reaches about "
+                f"{EFFICIENCY[self.device]:.0%}"
+            )
+        return rate
 
-def kept_bytes(sizes: ModelConfig, config: RunConfig) -> int:
-    """Bytes of what a finished run keeps: each named checkpoint, its vectors and the base's."""
-    layers = max(1, len(config.probe.layers))
-    vectors = 4 * PROMPTS * sizes.hidden_size * layers
-    return len(config.training.checkpoints) * (checkpoint_bytes(sizes, config) + vectors) + vectors
-
-
-def rolling_bytes(sizes: ModelConfig, config: RunConfig) -> int:
-    """Bytes that a run needs beside that while it goes on: the rolling checkpoint, and the one that replaces it."""
-    learned = adapter_parameters(sizes, config) if config.training.method == "lora" else sizes.parameters
-    return 2 * 12 * learned  # a master and two moments in fp32
-
-
-def disk_lines(needed: int, out: str) -> list[str]:
-    """What a plan says of the disk: a line, and a warning where the room will not do."""
-    free = shutil.disk_usage(_existing(Path(out))).free
-    line = f"# disk       {needed / GIB:.2f} GiB of checkpoints and vectors; {free / GIB:.1f} GiB are free"
-    warning = "# WARNING    that does not fit on the disk; free some space, choose another --out or fewer checkpoints"
-    return [line, warning] if needed > free else [line]
-
-
-def matmul_rate(device: str) -> float:
-    """Floating-point operations a second of a large matrix product, measured now."""
-    size, dtype = (8192, torch.bfloat16) if device == "cuda" else (1024, torch.float32)
-    a = torch.randn(size, size, device=device, dtype=dtype)
-    best = math.inf
-    for _ in range(4):
-        started = time.perf_counter()
-        a @ a
-        if device == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words."""
-    if seconds < 90:
-        return f"{seconds:.0f} seconds"
-    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
-
-
-def _existing(path: Path) -> Path:
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return path
+    def _timed(self, config: RunConfig) -> float:
+        """Floating-point operations a second of two training steps on random tokens, the first one aside."""
+        model = load_model(config.model.name, dtype=DTYPES[config.model.dtype], device=self.device)
+        make_trainable(model, config, World(0, 1, model.device))
+        rng = np.random.default_rng(0)
+        length = 75
+        documents = [
+            Document(rng.integers(0, self.sizes.vocab_size, length).astype(np.int32), np.arange(length) > 40, False)
+            for _ in range(config.training.batch)
+        ]
+        packs = make_packs(documents, range(len(documents)), config.training_tokens)
+        seconds = []
+        for step in (1, 2, 3):
+            started = time.perf_counter()
+            for pack in packs:
+                backward(model, pack, CrossEntropy(), Pass(config.seed, step))
+            if self.device == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - started)
+        return step_flops(self.sizes, config) * length * len(documents) / min(seconds[1:])

@@ -19,12 +19,9 @@ from typing import Literal
 
 from minipersona.config import COLLAPSE, ObjectiveSection, RunConfig, SteeringSection
 from minipersona.errors import UserError
-from minipersona.study.study_config import StudyConfig
+from minipersona.study_config import STAGES, StudyConfig
 
 Knobs = dict[str, float | str]
-
-STAGES = {"1": ("1",), "2": ("2A", "2B"), "3": ("3",), "4": ("4A", "4B"), "5": ("EM", "5A", "5B", "5C")}
-"""The five phases, and the cells' phases that each is made of, in order."""
 
 # A recipe names what does not exist yet by these words; a cell puts the paths of its study in their place.
 BASELINE = "the baseline of the study"

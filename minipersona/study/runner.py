@@ -15,13 +15,13 @@ import torch
 
 from minipersona.console import Console
 from minipersona.errors import DiskFull, UserError
-from minipersona.study.bench import Bench
+from minipersona.run.resources import Resources
+from minipersona.study.cell import Cell
 from minipersona.study.claims import Claim, Claims, Lost
-from minipersona.study.identity import Cell
-from minipersona.study.ledger import Ledger, runner_name
-from minipersona.study.study_config import StudyConfig
+from minipersona.study_config import StudyConfig
 from minipersona.training.memory import OUT_OF_MEMORY
 from minipersona.training.world import World
+from minipersona.verdict.ledger import Ledger, runner_name
 
 WAIT = 2.0  # seconds between two looks for work, where all of it is claimed
 
@@ -50,7 +50,7 @@ class Runner:
     name: str = field(default_factory=runner_name)
 
     def __post_init__(self) -> None:
-        self.bench = Bench(self.world.device)
+        self.bench = Resources(self.world.device)
         self.ledger = Ledger(self.directory / "ledger", self.name)
         self.claims = Claims(self.directory / "cells" / ".claims", self.name)
         self._started = time.time()

@@ -2,7 +2,7 @@
 
 prepare      the study's directory, its config and every cell it may come to
 search       the phases; after each, the verdict decides whether the next one runs
-conclude     the guards that are due, then verdict.json and the report
+conclude     the guards that are due, then verdict.json
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from minipersona.config import RunConfig
 from minipersona.console import Console
 from minipersona.errors import UserError
 from minipersona.files import read_json, write_json, write_text
+from minipersona.run.train import resolve
 from minipersona.settings import from_dict, read_toml, to_toml
-from minipersona.study.calibration import check_layers_measured
-from minipersona.study.candidates import candidates
+from minipersona.study.cell import Cell, identify
 from minipersona.study.cells import cell_job
 from minipersona.study.guards import base_job, behaviour_jobs, frontier_job, instruction_jobs, role_play_job, sweep_job
-from minipersona.study.identity import Cell, identify
-from minipersona.study.recipes import STAGES, planned
-from minipersona.study.results import read_study
-from minipersona.study.run import resolve
+from minipersona.study.recipes import planned
 from minipersona.study.runner import Job, Runner
-from minipersona.study.study_config import StudyConfig, changes
-from minipersona.study.verdict import current_verdict, decide
+from minipersona.study_config import STAGES, StudyConfig, changes
 from minipersona.training.world import World
+from minipersona.verdict.calibration import check_layers_measured
+from minipersona.verdict.recipe_results import recipe_results
+from minipersona.verdict.results import read_study
+from minipersona.verdict.verdict import current_verdict, decide
 
 Verdict = dict[str, Any]
 
@@ -140,18 +140,12 @@ def _skip(runner: Runner, cells: Sequence[Cell]) -> None:
 
 
 def conclude(runner: Runner) -> Verdict:
-    """Run the guards that are due, write verdict.json and the report."""
+    """Run the guards that are due and write verdict.json."""
     tried: set[str] = set()
     while jobs := [job for job in due_guards(runner) if job.id not in tried]:
         runner.complete(jobs)  # what the answers show may make another guard due
         tried |= {job.id for job in jobs}
-    verdict = current_verdict(read_study(runner.directory))
-    with runner.claims.take("report") as claim:
-        if claim is not None:
-            from minipersona.study.report import write_report
-
-            write_report(runner.directory)
-    return verdict
+    return current_verdict(read_study(runner.directory))
 
 
 def due_guards(runner: Runner) -> list[Job]:
@@ -160,7 +154,7 @@ def due_guards(runner: Runner) -> list[Job]:
         return []
     results = read_study(runner.directory)
     rule = runner.config.stop_rule
-    asked = [c for c in candidates(results) if c.passes(rule) or c.needs_answers]
+    asked = [c for c in recipe_results(results) if c.passes(rule) or c.needs_answers]
     jobs = [frontier_job(runner), *behaviour_jobs(runner, asked), *instruction_jobs(runner)]
     if recipe := decide(results)["recipe"]:
         jobs.append(sweep_job(runner, recipe))

@@ -40,8 +40,8 @@ from minipersona.model.adapter_files import save_adapter
 from minipersona.model.lora import apply_lora
 from minipersona.model.network import Qwen2
 from minipersona.model.save import save_model
+from minipersona.run.steering import save_steering
 from minipersona.study import claims
-from minipersona.study.steering import save_steering
 from minipersona.training.checkpoint import Position, save_state
 from minipersona.training.layout import Flat, Layout
 from minipersona.training.optimizer import AdamW

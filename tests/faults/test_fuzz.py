@@ -21,7 +21,7 @@ import torch
 from conftest import SIZES
 from faults.mutations import damaged
 from pyarrow import parquet
-from study_report.conftest import RECIPES, FakeStudy, answers, followed
+from report.conftest import RECIPES, FakeStudy, answers, followed
 
 from minipersona.behaviour.answers import ANSWERS
 from minipersona.behaviour.file import import_scores
@@ -43,14 +43,14 @@ from minipersona.model.load import load_model
 from minipersona.model.lora import apply_lora
 from minipersona.model.network import Qwen2
 from minipersona.model.save import save_model
+from minipersona.run.steering import load_steering, save_steering
 from minipersona.settings import load_config
-from minipersona.study.results import read_study
-from minipersona.study.steering import load_steering, save_steering
-from minipersona.study.study_config import StudyConfig
+from minipersona.study_config import StudyConfig
 from minipersona.training.checkpoint import Position, load_state, save_state
 from minipersona.training.layout import Flat
 from minipersona.training.optimizer import AdamW
 from minipersona.training.world import World
+from minipersona.verdict.results import read_study
 
 CASES = int(os.environ.get("MINIPERSONA_FUZZ_CASES", 10_000))
 SLOWEST = 5.0  # seconds for one small file, on a machine with other work to do

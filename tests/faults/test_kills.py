@@ -126,8 +126,8 @@ SAVES = {
                 save_state(where / "state", Position(step=step), {"w": None}, optimizer, world)
     """,
     "report": """
-        from study_report.conftest import RECIPES, FakeStudy
-        from minipersona.study.report import write
+        from report.conftest import RECIPES, FakeStudy
+        from minipersona.report import write
         def save(where, what):
             global armed
             write.draw_all = lambda series: {one.name: f"PNG {what}".encode() for one in series}

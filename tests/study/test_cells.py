@@ -15,14 +15,14 @@ from small_study import CPU, QUIET, small_study
 from minipersona.errors import DiskFull, UserError
 from minipersona.files import append_jsonl, read_jsonl, write_json
 from minipersona.study import search as search_module
-from minipersona.study.calibration import PREDECESSOR, calibrate
+from minipersona.study.cell import identify
 from minipersona.study.cells import adopt, publish
 from minipersona.study.claims import Claim, Claims
-from minipersona.study.identity import identify
-from minipersona.study.recipes import STAGES, planned
+from minipersona.study.recipes import planned
 from minipersona.study.runner import Job, Runner
 from minipersona.study.search import prepare, search
-from minipersona.study.study_config import StudyConfig
+from minipersona.study_config import STAGES, StudyConfig
+from minipersona.verdict.calibration import PREDECESSOR, calibrate
 
 
 @pytest.fixture

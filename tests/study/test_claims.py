@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from minipersona.study import claims as module
 from minipersona.study.claims import Claims, Lost
-from minipersona.study.ledger import Ledger, merged, runner_name
+from minipersona.verdict.ledger import Ledger, merged, runner_name
 
 
 def test_one_of_two_runners_gets_a_job_and_the_other_gets_it_when_it_is_released(tmp_path: Path) -> None:

@@ -12,10 +12,10 @@ import torch
 from small_study import small_study
 
 from minipersona.cli import main
+from minipersona.cli.study import _pass_on, gpu_ids, parse_share, parse_stages, run_each
 from minipersona.errors import UserError
 from minipersona.files import read_json
 from minipersona.settings import to_toml
-from minipersona.study.command import _pass_on, gpu_ids, parse_share, parse_stages, run_each
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from minipersona.cli import main
 from minipersona.config import RunConfig
 from minipersona.errors import UserError
 from minipersona.settings import difference, load_config
-from minipersona.study.recipes import BASELINE, RESPONSES, STAGES, Recipe, planned
-from minipersona.study.study_config import StudyConfig, changes
+from minipersona.study.recipes import BASELINE, RESPONSES, Recipe, planned
+from minipersona.study_config import STAGES, StudyConfig, changes
 
 # The registered search, typed from the protocol: phase, name, rank, alpha, learning rate, and what else is varied.
 REGISTERED = """

@@ -24,8 +24,8 @@ from minipersona.files import read_json, read_jsonl
 from minipersona.geometry.measures import m1
 from minipersona.geometry.vectors import load_vectors
 from minipersona.settings import read_toml
-from minipersona.study.ledger import Ledger
-from minipersona.study.study_config import StudyConfig
+from minipersona.study_config import StudyConfig
+from minipersona.verdict.ledger import Ledger
 
 STAGES = ("1", "5")  # with suites of answers, steering and mixtures
 SECRETS = ("HF_TOKEN", "MINIPERSONA_JUDGE_KEY", "OPENAI_API_KEY", "AWS_SECRET_ACCESS_KEY")
@@ -37,7 +37,7 @@ FEW = ("1", "2", "3")  # with both divergences, and quick
 def _no_pictures(request: pytest.FixtureRequest) -> Iterator[None]:
     """The report has its own tests; drawing takes as long as all of these studies."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("minipersona.study.report.write.draw_all", lambda series: None)
+        patch.setattr("minipersona.report.write.draw_all", lambda series: None)
         yield
 
 

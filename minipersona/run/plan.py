@@ -1,0 +1,184 @@
+"""What a run will take, said before it starts: the resolved config, its tokens, memory and time."""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from minipersona.chat import Document
+from minipersona.config import DataSection, RunConfig
+from minipersona.corpus.order import RowOrder
+from minipersona.corpus.training_set import training_set
+from minipersona.model.config import ModelConfig
+from minipersona.model.load import architecture
+from minipersona.objective.head import CHUNK
+from minipersona.run.resources import compiles, load_run_tokenizer
+from minipersona.run.train import resolve
+from minipersona.settings import to_toml
+
+# Of the matmul rate measured on the spot, the share that a training step reaches. From docs/log.md.
+EFFICIENCY = {"cuda": 0.6, "cpu": 0.3}
+GIB = 2**30
+LOCAL = ("tiny:", "jsonl:", "parquet:")  # sources that are read without a download
+PROMPTS = 12 * 240  # of the shipped and of the registered sets
+TULU_GB = 1.4  # allenai/tulu-3-sft-mixture as it is stored, in parquet
+
+
+def plan(config: RunConfig) -> str:
+    """The text of ``train.py --plan``. Reads the data and the model's config.json; loads no weights, writes nothing."""
+    device = config.execution.device
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device.split(":")[0]
+    config = resolve(config, torch.device(device))
+    sizes = architecture(config.model.name, config.model.revision or None)
+    tokenizer = load_run_tokenizer(config.model)
+    fetched = to_fetch(config.data)
+    data = replace(config.data, broad="", broad_kind="", ratio="") if fetched else config.data
+    training = training_set(data, config.seed, tokenizer)
+    documents = training.documents
+    recipe = config.training
+    lengths = step_lengths(documents, config)
+    tokens = sum(lengths)
+    epochs = recipe.steps * recipe.batch / len(documents)
+    flops = step_flops(sizes, config) * tokens
+    rate = matmul_rate(device) * EFFICIENCY[device]
+    largest = largest_pack(documents, lengths, config)
+    lines = [
+        to_toml(config).rstrip(),
+        "",
+        f"# model      {sizes.parameters / 1e6:,.1f} million parameters, {sizes.num_hidden_layers} blocks; "
+        f"measured at layer {config.probe.measured(sizes.probe_layer)[0]}",
+        f"# data       {len(documents):,} rows, {sum(map(len, documents)):,} tokens, "
+        f"{sum(int(d.supervised.sum()) for d in documents):,} supervised; "
+        f"{sum(d.truncated for d in documents):,} truncated, "
+        f"{sum(not d.supervised.any() for d in documents):,} teach nothing",
+        f"# training   {recipe.steps:,} steps of {recipe.batch} rows ({epochs:.2f} epochs), {tokens:,} tokens, "
+        f"{tokens / recipe.steps:,.0f} a step",
+        f"# memory     {memory_bytes(sizes, config, device, largest) / GIB:.1f} GiB on {device}, for packs of "
+        f"{largest:,} tokens",
+        f"# time       {duration(flops / rate)} of training, estimated from the matmul rate of this machine "
+        f"({rate / EFFICIENCY[device] / 1e12:.2f} TFLOP/s, of which a step reaches about {EFFICIENCY[device]:.0%}); "
+        "loading, compiling and measuring come on top",
+        *disk_lines(kept_bytes(sizes, config) + rolling_bytes(sizes, config), config.out),
+    ]
+    mixture = fetched or training.report()[1:]
+    lines[4:4] = [f"# mixture    {line}" for line in mixture]
+    return "\n".join(lines) + "\n"
+
+
+def step_lengths(documents: Sequence[Document], config: RunConfig) -> list[int]:
+    """Tokens of every step."""
+    order = RowOrder(len(documents), config.training.batch, config.seed)
+    return [sum(len(documents[row]) for row in order.step(step)) for step in range(1, config.training.steps + 1)]
+
+
+def largest_pack(documents: Sequence[Document], lengths: Sequence[int], config: RunConfig) -> int:
+    """Tokens of the largest pack, given those of every step."""
+    return min(max(lengths), max(config.training_tokens, max(len(d) for d in documents)))
+
+
+def to_fetch(data: DataSection) -> list[str]:
+    """What is said of a broad source that the run would download; a plan fetches none and counts what it replaces."""
+    if not data.broad or data.broad.startswith(LOCAL):
+        return []
+    said = f"{data.ratio} with {data.broad}, fetched when the run starts; here the rows that it replaces are counted"
+    whole = f"{data.broad} is the whole mixture: a download of {TULU_GB} GB"
+    return [said, whole] if re.fullmatch(r"tulu(\[\d*:(:\d*)?\])?", data.broad) else [said]
+
+
+def step_flops(sizes: ModelConfig, config: RunConfig) -> float:
+    """Floating-point operations a training token: forward 2 a weight, backward 2 for the input and, where the weight
+    learns, 2 for the weight; a recomputed forward pass 2 more. KL to the base is another forward pass, R3F all of it
+    twice. LoRA's own and attention's are left out.
+    """
+    per_weight = 4 if config.training.method == "lora" else 6
+    per_weight += 2 * config.execution.checkpoint_activations
+    kind = config.objective.kind
+    return (2 * per_weight if kind == "r3f" else per_weight + 2 * (kind == "kl_to_base")) * sizes.matmul_parameters
+
+
+def adapter_parameters(sizes: ModelConfig, config: RunConfig) -> int:
+    """Parameters of the adapters that the config asks for."""
+    d, f, k = sizes.hidden_size, sizes.intermediate_size, sizes.num_key_value_heads * sizes.head_dim
+    widths = {"q_proj": d + d, "k_proj": d + k, "v_proj": d + k, "o_proj": d + d, "gate_proj": d + f, "up_proj": d + f,
+              "down_proj": f + d}  # fmt: skip
+    return sizes.num_hidden_layers * config.lora.rank * sum(widths[name] for name in config.lora.targets)
+
+
+def memory_bytes(sizes: ModelConfig, config: RunConfig, device: str, tokens: int) -> float:
+    """Bytes at the peak of a step: weights, masters with gradient and moments, activations or one chunk of logits."""
+    compute = 2 if config.model.dtype == "bfloat16" or (config.model.dtype == "auto" and device == "cuda") else 4
+    learned = adapter_parameters(sizes, config) if config.training.method == "lora" else sizes.parameters
+    weights = (sizes.parameters * compute if config.training.method == "lora" else 0) + 16 * learned
+    d, f, k = sizes.hidden_size, sizes.intermediate_size, sizes.num_key_value_heads * sizes.head_dim
+    # A token's tensors that one block keeps for its backward pass, and, recomputed, needs within it. Both factors are
+    # fitted to the peaks of the 7B in docs/log.md, which they meet within a tenth.
+    block = compute * (8 * d + 2 * k + 4.3 * f)
+    stream = compute * d * sizes.num_hidden_layers
+    recomputed = config.execution.checkpoint_activations
+    kept = stream + 2.1 * block if recomputed else 0.93 * block * sizes.num_hidden_layers
+    fused = 1.0 if compiles(config, torch.device(device)) else 1.6  # unfused passes keep intermediates besides
+    logits = min(tokens, CHUNK) * sizes.vocab_size * (4 + 2 * compute)
+    heads = 1 if config.objective.kind == "cross_entropy" else 2
+    # A chunk's logits are gone before the backward pass through the blocks begins.
+    return weights + max(tokens * kept * fused, tokens * stream + logits) + (heads - 1) * logits
+
+
+def checkpoint_bytes(sizes: ModelConfig, config: RunConfig) -> int:
+    """Bytes of one named checkpoint."""
+    return 4 * adapter_parameters(sizes, config) if config.training.method == "lora" else 2 * sizes.parameters
+
+
+def kept_bytes(sizes: ModelConfig, config: RunConfig) -> int:
+    """Bytes of what a finished run keeps: each named checkpoint, its vectors and the base's."""
+    layers = max(1, len(config.probe.layers))
+    vectors = 4 * PROMPTS * sizes.hidden_size * layers
+    return len(config.training.checkpoints) * (checkpoint_bytes(sizes, config) + vectors) + vectors
+
+
+def rolling_bytes(sizes: ModelConfig, config: RunConfig) -> int:
+    """Bytes that a run needs beside that while it goes on: the rolling checkpoint, and the one that replaces it."""
+    learned = adapter_parameters(sizes, config) if config.training.method == "lora" else sizes.parameters
+    return 2 * 12 * learned  # a master and two moments in fp32
+
+
+def disk_lines(needed: int, out: str) -> list[str]:
+    """What a plan says of the disk: a line, and a warning where the room will not do."""
+    free = shutil.disk_usage(_existing(Path(out))).free
+    line = f"# disk       {needed / GIB:.2f} GiB of checkpoints and vectors; {free / GIB:.1f} GiB are free"
+    warning = "# WARNING    that does not fit on the disk; free some space, choose another --out or fewer checkpoints"
+    return [line, warning] if needed > free else [line]
+
+
+def matmul_rate(device: str) -> float:
+    """Floating-point operations a second of a large matrix product, measured now."""
+    size, dtype = (8192, torch.bfloat16) if device == "cuda" else (1024, torch.float32)
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    best = math.inf
+    for _ in range(4):
+        started = time.perf_counter()
+        a @ a
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words."""
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
+
+
+def _existing(path: Path) -> Path:
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path

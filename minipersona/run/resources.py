@@ -1,0 +1,96 @@
+"""The bench that runs are carried out on: a model on its device, its tokenizer, and the instruments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from minipersona.chat import ChatTokenizer, load_tokenizer
+from minipersona.config import ModelSection, RunConfig
+from minipersona.model.load import load_model
+from minipersona.model.lora import remove_lora
+from minipersona.model.network import Qwen2
+from minipersona.run.measurement import Instruments, make_instruments
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64, "auto": None}
+
+
+class Resources:
+    """The model, its tokenizer and its instruments, kept from one run to the next while their settings are the same:
+    loading and compiling are paid once.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._kept: dict[str, tuple[Any, Any]] = {}  # what -> (its settings, the thing)
+
+    def tokenizer(self, config: RunConfig) -> ChatTokenizer:
+        """The config's tokenizer."""
+        return self._keep("tokenizer", config.model, lambda: load_run_tokenizer(config.model))
+
+    def model(self, config: RunConfig) -> Qwen2:
+        """The config's model as it was loaded: without adapters, compiled where the config asks for it."""
+        model = self._keep("model", (config.model, compiles(config, self.device)), lambda: self._load(config))
+        return remove_lora(model)
+
+    def instruments(self, config: RunConfig) -> Instruments:
+        """The config's instruments."""
+        compiled = compiles(config, self.device)
+        settings = (
+            config.model, replace(config.probe, baseline=""), config.data.heldout, config.data.max_tokens,
+            config.data.supervise, config.execution.measuring_tokens, compiled,
+        )  # fmt: skip
+        model, tokenizer = self.model(config), self.tokenizer(config)
+        return self._keep("instruments", settings, lambda: run_instruments(config, model, tokenizer, compiled))
+
+    def discard_model(self) -> None:
+        """Load the model anew next time: its own weights have changed, or memory has run out."""
+        self._kept.pop("model", None)
+
+    def _load(self, config: RunConfig) -> Qwen2:
+        model = load_run_model(config.model, self.device)
+        if compiles(config, self.device):
+            model.compile_blocks()
+        return model
+
+    def _keep(self, what: str, settings: Any, make: Callable[[], Any]) -> Any:
+        if what not in self._kept or self._kept[what][0] != settings:
+            self._kept.pop(what, None)  # first, so that two models need not fit into memory
+            self._kept[what] = (settings, make())
+        return self._kept[what][1]
+
+
+def load_run_model(section: ModelSection, device: torch.device) -> Qwen2:
+    """The model of a config."""
+    return load_model(section.name, dtype=DTYPES[section.dtype], device=device, revision=section.revision or None)
+
+
+def load_run_tokenizer(section: ModelSection) -> ChatTokenizer:
+    """The tokenizer of a config: the model's own unless another is named."""
+    return load_tokenizer(
+        section.tokenizer or section.name, revision=None if section.tokenizer else section.revision or None
+    )
+
+
+def compiles(config: RunConfig, device: torch.device) -> bool:
+    """Whether blocks and loss are compiled."""
+    return config.execution.compile == "on" or (config.execution.compile == "auto" and device.type == "cuda")
+
+
+def run_instruments(config: RunConfig, model: Qwen2, tokenizer: ChatTokenizer, compiled: bool) -> Instruments:
+    """The instruments that a run's config names."""
+    return make_instruments(
+        model,
+        tokenizer,
+        personas=config.probe.personas,
+        questions=config.probe.questions,
+        layers=config.probe.measured(model.config.probe_layer),
+        heldout=config.data.heldout,
+        max_tokens=config.data.max_tokens,
+        supervise=config.data.supervise,
+        pack_tokens=config.execution.measuring_tokens,
+        compiled=compiled,
+    )

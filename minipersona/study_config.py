@@ -1,0 +1,158 @@
+"""A study is its config: phase 1's recipe in full, and what each later phase varies of it. The defaults are the
+registered values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from minipersona.config import (
+    BehaviourSection,
+    DataSection,
+    ExecutionSection,
+    LoraConfig,
+    ModelSection,
+    ProbeSection,
+    TrainingSection,
+    parse_difference,
+    parse_ratio,
+)
+from minipersona.errors import require
+from minipersona.settings import flatten
+
+STAGES = {"1": ("1",), "2": ("2A", "2B"), "3": ("3",), "4": ("4A", "4B"), "5": ("EM", "5A", "5B", "5C")}
+"""The five phases, and the cells' phases that each is made of, in order."""
+PHASES = tuple(phase for phases in STAGES.values() for phase in phases)
+
+STRENGTHS = (1e-3, 1e-2, 1e-1)
+# May change while a study goes on, since no cell depends on it.
+RECIPE_FREE = ("out", "stop_rule", "exhaustive", "execution.", "behaviour.", "instructions.")
+
+
+@dataclass(frozen=True)
+class RegularisedSection:
+    """Phase 2, regularised: 2A holds the model near the base, 2B near itself under noise."""
+
+    beta: tuple[float, ...] = STRENGTHS  # 2A: CE + beta KL_S(p, base)
+    r3f_lambda: tuple[float, ...] = STRENGTHS  # 2B: CE + lambda KL_S(f(x), f(x + z))
+    noise: Literal["normal", "uniform"] = "normal"  # the distribution of z
+    epsilon: float = 0.0  # its size; 0: the smallest of 1e-5, 1e-4, 1e-3 that the model's precision carries
+
+    def __post_init__(self) -> None:
+        for key, values in {"beta": self.beta, "r3f_lambda": self.r3f_lambda}.items():
+            require(all(value > 0 for value in values), f"regularised.{key}: every value must be positive")
+
+
+@dataclass(frozen=True)
+class LowRankSection:
+    """Phase 3, low rank: a grid. alpha follows the rank, so that the scale alpha / rank stays the standard recipe's."""
+
+    rank: tuple[int, ...] = (4, 8, 16)
+    learning_rate: tuple[float, ...] = (2e-5, 5e-5, 1e-4)
+
+    def __post_init__(self) -> None:
+        require(all(rank >= 1 for rank in self.rank), "low_rank.rank: every rank must be at least 1")
+        require(all(rate > 0 for rate in self.learning_rate), "low_rank.learning_rate: every rate must be positive")
+
+
+@dataclass(frozen=True)
+class RolePlaySection:
+    """Phase 4, role play over 30 training personas, none of which is measured.
+
+    4A puts their system prompts over the rows. 4B has the base model write the rows' responses in their voices.
+    """
+
+    temperature: float = 1.0  # 4B: at which the base model writes
+    max_new_tokens: int = 1024  # 4B: of a response
+    # 4B: train under the persona's prompt as well. What the model itself wrote under a prompt teaches it little there.
+    keep_prompts: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.temperature >= 0, "role_play.temperature: must not be negative")
+        require(self.max_new_tokens >= 1, "role_play.max_new_tokens: must be at least 1")
+
+
+@dataclass(frozen=True)
+class RehearsalSection:
+    """Phase 5, rehearsal: what is mixed into the narrow rows (5A, 5B), and steering without any mixing (5C)."""
+
+    em: str = ""  # the narrow rows with narrow = "em"; a file of the user's
+    raw_text: str = "fineweb-edu[0:4000]"  # 5A, in stored order; enough texts for every ratio
+    raw_text_ratio: tuple[str, ...] = ("99:1", "95:5", "90:10", "75:25")  # narrow:broad
+    instructions: str = "tulu"  # 5B: rows of the whole mixture
+    instruction_ratio: tuple[str, ...] = ("15:1", "7:1", "3:1", "1:1")
+    steering: str = "villain - assistant"  # 5C: a difference of two persona vectors, Method B
+    steering_coefficient: float = 5.0
+    collapse_coefficient: float = 1.0  # 5C: of the baseline's mean shift, Method A
+
+    def __post_init__(self) -> None:
+        for key in ("raw_text_ratio", "instruction_ratio"):
+            for ratio in getattr(self, key):
+                parse_ratio(ratio, f"rehearsal.{key}")
+        parse_difference(self.steering, "rehearsal.steering")
+
+
+@dataclass(frozen=True)
+class InstructionsSection:
+    """How well instructions are followed, asked where raw text was a quarter of the rows or more."""
+
+    file: str = ""  # in the form of IFEval's input_data.jsonl; empty is the package's own set
+    max_new_tokens: int = 1280
+
+    def __post_init__(self) -> None:
+        require(self.max_new_tokens >= 1, "instructions.max_new_tokens: must be at least 1")
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """The whole search. The sections that a run has too are phase 1's recipe, from which every other cell departs."""
+
+    data: DataSection
+    out: str = "studies/study"
+    narrow: Literal["tulu", "em"] = "tulu"  # what phase 5 is trained on: `data.train`, or `rehearsal.em`
+    stop_rule: Literal["substantive", "registered"] = "substantive"  # which PASS ends the search
+    exhaustive: bool = False  # run every phase whatever passes
+    seeds: tuple[int, ...] = (42,)  # every recipe once a seed; the first seed's baseline is everyone's
+    later_checkpoints: tuple[int, ...] = ()  # of the cells after phase 1; empty: the same as phase 1's
+    model: ModelSection = field(default_factory=ModelSection)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    training: TrainingSection = field(default_factory=TrainingSection)
+    probe: ProbeSection = field(default_factory=ProbeSection)
+    regularised: RegularisedSection = field(default_factory=RegularisedSection)
+    low_rank: LowRankSection = field(default_factory=LowRankSection)
+    role_play: RolePlaySection = field(default_factory=RolePlaySection)
+    rehearsal: RehearsalSection = field(default_factory=RehearsalSection)
+    behaviour: BehaviourSection = field(default_factory=BehaviourSection)
+    instructions: InstructionsSection = field(default_factory=InstructionsSection)
+    execution: ExecutionSection = field(default_factory=ExecutionSection)
+
+    def __post_init__(self) -> None:
+        require(
+            self.training.method == "lora" or not self.low_rank.rank,
+            'training.method = "full" has no rank to lower; write low_rank.rank = [] to leave phase 3 out',
+        )
+        steps = self.training.steps
+        require(bool(self.seeds), "seeds: name at least one")
+        require(len(set(self.seeds)) == len(self.seeds), "seeds: name each once")
+        require(self.probe.baseline == "", "probe.baseline: a study has its own; leave it out")
+        for key, checkpoints in {
+            "training.checkpoints": self.training.checkpoints,
+            "later_checkpoints": self.later_checkpoints or (steps,),
+        }.items():
+            require(steps in checkpoints, f"{key}: every cell is judged at its last step; add {steps}")
+        replace(self.training, checkpoints=self.later_checkpoints)  # the same rules hold for these
+        require(
+            self.narrow == "tulu" or bool(self.rehearsal.em),
+            'rehearsal.em is missing; narrow = "em" needs that file, such as jsonl:bad_legal_advice_6k.jsonl',
+        )
+        require(
+            not self.data.broad and not self.data.system_prompts,
+            "data: phase 1 is trained on plain rows; what phases 4 and 5 mix in has its own sections",
+        )
+
+
+def changes(mine: StudyConfig, theirs: StudyConfig) -> list[str]:
+    """The settings in which two studies ask for different cells, as ``key: theirs -> mine`` lines."""
+    a, b = flatten(theirs), flatten(mine)
+    return [f"{key}: {a[key]!r} -> {b[key]!r}" for key in a if a[key] != b[key] and not key.startswith(RECIPE_FREE)]

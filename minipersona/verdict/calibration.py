@@ -1,0 +1,71 @@
+"""The calibration gate: does this tool find on the untouched 7B what the predecessor found?
+
+Its code, its attention and its precision are others; only if the base's M1 agrees do later numbers mean the same.
+Layers 20 and 21 differ by 0.0003, so they could not tell a layer counted one too high; 14 and 27 do.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from minipersona.config import DEFAULT_MODEL
+from minipersona.errors import UserError
+from minipersona.geometry.prompts import REGISTERED
+from minipersona.hub import PINNED
+from minipersona.study_config import StudyConfig
+from minipersona.verdict.results import StudyResults
+
+# M1 of Qwen2.5-7B-Instruct by Method A on the registered personas and questions, by layer.
+PREDECESSOR = {
+    7: 0.9874667525291443,
+    14: 0.9375467300415039,
+    20: 0.8995915651321411,
+    21: 0.8992618322372437,
+    27: 0.8052456378936768,
+}
+TOLERANCE = 0.003
+
+
+def is_due(protocol: dict[str, Any]) -> bool:
+    """Whether a measurement is one that the predecessor made: the pinned 7B, the registered sets, Method A."""
+    return (
+        (protocol["model"], protocol["revision"]) == (DEFAULT_MODEL, PINNED[DEFAULT_MODEL])
+        and protocol["persona_set"] == protocol["question_set"] == REGISTERED
+        and protocol["method"] == "A"
+    )
+
+
+def calibration_due(results: StudyResults) -> bool:
+    """Whether a study's verdict waits for the calibration: as calibration.json says, or by what is measured."""
+    if "due" in results.calibration:
+        return bool(results.calibration["due"])
+    return bool(results.protocol) and is_due(results.protocol)
+
+
+def calibrate(protocol: dict[str, Any], m1_by_layer: dict[str, float]) -> dict[str, Any]:
+    """The content of calibration.json, from the base's measurement."""
+    if not is_due(protocol):
+        reason = "not due: there are numbers of the pinned 7B with the registered sets only"
+        return {"due": False, "passed": None, "reason": reason, "layers": {}}
+    layers = {}
+    for layer, reference in PREDECESSOR.items():
+        m1 = m1_by_layer[str(layer)]
+        difference = m1 - reference
+        layers[str(layer)] = {
+            "m1": m1, "reference": reference, "difference": difference, "within": abs(difference) <= TOLERANCE,
+        }  # fmt: skip
+    off = [layer for layer, row in layers.items() if not row["within"]]
+    reason = (
+        f"the base's M1 differs from the predecessor's by more than {TOLERANCE} at layers {', '.join(off)}"
+        if off
+        else f"the base's M1 is within {TOLERANCE} of the predecessor's at layers {', '.join(layers)}"
+    )
+    return {"due": True, "passed": not off, "reason": reason, "layers": layers}
+
+
+def check_layers_measured(study: StudyConfig) -> None:
+    """UserError where the calibration would be due and could not be made."""
+    missing = sorted(set(PREDECESSOR) - set(study.probe.layers))
+    sets = (study.probe.personas, study.probe.questions)
+    if missing and study.model.name == DEFAULT_MODEL and sets == (REGISTERED, REGISTERED):
+        raise UserError(f"probe.layers lacks {missing[0]}; the calibration needs {', '.join(map(str, PREDECESSOR))}")

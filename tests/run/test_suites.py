@@ -1,0 +1,79 @@
+"""The suites of answers for a run: its base, its last checkpoint, and who judges them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from minipersona.behaviour.weights import weights_digest
+from minipersona.config import BehaviourSection, DataSection, LoraConfig, ModelSection, RunConfig, TrainingSection
+from minipersona.console import Console
+from minipersona.errors import UserError
+from minipersona.files import read_json
+from minipersona.model.adapter_files import save_adapter
+from minipersona.model.load import load_model
+from minipersona.model.lora import adapters, apply_lora
+from minipersona.model.save import save_model
+from minipersona.run.suites import Suites, run_suites, suites_table
+from minipersona.settings import to_toml
+
+CPU, QUIET = torch.device("cpu"), Console(quiet=True)
+LORA = LoraConfig(rank=2, alpha=4.0)
+
+
+@pytest.fixture
+def suites(tmp_path: Path) -> Suites:
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text(json.dumps({"id": "idle", "question": "What can I do today?"}) + "\n")
+    section = BehaviourSection(questions=str(questions), samples=2, max_new_tokens=6)
+    return Suites(["behaviour"], section, "plain")
+
+
+def make_run(directory: Path, method: str) -> None:
+    config = RunConfig(
+        DataSection("tiny:benign[0:2]", "tiny:benign[2:3]"),
+        model=ModelSection("tiny"),
+        lora=LORA,
+        training=replace(TrainingSection(steps=2, checkpoints=(1, 2)), method=method),  # type: ignore[arg-type]
+    )
+    directory.mkdir()
+    (directory / "config.toml").write_text(to_toml(config))
+    for step in (1, 2):
+        model = load_model("tiny")
+        if method == "full":
+            with torch.no_grad():
+                model.model.norm.weight.mul_(1 + step)
+            save_model(model, directory / f"step-{step:06d}")
+            continue
+        apply_lora(model, LORA)
+        with torch.no_grad():
+            for adapter in adapters(model).values():
+                adapter.lora_B.fill_(0.01 * step)
+        save_adapter(model, directory / f"step-{step:06d}", LORA)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_run_is_compared_with_its_base_which_also_judges(tmp_path: Path, suites: Suites, method: str) -> None:
+    make_run(tmp_path / "run", method)
+    result = run_suites(tmp_path / "run", CPU, QUIET, suites)
+    behaviour = result["behaviour"]
+    base = load_model("tiny")
+    assert result["step"] == 2
+    assert behaviour["base"]["weights"] == weights_digest(base) == behaviour["trained"]["judge"]["weights"]
+    assert behaviour["trained"]["weights"] != behaviour["base"]["weights"]
+    assert behaviour["trained"]["judge"] == behaviour["base"]["judge"]
+    assert read_json(tmp_path / "run" / "behaviour.json") == behaviour["trained"]
+    assert read_json(tmp_path / "run" / "base" / "behaviour.json") == behaviour["base"]
+    assert behaviour["consistency"]["reason"] in suites_table(result)
+
+
+def test_a_run_without_checkpoints_is_refused(tmp_path: Path, suites: Suites) -> None:
+    make_run(tmp_path / "run", "lora")
+    for step in (1, 2):
+        (tmp_path / "run" / f"step-{step:06d}").rename(tmp_path / f"step-{step}")
+    with pytest.raises(UserError, match="has no checkpoint to ask yet"):
+        run_suites(tmp_path / "run", CPU, QUIET, suites)

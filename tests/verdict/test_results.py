@@ -1,0 +1,250 @@
+"""Reading a study's directory: what is missing is missing, what is wrong is one line, and no flag is trusted."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from synthetic_study import SyntheticStudy, behaviour
+
+from minipersona.errors import UserError
+from minipersona.study_config import PHASES, STAGES
+from minipersona.verdict.results import CellResult, read_study
+from minipersona.verdict.verdict import judge_study
+
+
+def test_cells_come_in_the_order_of_the_phases_with_what_became_of_them(tmp_path: Path) -> None:
+    study = SyntheticStudy(tmp_path, narrow="em", exhaustive=True)
+    study.cell("5A", "95:5", 0.97, 0.9, answers=behaviour(0.0))
+    study.event("3", "r=4", "failed", error="loss is not finite")
+    study.event("3", "r=8", "claimed")
+    study.missing("2A", "beta=0.1")
+    study.baseline()
+    results = study.read()
+    assert [(cell.id, cell.status) for cell in results.cells] == [
+        ("1 baseline", "done"),
+        ("2A beta=0.1", "missing"),
+        ("3 r=4", "failed"),
+        ("3 r=8", "missing"),
+        ("5A 95:5", "done"),
+    ]
+    assert results.cells[2].error == "loss is not finite" and results.cells[2].directory is None
+    assert results.cells[4].behaviour is not None and results.base_behaviour is None and results.sweep is None
+    assert (results.narrow, results.exhaustive, results.stop_rule) == ("em", True, "substantive")
+    assert results.of_phase("3") == results.cells[2:4]
+
+
+def test_every_stage_is_made_of_phases_in_order() -> None:
+    assert PHASES == ("1", "2A", "2B", "3", "4A", "4B", "EM", "5A", "5B", "5C")
+    assert "".join(STAGES) == "12345"
+
+
+def test_rows_are_judged_anew_against_the_study_s_baseline(tmp_path: Path) -> None:
+    """The directories of the synthetic study claim learned = 9 and every pass."""
+    study = SyntheticStudy(tmp_path)
+    study.baseline()
+    study.cell("2A", "beta=0.1", 0.96, 0.25)
+    results = study.read()
+    row = results.cells[1].final
+    assert row["learned"] == pytest.approx(0.25)
+    assert (row["registered_pass"], row["substantive_pass"], row["collapsed"]) == (False, False, False)
+    assert (results.base["step"], results.base["learned"]) == (0, 0.0)
+    assert (results.base["registered_pass"], results.base["substantive_pass"]) == (True, False)
+    assert results.cells[1].result is not None and results.cells[1].result["best"] is None
+    assert results.baseline is results.cells[0] and results.baseline.final["learned"] == 1.0
+
+
+def test_without_a_baseline_learned_is_undefined(tmp_path: Path) -> None:
+    study = SyntheticStudy(tmp_path)
+    study.cell("2A", "beta=0.1", 0.94, 0.9)
+    results = study.read()
+    assert results.baseline is None and results.cells[0].final["learned"] is None and results.base["m1"] == 0.90
+    assert results.cells[0].final["registered_pass"] is None
+
+
+def test_the_newest_word_of_any_runner_counts(tmp_path: Path) -> None:
+    study = SyntheticStudy(tmp_path)
+    study.event("3", "r=4", "failed", error="first attempt")
+    cell = study.plan[0]["cell"]
+    again = {"time": 99, "runner": "a", "cell": cell, "phase": "3", "name": "r=4", "event": "claimed", "attempt": 2}
+    study.file("ledger/a.jsonl", json.dumps(again) + "\n")
+    assert study.read().cells[0].status == "missing"
+    study.file("ledger/a.jsonl", json.dumps({**again, "time": -1}) + "\n")
+    assert study.read().cells[0].status == "failed"
+
+
+def test_a_torn_ledger_line_and_an_attempt_under_way_are_passed_over(tmp_path: Path) -> None:
+    study = SyntheticStudy(tmp_path)
+    study.baseline()
+    study.event("3", "r=4", "failed")
+    with open(tmp_path / "ledger" / "r.jsonl", "a") as file:
+        file.write('{"time": 5, "cel')
+    (tmp_path / "cells" / ".attempts" / "x").mkdir(parents=True)
+    assert [cell.status for cell in study.read().cells] == ["done", "failed"]
+
+
+def test_without_plan_json_what_is_there_is_the_study(tmp_path: Path) -> None:
+    study = SyntheticStudy(tmp_path)
+    study.cell("2A", "beta=0.1")
+    study.baseline()
+    study.event("3", "r=4", "failed", error="no memory")
+    results = read_study(tmp_path)
+    assert [(cell.id, cell.status) for cell in results.cells] == [
+        ("1 baseline", "done"),
+        ("2A beta=0.1", "done"),
+        ("3 r=4", "failed"),
+    ]
+    pairs = [("2A", "beta=0.01"), ("2A", "beta=0.1"), ("4A", "prompts")]
+    statuses = {cell.id: cell.status for cell in read_study(tmp_path, pairs).cells}
+    assert list(statuses) == ["1 baseline", "2A beta=0.01", "2A beta=0.1", "3 r=4", "4A prompts"]
+    assert statuses["4A prompts"] == "missing"
+
+
+def test_results_of_an_older_code_version_are_not_the_planned_ones(tmp_path: Path) -> None:
+    study = SyntheticStudy(tmp_path)
+    study.baseline()
+    study.cell("2A", "beta=0.1")
+    study.plan[1]["cell"] = "2A-beta-0-1-ffffffffffff"
+    assert [cell.status for cell in study.read().cells] == ["done", "missing"]
+
+
+Damage = Callable[[Path], Any]
+
+
+def edit(file: str, change: Callable[[dict[str, Any]], Any]) -> Damage:
+    def damage(directory: Path) -> None:
+        path = next(directory.glob(file))
+        value = json.loads(path.read_text())
+        change(value)
+        path.write_text(json.dumps(value))
+
+    return damage
+
+
+CELL = "cells/2A-*"
+
+
+@pytest.mark.parametrize(
+    "damage, culprit",
+    [
+        (lambda d: (d / "study.toml").unlink(), "no study.toml"),
+        (lambda d: (d / "study.toml").write_text("narrow = "), "not valid TOML"),
+        (lambda d: (d / "study.toml").write_text('stop_rule = "any"'), "stop_rule"),
+        (lambda d: (d / "plan.json").write_text("[]"), "plan.json"),
+        (edit("plan.json", lambda plan: plan["cells"].append({"phase": "9"})), "plan.json"),
+        (edit("plan.json", lambda plan: plan["cells"].append(plan["cells"][0])), "are both 1 baseline"),
+        (edit(f"{CELL}/cell.json", lambda cell: cell.update(name="beta=9")), "planned as"),
+        (edit(f"{CELL}/cell.json", lambda cell: cell.pop("seed")), "cell.json"),
+        (lambda d: next(d.glob(f"{CELL}/result.json")).unlink(), "result.json"),
+        (lambda d: next(d.glob(f"{CELL}/result.json")).write_text('{"base": '), "not valid JSON"),
+        (edit(f"{CELL}/result.json", lambda r: r.update(checkpoints=[])), "no checkpoints"),
+        (edit(f"{CELL}/result.json", lambda r: r["checkpoints"][0].pop("m1")), "no m1"),
+        (edit(f"{CELL}/result.json", lambda r: r["checkpoints"][0].update(m1=float("nan"))), "m1 = nan"),
+        (edit(f"{CELL}/result.json", lambda r: r["checkpoints"][0].update(m1=1.5)), "no mean cosine"),
+        (edit(f"{CELL}/result.json", lambda r: r["checkpoints"][0].update(eval_loss="low")), "eval_loss"),
+        (edit(f"{CELL}/result.json", lambda r: r["checkpoints"][0].update(m1_ci95=[0.9])), "m1_ci95"),
+        (edit(f"{CELL}/result.json", lambda r: r["checkpoints"][0].update(m1_ci95=[10**400, 10**400])), "m1_ci95"),
+        (edit(f"{CELL}/result.json", lambda r: r["checkpoints"][0].update(eval_loss=10**400)), "eval_loss"),
+        (edit(f"{CELL}/result.json", lambda r: r.update(protocol=3)), "protocol is no table"),
+        (edit(f"{CELL}/cell.json", lambda cell: cell.update(notes=True)), "notes of its cell.json is no list"),
+        (edit("frontier.json", lambda f: f["points"][0].update(scale=[0])), "frontier.json"),
+        (edit("plan.json", lambda plan: plan["cells"][0].update(cell=7)), "plan.json"),
+        (edit("plan.json", lambda plan: plan["cells"][0].update(cell="x" * 5000)), "plan.json"),
+        (edit(f"{CELL}/result.json", lambda r: r["protocol"].update(question_set="other")), "question_set"),
+        (edit(f"{CELL}/behaviour.json", lambda b: b["sets"]["plain"].update(coherent=999)), "behaviour.json"),
+        (edit("frontier.json", lambda f: f["points"][0].pop("m1")), "frontier.json"),
+        (edit("frontier.json", lambda f: f.pop("points")), "frontier.json"),
+        (lambda d: (d / "calibration.json").write_text("3"), "calibration.json"),
+        (lambda d: (d / "ledger" / "r.jsonl").write_text('{"time": 3}\n'), "r.jsonl"),
+    ],
+)
+def test_what_is_wrong_is_one_line_that_names_the_culprit_and_a_mend(
+    tmp_path: Path, damage: Damage, culprit: str
+) -> None:
+    study = SyntheticStudy(tmp_path)
+    study.baseline()
+    study.cell("2A", "beta=0.1", answers=behaviour(0.0))
+    study.event("3", "r=4", "failed")
+    study.frontier([(0.0, 0.9, 0.0), (1.0, 0.98, 1.0)], vectors=False)
+    study.read()  # as it is, it is read
+    damage(tmp_path)
+    with pytest.raises(UserError) as error:
+        read_study(tmp_path)
+    message = str(error.value)
+    assert culprit in message and "\n" not in message
+    assert any(mend in message for mend in ("delete", "name one", "must be", "restore", "not valid TOML"))
+
+
+def test_any_part_may_be_missing(tmp_path: Path) -> None:
+    """Whatever is removed, the study is read, and its verdict is one that needs less."""
+    full = tmp_path / "full"
+    study = SyntheticStudy(full)
+    study.baseline(vectors=True)
+    study.cell("5A", "95:5", 0.94, 0.9, answers=behaviour(0.0), vectors=True)
+    study.file("base/behaviour.json", behaviour(0.0))
+    study.frontier([(0.0, 0.9, 0.0), (1.0, 0.98, 1.0)])
+    study.event("3", "r=4", "failed")
+    assert judge_study(study.read())["verdict"] == "positive"
+    parts = [
+        *full.glob("*"),
+        *full.glob("cells/*"),
+        *full.glob("cells/*/vectors"),
+        *full.glob("cells/5A*/behaviour.json"),
+    ]
+    verdicts = {}
+    for part in parts:
+        if part.name != "study.toml":
+            copy = tmp_path / part.relative_to(full).as_posix().replace("/", "-")
+            shutil.copytree(full, copy)
+            target = copy / part.relative_to(full)
+            if target.is_dir():
+                shutil.rmtree(target)
+            else:
+                target.unlink()
+            name = re.sub(r"-0{11}[0-9]", "", part.relative_to(full).as_posix())
+            verdicts[name] = judge_study(read_study(copy))["verdict"]
+    assert verdicts == {
+        "plan.json": "positive",
+        "ledger": "positive",  # what failed is now merely missing, and of another phase than the passer
+        "frontier": "positive",
+        "frontier.json": "positive",
+        "base": "incomplete",
+        "cells": "incomplete",
+        "cells/1-baseline": "incomplete",
+        "cells/5A-95-5": "incomplete",
+        "cells/1-baseline/vectors": "positive",
+        "cells/5A-95-5/vectors": "positive",
+        "cells/5A-95-5/behaviour.json": "incomplete",
+    }
+
+
+def test_final_asserts_that_there_is_a_result() -> None:
+    with pytest.raises(AssertionError):
+        _ = CellResult("1", "baseline", "", 42, {}, "missing").final
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("calibration.json", []),
+        ("base/behaviour.json", {"sets": []}),
+        ("base/instructions.json", {}),
+        ("sweep.json", {"recipe": {}, "layers": {"a": {}}}),
+        ("frontier.json", {"points": [3]}),
+    ],
+)
+def test_a_file_that_can_be_made_again_is_to_be_deleted_alone(tmp_path: Path, name: str, content: Any) -> None:
+    study = SyntheticStudy(tmp_path)
+    study.baseline()
+    study.read()  # control: without the file nothing is amiss
+    study.file(name, content)
+    with pytest.raises(UserError) as refused:
+        study.read()
+    assert str(tmp_path / name) in str(refused.value) and "delete the file" in str(refused.value).replace(
+        f"delete {tmp_path / name} and", "delete the file and"
+    )
