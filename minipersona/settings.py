@@ -5,17 +5,15 @@ An unknown or ill-typed key is an error that says which, and what was probably m
 
 from __future__ import annotations
 
-import difflib
 import tomllib
-import typing
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from reprlib import repr as brief
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from minipersona.config import RunConfig
 from minipersona.errors import UserError, require
 from minipersona.files import configs_dir
+from minipersona.records import from_dict, to_dict, unknown_key
 
 # ---------------------------------------------------------------- reading
 
@@ -54,67 +52,6 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: {error.strerror}; it must be a readable TOML file") from None
     except (ValueError, RecursionError) as error:  # also where a number has too many digits, or lists too many levels
         raise UserError(f"{path}: not valid TOML: {error}") from None
-
-
-def from_dict(kind: type[Config], values: dict[str, Any], where: str = "") -> Config:
-    """Build the dataclass `kind` from plain values, strictly."""
-    assert is_dataclass(kind)
-    hints = typing.get_type_hints(kind)
-    known = {f.name: f for f in fields(kind)}
-    for key in values:
-        if key not in known:
-            raise UserError(_unknown(where + key, [where + name for name in known]))
-    built = {}
-    for name, description in known.items():
-        if name in values:
-            built[name] = _typed(values[name], hints[name], where + name)
-        elif description.default is MISSING and description.default_factory is MISSING:
-            if is_dataclass(hints[name]):
-                built[name] = from_dict(hints[name], {}, f"{name}.")  # names the first key that is missing
-            else:
-                raise UserError(f"{where}{name} is missing; add it to the config")
-    return kind(**built)
-
-
-def _unknown(key: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    mend = f"did you mean {near[0]}?" if near else f"known keys are {', '.join(known)}"
-    return f"unknown config key {key[:200]}; {mend}"
-
-
-def _typed(value: Any, kind: Any, where: str) -> Any:
-    origin = typing.get_origin(kind)
-    if is_dataclass(kind):
-        require(isinstance(value, dict), f"{where} must be a section, written [{where}]")
-        return from_dict(typing.cast(type, kind), value, f"{where}.")
-    if origin is Literal:
-        options = typing.get_args(kind)
-        require(value in options, f"{where} = {brief(value)}: must be one of {', '.join(map(repr, options))}")
-        return value
-    if origin is tuple:
-        require(isinstance(value, (list, tuple)), f"{where} = {brief(value)}: must be a list")
-        return tuple(_typed(item, typing.get_args(kind)[0], where) for item in value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise UserError(f"{where} = {brief(value)}: must be {_english(kind)}")
-    if kind is str:
-        require(_is_text(value), f"{where} = {brief(value)}: is not valid Unicode")
-    if kind is float:
-        require(value == value and abs(value) != float("inf"), f"{where} = {value}: must be finite")
-    return value
-
-
-def _is_text(value: str) -> bool:
-    try:
-        value.encode("utf-8")
-        return True
-    except UnicodeEncodeError:  # half of a surrogate pair: a file name that is not UTF-8, say
-        return False
-
-
-def _english(kind: type) -> str:
-    return {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}[kind]
 
 
 def override(config: Config, settings: list[str]) -> Config:
@@ -157,19 +94,11 @@ def _qualify(config: Any, path: str) -> str:
     if len(matches) > 1:
         raise UserError(f"--set {path}: is ambiguous; name {' or '.join(matches)}")
     if not matches:
-        raise UserError(_unknown(path, keys))
+        raise UserError(unknown_key(path, keys))
     return matches[0]
 
 
 # ---------------------------------------------------------------- writing
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """The nested plain values of a config."""
-    return {
-        f.name: to_dict(getattr(config, f.name)) if is_dataclass(getattr(config, f.name)) else getattr(config, f.name)
-        for f in fields(config)
-    }
 
 
 def to_toml(config: Any) -> str:

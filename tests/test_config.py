@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from minipersona.config import DataSection, RunConfig
 from minipersona.errors import UserError
-from minipersona.settings import difference, from_dict, load_config, override, to_dict, to_toml
+from minipersona.records import from_dict, to_dict
+from minipersona.settings import difference, load_config, override, to_toml
 from minipersona.study_config import StudyConfig
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))

@@ -18,11 +18,12 @@ from minipersona.model.adapter_files import load_adapter
 from minipersona.model.load import load_model
 from minipersona.model.lora import adapter_norm
 from minipersona.model.network import Qwen2
+from minipersona.records import from_dict
 from minipersona.run.judgement import judge
 from minipersona.run.measurement import Instruments, make_instruments, measure
 from minipersona.run.resources import DTYPES, load_run_model, load_run_tokenizer, run_instruments
 from minipersona.run.train import baseline_loss, step_name, stored_probe
-from minipersona.settings import from_dict, read_toml
+from minipersona.settings import read_toml
 from minipersona.training.trainable import distance_from_base
 from minipersona.training.world import World
 

@@ -32,7 +32,8 @@ from minipersona.geometry.prompts import load_personas, load_questions
 from minipersona.geometry.vectors import PersonaVectors, load_vectors
 from minipersona.model.network import Qwen2
 from minipersona.model.tensor_file import open_safetensors
-from minipersona.settings import from_dict, read_toml
+from minipersona.records import from_dict
+from minipersona.settings import read_toml
 from minipersona.training.world import World
 
 STEERING_VECTORS = "steering.safetensors"  # in a run's directory: the raw vectors that it is steered by

@@ -26,10 +26,11 @@ from minipersona.model.adapter_files import load_adapter
 from minipersona.model.load import load_model
 from minipersona.model.lora import remove_lora
 from minipersona.model.network import Qwen2
+from minipersona.records import from_dict
 from minipersona.run.evaluate import checkpoint_steps
 from minipersona.run.resources import DTYPES, load_run_model, load_run_tokenizer
 from minipersona.run.train import step_name
-from minipersona.settings import from_dict, read_toml
+from minipersona.settings import read_toml
 
 Result = dict[str, Any]
 BASE, TRAINED = "base", "trained"

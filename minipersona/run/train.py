@@ -33,12 +33,13 @@ from minipersona.hub import locate, pinned_revision
 from minipersona.locks import lock
 from minipersona.model.load import RANDOM
 from minipersona.model.network import Qwen2
+from minipersona.records import from_dict
 from minipersona.run.judgement import learned_share
 from minipersona.run.measurement import Instruments, measure
 from minipersona.run.provenance import provenance
 from minipersona.run.resources import Resources, compiles
 from minipersona.run.steering import check_steering, run_steering
-from minipersona.settings import difference, from_dict, read_toml, to_toml
+from minipersona.settings import difference, read_toml, to_toml
 from minipersona.training.checkpoint import drop_tensors, stored_position
 from minipersona.training.loop import Hooks, check_learnable, train
 from minipersona.training.memory import OUT_OF_MEMORY

@@ -16,7 +16,7 @@ from minipersona.files import PACKAGE, digest, sha256
 from minipersona.geometry.prompts import load_personas, load_questions
 from minipersona.hub import locate, resolved_revision
 from minipersona.model.load import RANDOM
-from minipersona.settings import to_dict
+from minipersona.records import to_dict
 from minipersona.study.recipes import Recipe
 
 # The code that a cell's numbers come from. A change to the report or the verdict leaves finished cells valid.

@@ -20,9 +20,9 @@ from minipersona.files import append_jsonl, digest, read_json, write_json
 from minipersona.geometry.extraction import extract
 from minipersona.geometry.measures import m1
 from minipersona.model.network import Qwen2
+from minipersona.records import to_dict
 from minipersona.run.measurement import Instruments, measure
 from minipersona.run.train import vectors_file
-from minipersona.settings import to_dict
 from minipersona.study.cell import Cell
 from minipersona.study.cells import placed_config, responses_file, trained_model
 from minipersona.study.frontier import measure_frontier

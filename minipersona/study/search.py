@@ -16,8 +16,9 @@ from minipersona.config import RunConfig
 from minipersona.console import Console
 from minipersona.errors import UserError
 from minipersona.files import read_json, write_json, write_text
+from minipersona.records import from_dict
 from minipersona.run.train import resolve
-from minipersona.settings import from_dict, read_toml, to_toml
+from minipersona.settings import read_toml, to_toml
 from minipersona.study.cell import Cell, identify
 from minipersona.study.cells import cell_job
 from minipersona.study.guards import base_job, behaviour_jobs, frontier_job, instruction_jobs, role_play_job, sweep_job

@@ -27,7 +27,7 @@ from minipersona.corpus.sources import Rows, read_source, tokenize
 from minipersona.corpus.training_set import TrainingSet, training_set
 from minipersona.errors import UserError
 from minipersona.files import data_dir, read_json
-from minipersona.settings import from_dict
+from minipersona.records import from_dict
 
 RAW_TEXT = {"99:1": 60, "95:5": 300, "90:10": 600, "75:25": 1500}  # of 6,000
 ROWS = {"15:1": 375, "7:1": 750, "3:1": 1500, "1:1": 3000}
