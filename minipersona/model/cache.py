@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minipersona.model.attention import Spans, attention, has_flash, newest_token
+from minipersona.model.acceleration.token_attention import newest_token
+from minipersona.model.attention import Spans, attention, has_flash
 from minipersona.model.network import Qwen2
 from minipersona.model.pack import Pack
 
@@ -34,7 +35,7 @@ class Cache:
                 for _ in range(config.num_hidden_layers if blocks is None else blocks)
             ]
 
-        self.slots, self.length = slots, length
+        self.slots, self.length, self.fused = slots, length, model.fused
         self.group = config.num_attention_heads // config.num_key_value_heads
         self.keys, self.values = empty(), empty()
 
@@ -74,7 +75,10 @@ class Cache:
         each = torch.arange(self.slots + 1, device=lengths.device, dtype=torch.int32)
         edges = each * self.group, each * self.length
         used = lengths.int()
-        return [Stepping(k, v, lengths, window, used, *edges) for k, v in zip(self.keys, self.values, strict=True)]
+        return [
+            Stepping(k, v, lengths, window, self.fused, used, *edges)
+            for k, v in zip(self.keys, self.values, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,7 @@ class Stepping:
     values: Tensor
     lengths: Tensor  # (B,)
     window: int
+    fused: bool  # the flash kernel may be used
     used: Tensor  # (B,) int32: lengths
     query_edges: Tensor  # (B+1,) int32: where each slot's H / K queries begin
     slot_edges: Tensor  # (B+1,) int32: where each slot's keys begin
@@ -128,7 +133,7 @@ class Stepping:
         slots = torch.arange(q.shape[0], device=q.device)
         self.keys[slots, self.lengths - 1] = k
         self.values[slots, self.lengths - 1] = v
-        if has_flash(q):
+        if self.fused and has_flash(q):
             return newest_token(q, self.keys, self.values, self.used, self.query_edges, self.slot_edges)
         # The query heads of a group read the same keys: laid out as rows of one product, the keys are read once.
         grouped = q.unflatten(1, (k.shape[1], -1))  # (B, K, H / K, d)

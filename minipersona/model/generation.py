@@ -92,7 +92,7 @@ class Slots:
 
     def __init__(self, model: Qwen2, requests: Sequence[Request], slots: int, stop: Sequence[int]) -> None:
         self.model, self.requests, self.stop = model, requests, set(stop)
-        self.replays = model.device.type == "cuda"  # the token step, as a CUDA graph
+        self.replays = model.fused and model.device.type == "cuda"  # the token step, as a CUDA graph
         most_new = max(request.max_new_tokens for request in requests)
         room = max(len(request.ids) + request.max_new_tokens for request in requests) + STRIDE
         room = -(-room // WINDOW) * WINDOW
@@ -165,7 +165,7 @@ class Slots:
         slots = torch.arange(len(self.occupant), device=self.model.device)
         one_each = torch.arange(len(self.occupant) + 1, device=self.model.device, dtype=torch.int32)
         pack = Pack(self.last, lengths - 1, self.last, self.last, one_each, slots, 1)  # no targets: nothing learns
-        hidden = self.model(pack, scopes=self.cache.stepping(lengths, window), prepared=True)  # (B, D)
+        hidden = self.model(pack, scopes=self.cache.stepping(lengths, window), weights_unchanged=True)  # (B, D)
         self._append(slots, self._choose(hidden, slots))
 
     def _replay(self) -> None:
