@@ -13,15 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if torch.cuda.is_available():  # it brings torch's compiler along, more than a second that nobody without CUDA needs
+if torch.cuda.is_available():  # it imports torch's compiler, which takes more than a second and is not needed on a CPU
     from torch.nn.attention.varlen import varlen_attn
 
-    # torch 2.11 takes fewer key heads than query heads silently; later versions want to be told.
+    # torch 2.11 accepts fewer key heads than query heads as it is; later versions need this argument.
     _GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 class Scope(Protocol):
-    """What the tokens of a pass see. A block hands it the pass's queries, keys and values, already rotated."""
+    """What the tokens of a pass see. A block gives it the pass's queries, keys and values, already rotated."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (T, H, d); k, v (T, K, d) -> (T, H, d)."""
@@ -51,7 +51,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans) -> T
     """softmax(q k^T / sqrt(d)) v, where a document's queries are its last tokens and see what precedes them.
 
     q (T, H, d) in spans `queries`; k, v (T', K, d) in spans `keys`, of which each document has at least as many.
-    Returns (T, H, d). Flash kernels want CUDA and half precision; everything else goes through `scaled_dot_product`.
+    Returns (T, H, d). Flash kernels need CUDA and half precision; everything else goes through `scaled_dot_product`.
     """
     if has_flash(q):
         # The default window is not causal: (-1, 0) is "everything before, nothing after", aligned at the last token.
@@ -64,7 +64,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans) -> T
 
 
 def has_flash(x: Tensor) -> bool:
-    """Whether the flash kernels take this tensor."""
+    """Whether the flash kernels can compute with this tensor."""
     return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
 
 

@@ -30,7 +30,7 @@ EMBEDDING = -1  # the tap index of the embeddings; blocks are counted from 0
 
 
 class Embedding(nn.Module):
-    """A row of channels for each token. torch's own would bring its compiler along, to fill weights that are loaded."""
+    """A row of channels for each token. torch's own class imports torch's compiler to initialise its weights."""
 
     def __init__(self, vocabulary: int, channels: int) -> None:
         super().__init__()
@@ -142,14 +142,15 @@ class Block(nn.Module):
         recompute: bool = False,
         rows: Tensor | None = None,
     ) -> Tensor:
-        """h (T, D) -> (T, D). With `recompute`, the backward pass computes anew what lies between, from h alone.
+        """h (T, D) -> (T, D). With `recompute`, only h is kept, and the backward pass computes the block again.
 
-        rows  (N,) of the stream: only they leave the block, (N, D), and the MLP, which mixes no tokens, sees no others
+        rows  (N,) of the stream: only they leave the block, (N, D), and the MLP, which does not mix tokens, computes
+              no others
         """
         inputs = (h, cos, sin, scope, dropout_keys, rows)
         if recompute and torch.is_grad_enabled():
-            # Nothing here draws random numbers, so there is no RNG state to put back. Checkpointing inside of what is
-            # compiled lets the compiler leave out what the backward pass does not read: the last product, above all.
+            # Nothing here draws random numbers, so there is no RNG state to restore. Checkpointing inside of what is
+            # compiled lets the compiler leave out what the backward pass does not read: above all, the last product.
             return checkpoint(self._compute, *inputs, use_reentrant=False, preserve_rng_state=False)
         return self._compute(*inputs)
 

@@ -5,6 +5,6 @@ compiler         torch.compile and the settings that it needs
 token_attention  the flash kernel for one new token a slot
 foreach          one kernel launch for many tensors
 
-With `execution.fused = false` the first three are not used. Every private interface of torch that the package depends
-on is called from here, and `tests/model/test_acceleration.py` fails when torch moves one of them.
+With `execution.fused = false` the first three are not used. All private interfaces of torch that the package uses are
+used here, and the tests of each file fail when torch moves one of them.
 """
