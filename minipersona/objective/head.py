@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minipersona.model.acceleration.compiler import compile_function
+
 CHUNK = 768  # tokens: 768 x 152k fp32 logits are 0.45 GB a branch, and the product is large enough for full speed
 
 Rule = Callable[..., tuple[Tensor, tuple[Tensor, ...]]]
@@ -127,4 +129,4 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 @functools.cache
 def _compiled(rule: Rule) -> Rule:
-    return torch.compile(rule, dynamic=True)
+    return compile_function(rule)

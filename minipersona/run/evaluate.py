@@ -121,7 +121,7 @@ def _measure_steps(
 ) -> tuple[list[Result | None], Result]:
     """Measure the base and every checkpoint with the instruments that `config` names, as far as not stored yet."""
     own = digest(read_json(directory / "provenance.json")["protocol"])
-    model = load_run_model(config.model, device)
+    model = load_run_model(config, device)
     instruments = run_instruments(config, model, load_run_tokenizer(config.model), compiled=False)
     protocol = instruments.protocol(model)
     rows: list[Result | None] = []
@@ -150,6 +150,7 @@ def _measure_step(
         return {"step": step, **measured, "learned": None, "delta_norm": distance_from_base(model, config, alone)}
     trained = load_model(str(checkpoint), dtype=DTYPES[config.model.dtype], device=model.device)
     measured, _ = measure(trained, instruments, console)
+    trained.fused = model.fused
     trained.source = model.source  # the distance is from what the run started with
     return {"step": step, **measured, "learned": None, "delta_norm": distance_from_base(trained, config, alone)}
 

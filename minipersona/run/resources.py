@@ -10,6 +10,7 @@ import torch
 
 from minipersona.chat import ChatTokenizer, load_tokenizer
 from minipersona.config import ModelSection, RunConfig
+from minipersona.model.acceleration.compiler import compile_blocks
 from minipersona.model.load import load_model
 from minipersona.model.lora import remove_lora
 from minipersona.model.network import Qwen2
@@ -33,7 +34,8 @@ class Resources:
 
     def model(self, config: RunConfig) -> Qwen2:
         """The config's model as it was loaded: without adapters, compiled where the config asks for it."""
-        model = self._keep("model", (config.model, compiles(config, self.device)), lambda: self._load(config))
+        settings = config.model, config.execution.fused, compiles(config, self.device)
+        model = self._keep("model", settings, lambda: self._load(config))
         return remove_lora(model)
 
     def instruments(self, config: RunConfig) -> Instruments:
@@ -51,9 +53,9 @@ class Resources:
         self._kept.pop("model", None)
 
     def _load(self, config: RunConfig) -> Qwen2:
-        model = load_run_model(config.model, self.device)
+        model = load_run_model(config, self.device)
         if compiles(config, self.device):
-            model.compile_blocks()
+            compile_blocks(model)
         return model
 
     def _keep(self, what: str, settings: Any, make: Callable[[], Any]) -> Any:
@@ -63,9 +65,12 @@ class Resources:
         return self._kept[what][1]
 
 
-def load_run_model(section: ModelSection, device: torch.device) -> Qwen2:
-    """The model of a config."""
-    return load_model(section.name, dtype=DTYPES[section.dtype], device=device, revision=section.revision or None)
+def load_run_model(config: RunConfig, device: torch.device) -> Qwen2:
+    """The model of a config, not compiled."""
+    section = config.model
+    model = load_model(section.name, dtype=DTYPES[section.dtype], device=device, revision=section.revision or None)
+    model.fused = config.execution.fused
+    return model
 
 
 def load_run_tokenizer(section: ModelSection) -> ChatTokenizer:
@@ -77,7 +82,8 @@ def load_run_tokenizer(section: ModelSection) -> ChatTokenizer:
 
 def compiles(config: RunConfig, device: torch.device) -> bool:
     """Whether blocks and loss are compiled."""
-    return config.execution.compile == "on" or (config.execution.compile == "auto" and device.type == "cuda")
+    wanted = config.execution.compile == "on" or (config.execution.compile == "auto" and device.type == "cuda")
+    return wanted and config.execution.fused
 
 
 def run_instruments(config: RunConfig, model: Qwen2, tokenizer: ChatTokenizer, compiled: bool) -> Instruments:

@@ -54,7 +54,7 @@ def run_suites(directory: Path, device: torch.device, console: Console, suites: 
     steps = checkpoint_steps(directory)
     if not steps:
         raise UserError(f"{directory}: has no checkpoint to ask yet; let train.py reach its first")
-    model, tokenizer = load_run_model(config.model, device), load_run_tokenizer(config.model)
+    model, tokenizer = load_run_model(config, device), load_run_tokenizer(config.model)
     checkpoint = directory / step_name(steps[-1])
 
     def trained() -> Qwen2:

@@ -22,6 +22,7 @@ from minipersona.corpus.order import RowOrder
 from minipersona.corpus.packing import pack_documents
 from minipersona.errors import UserError
 from minipersona.files import read_json, write_json
+from minipersona.model.acceleration.compiler import compile_blocks
 from minipersona.model.dropout import token_keys
 from minipersona.model.lora import adapter_disabled
 from minipersona.model.network import EMBEDDING, Qwen2, Tap
@@ -152,9 +153,9 @@ def _frozen_copy(model: Qwen2, config: RunConfig, compiled: bool) -> Qwen2 | Non
     if config.training.method == "lora":
         return None
     base = copy.deepcopy(model).requires_grad_(False)
-    base.prepare()  # what an earlier pass had laid out was copied beside the weights that were views of it
+    base.refresh_fused_weights()  # the copy holds an earlier layout beside weights that are no longer views of it
     if compiled:
-        base.compile_blocks()
+        compile_blocks(base)
     return base
 
 

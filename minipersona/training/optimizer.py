@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from minipersona.model.acceleration.compiler import compile_function
+from minipersona.model.acceleration.foreach import multiply_each
 from minipersona.training.layout import Layout, gradients
 from minipersona.training.world import World
 
@@ -31,7 +33,7 @@ class AdamW:
         self._dtype = layout.weights[0].dtype
         self._still = self._updates.new_tensor([1.0, 0.0, 1.0, 0.0, 1.0])  # an update's numbers that change nothing
         # As one pass over memory instead of one an operation: with full parameters a step of the 3B is 5% faster.
-        self._move = torch.compile(move, dynamic=True) if compiled else move
+        self._move = compile_function(move) if compiled else move
 
     @property
     def updates(self) -> int:
@@ -92,5 +94,5 @@ def scale_and_clip(layout: Layout, world: World, divisor: float, max_norm: float
     norm = layout.gradient_norm(world) / divisor
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0) / divisor
     if scaled := gradients(layout):
-        torch._foreach_mul_(scaled, factor)
+        multiply_each(scaled, factor)
     return norm

@@ -10,6 +10,7 @@ few enough that every rank keeps them whole.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -38,14 +39,13 @@ def shard(model: Qwen2, world: World, stop: int) -> None:
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
     for parameter in model.parameters():
-        parameter.data = parameter.data.contiguous()  # some may be views into a `Joined` tensor
+        parameter.data = parameter.data.contiguous()  # some may be views of fused weights
     mesh = init_device_mesh(world.device.type, (world.size,))
     vectors = {parameter for parameter in model.parameters() if parameter.ndim < 2}
     master = model.lm_head.weight.dtype
     as_read = MixedPrecisionPolicy(param_dtype=model.compute_dtype, reduce_dtype=master, cast_forward_inputs=False)
     for group in groups(list(model.model.layers), stop):
         fully_shard(group, mesh=mesh, mp_policy=as_read, ignored_params=vectors)
-    model.early_exit = stop
     # Embedding and head stay as they are stored: gradients of a token's row add up over its places in the pack.
     if not model.config.tie_word_embeddings:  # a tied one stays with the head, which is the same parameter
         fully_shard(model.model.embed_tokens, mesh=mesh)
@@ -55,6 +55,11 @@ def shard(model: Qwen2, world: World, stop: int) -> None:
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # sums, not means: the loop divides, once
             module.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum
+
+    def check(_: nn.Module, __: Any, given: dict[str, Any]) -> None:
+        assert given.get("stop_after") in (stop, None), "weights would stay gathered"
+
+    model.register_forward_pre_hook(check, prepend=True, with_kwargs=True)  # before anything is gathered
 
 
 def groups(blocks: Sequence[nn.Module], stop: int) -> list[list[nn.Module]]:

@@ -29,7 +29,7 @@ def make_trainable(model: Qwen2, config: RunConfig, world: World) -> dict[str, n
     else:
         master = torch.float64 if model.compute_dtype == torch.float64 else torch.float32
         model.to(master).requires_grad_(True)
-        model.prepare()  # gives back what an earlier pass has laid out: the base's weights once more
+        model.refresh_fused_weights()  # gives back what an earlier pass has laid out: the base's weights once more
         if is_sharded(config, world):
             shard(model, world, stop=max(config.probe.measured(model.config.probe_layer)))
     return {name: p for name, p in model.named_parameters() if p.requires_grad}

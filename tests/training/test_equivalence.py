@@ -18,7 +18,7 @@ from minipersona.model.dropout import token_keys
 from minipersona.model.load import load_model
 from minipersona.model.lora import adapters, apply_lora
 from minipersona.model.network import Qwen2, Tap
-from minipersona.training import objectives
+from minipersona.training import loop, objectives
 from minipersona.training.batch import make_packs
 from minipersona.training.loop import Hooks, backward, steering_taps, train
 from minipersona.training.objectives import R3F, CrossEntropy, KLToBase, Objective, Pass
@@ -110,6 +110,32 @@ def test_micro_batches_do_not_matter_over_whole_steps(
         slack = 1 if dtype == torch.float64 else 10  # Adam divides by sqrt(v), so rounding in small gradients grows
         assert relative_error(ends[1][name], expected) < slack * bound
         assert relative_error(ends[2][name], expected) < slack * bound
+
+
+@EACH_OBJECTIVE
+@BOUNDS
+def test_the_plain_path_does_not_matter_over_whole_steps(
+    hf_model: Callable[..., Path],
+    documents: list[Document],
+    dtype: torch.dtype,
+    bound: float,
+    kind: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """execution.fused = false: the same weights after three updates."""
+    monkeypatch.setattr(loop, "make_objective", lambda *_: OBJECTIVES[kind])
+
+    def end(fused: bool, seed: int = 42) -> list[Tensor]:
+        model = load_model(str(hf_model()), dtype=dtype, device="cpu")
+        model.fused = fused
+        train(model, documents, replace(CONFIG, seed=seed), tmp_path / f"{fused}-{seed}", WORLD)
+        return [p.detach() for p in model.parameters() if p.requires_grad]
+
+    slack = 1 if dtype == torch.float64 else 10  # as above
+    plain, fused = end(False), end(True)
+    assert max(map(relative_error, plain, fused)) < slack * bound
+    assert max(map(relative_error, end(False, seed=43), fused)) > 1e-2  # the control
 
 
 def test_control_a_mean_of_means_fails(hf_model: Callable[..., Path], documents: list[Document]) -> None:

@@ -82,6 +82,13 @@ def checkpoint(step):
     save_checkpoint(model, config, Path(out) / f"step-{step}", [], (), world)
     with torch.no_grad():
         stream = model(make_pack([documents[0].ids]), stop_after=1)
+    if world.size > 1:
+        try:
+            model(make_pack([documents[0].ids]), stop_after=0)
+        except AssertionError as error:
+            assert "gathered" in str(error)
+        else:
+            raise AssertionError("a pass ended where a group would stay gathered")
     gathered = [p for p in model.model.layers.parameters() if p.ndim > 1 and not sharding.is_dealt(p)]
     assert world.size == 1 or not gathered, "a pass that ended early has left something gathered"
     distance = distance_from_base(model, config, world)
