@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from minipersona.config import DataSection, ExecutionSection, ModelSection, RunConfig
-from minipersona.study.bench import Bench, compiles
+from minipersona.run.resources import Resources, compiles
 
 CPU = torch.device("cpu")
 FUSED = RunConfig(data=DataSection("-", "-"), model=ModelSection("tiny"))
@@ -15,9 +15,9 @@ PLAIN = replace(FUSED, execution=ExecutionSection(fused=False))
 
 
 def test_the_plain_path_is_chosen_by_the_config_and_is_not_compiled() -> None:
-    bench = Bench(CPU)
-    fused, plain = bench.model(FUSED), bench.model(PLAIN)
+    resources = Resources(CPU)
+    fused, plain = resources.model(FUSED), resources.model(PLAIN)
     assert fused.fused and not plain.fused and fused is not plain
-    assert bench.model(PLAIN) is plain  # the control: one with the same settings is kept
+    assert resources.model(PLAIN) is plain  # the control: one with the same settings is kept
     assert compiles(FUSED, torch.device("cuda")) and not compiles(FUSED, CPU)
     assert not compiles(PLAIN, torch.device("cuda"))
