@@ -35,7 +35,7 @@ TINY_HELDOUT = "tiny:benign[2000:2200]"  # what the embedded model is judged on 
 
 @dataclass(frozen=True)
 class Overrides:
-    """What a caller wants measured otherwise than the run's config says; empty is as the config says."""
+    """Settings that replace those of a run's config; an empty one keeps the config's."""
 
     baseline: str = ""
     heldout: str = ""
@@ -44,7 +44,7 @@ class Overrides:
     questions: str = ""
 
     def apply(self, config: RunConfig) -> RunConfig:
-        """The config with these in place of its own."""
+        """The config with these settings."""
         given = {k: v for k in ("baseline", "layers", "personas", "questions") if (v := getattr(self, k))}
         data = replace(config.data, heldout=self.heldout or config.data.heldout)
         return replace(config, data=data, probe=replace(config.probe, **given))
@@ -106,7 +106,7 @@ def evaluate_model(
 
 
 def _same_instruments(wanted: RunConfig, config: RunConfig) -> bool:
-    """Whether two configs ask for the same measurement; a baseline is no part of it."""
+    """Whether two configs ask for the same measurement, whatever their baselines."""
     one, other = ((c.data, replace(c.probe, baseline="")) for c in (wanted, config))
     return one == other
 
@@ -154,7 +154,7 @@ def _named_baseline(run: str, protocol: Protocol) -> Baseline:
 
 
 def _unjudged(metrics: Metrics, step: int | None, delta_norm: float, adapter: str | None = None) -> Checkpoint:
-    """A row of result.json on which the rules have not spoken yet."""
+    """A row of result.json before it is judged."""
     return Checkpoint(
         **{f.name: getattr(metrics, f.name) for f in fields(Geometry)},
         step=step,

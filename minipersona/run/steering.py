@@ -1,14 +1,15 @@
-"""The vectors of preventative steering (Chen et al. 2025): what is added to the stream while a model trains.
+"""The vectors of preventative steering (Chen et al. 2025), which are added to the residual stream in training.
 
     h <- h + c v_l                       at one block
     h <- h + c (v_l - v_(l-1))           at every block, v_(-1) = 0: the paper's incremental form
 
-v is raw, not of unit length. Where it comes from, `steering.vector` says:
+v is raw, not of unit length. `steering.vector` says where it comes from:
 
     villain - assistant         the difference of two persona vectors of the model as it is before training
     collapse                    the mean over personas of trained minus base vectors of the run `probe.baseline`
     file:PATH#a - b             a difference of two persona vectors in a file that extract.py wrote
-    file:PATH                   a safetensors file of one tensor `layer.L` (D,) a block, as a run's steering.safetensors
+    file:PATH                   a safetensors file with one tensor `layer.L` (D,) per block, as a run's
+                                steering.safetensors
 
 D = width, P = personas
 """
@@ -46,8 +47,8 @@ def run_steering(
 ) -> dict[int, Tensor]:
     """What `train` takes as `steering`, for a run in `directory`; empty where steering is off.
 
-    The raw vectors are made once, by the first rank, and kept in the run's directory: a run that continues is steered
-    by the same numbers. Call it on every rank, while the model is its base.
+    The first rank makes the raw vectors once and keeps them in the run's directory, so that a run which continues is
+    steered by the same numbers. Call it on every rank, while nothing is attached to the model.
     """
     if not config.steering.vector:
         return {}
@@ -59,7 +60,7 @@ def run_steering(
 
 
 def check_steering(config: RunConfig, directory: Path, model: Qwen2, tokenizer: ChatTokenizer) -> None:
-    """UserError where what `run_steering` will need is missing or does not fit; nothing is extracted for it."""
+    """UserError where anything that `run_steering` will need is missing or does not fit. Extracts nothing."""
     section = config.steering
     if not section.vector or (directory / STEERING_VECTORS).is_file():
         return
@@ -73,7 +74,7 @@ def check_steering(config: RunConfig, directory: Path, model: Qwen2, tokenizer: 
 def steering_vectors(
     config: RunConfig, model: Qwen2, tokenizer: ChatTokenizer, progress: Callable[[int, int], None] | None = None
 ) -> dict[int, Tensor]:
-    """block -> (D,) fp32 with its coefficient in it, by `config.steering`; empty where steering is off.
+    """block -> (D,) fp32, times the coefficient, as `config.steering` says; empty where steering is off.
 
     The model is the base; a difference of personas is extracted from it.
     UserError where a persona, a layer, a file or the baseline is missing or does not fit.

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,37 +97,29 @@ def carry_out(
         console.say(line)
     console.say(f"loading {config.model.name}")
     model, instruments = resources.model(config), resources.instruments(config)
-    protocol = instruments.protocol(model)
+    check_learnable(training.documents)
     check_disjoint(config, instruments)
     check_steering(config, directory, model, tokenizer)
-    check_learnable(training.documents)
-    if config.probe.baseline not in ("", "self"):
-        baseline_loss(Path(config.probe.baseline), protocol)
+    check_baseline(config, instruments.protocol(model))
     world.meet()
     if world.first:
         claim(directory, config, model, instruments, training, world)
 
     # 2. The base, while nothing is attached to it.
-    evaluator = Evaluator(config, directory, world, console, model, tokenizer, instruments, protocol)
+    evaluator = Evaluator(config, directory, world, console, model, tokenizer, instruments)
     if base is not None and world.first:
         evaluator.take_over_base(base)
     evaluator.measure(0)
     steering = run_steering(config, directory, world, model, tokenizer)
 
     # 3. The steps, with the measurements between them.
-    steps = config.training.steps
-    if (step := stored_position(directory).step) and step < steps:
+    if 0 < (step := stored_position(directory).step) < config.training.steps:
         console.say(f"continuing from the rolling checkpoint, at step {step:,} or later")
-    evaluator.sharded = is_sharded(config, world)
     if config.training.method == "full":
         resources.discard_model()
     compiled = compiles(config, world.device)
-    with console.progress("training", steps, "steps") as progress:
-
-        def logged(row: dict[str, Any]) -> None:
-            say_step(row, console, progress)
-            each_step()
-
+    with console.progress("training", config.training.steps, "steps") as progress:
+        logged = functools.partial(after_step, console, progress, each_step)
         hooks = Hooks(checkpoint=evaluator.save_and_measure, probe=evaluator.measure_only, logged=logged)
         with world.stop.deferred():  # until the step is done and its state is written
             train(model, training.documents, config, directory, world, hooks, compiled=compiled, steering=steering)
@@ -141,14 +134,15 @@ def claim(
     write_provenance(directory, provenance(config, model, instruments, training, world.size))
 
 
-def say_step(row: dict[str, Any], console: Console, progress: Progress) -> None:
-    """Show a line of metrics.jsonl as progress, and say what was unusual about the step."""
+def after_step(console: Console, progress: Progress, each_step: Callable[[], None], row: dict[str, Any]) -> None:
+    """Show a line of metrics.jsonl as progress, say what was unusual about the step, and call `each_step`."""
     if "out_of_memory" in row:
         console.say(f"step {row['step']}: out of memory; repeated in smaller packs, which later steps use too")
     if "skipped" in row:
         console.say(f"step {row['step']} skipped: {row['skipped']}")
     else:
         progress.advance(row["step"], f"loss {row['loss']:.3f}, {row['tokens_per_second']:,.0f} tokens/s")
+    each_step()
 
 
 # ---------------------------------------------------------------- measurements during training
@@ -158,8 +152,8 @@ def say_step(row: dict[str, Any], console: Console, progress: Progress) -> None:
 class Evaluator:
     """Saves and measures the model at the steps that the config names, each step once.
 
-    The first rank does so alone. Where the weights are `sharded`, every rank goes through the model with the same
-    prompts, and the first one writes.
+    The first rank does so alone. Where the weights are sharded, which they are from the first step on, every rank goes
+    through the model with the same prompts, and the first one writes.
     """
 
     config: RunConfig
@@ -169,8 +163,9 @@ class Evaluator:
     model: Qwen2
     tokenizer: ChatTokenizer
     instruments: Instruments
-    protocol: Protocol
-    sharded: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        self.protocol = self.instruments.protocol(self.model)
 
     def take_over_base(self, other: Path) -> None:
         """Take the measurement of the base from another directory, if it has one by the same protocol."""
@@ -205,16 +200,19 @@ class Evaluator:
             self._measure(step, keep_vectors)
         self.world.meet()
 
+    def _sharded(self, step: int) -> bool:
+        return step > 0 and is_sharded(self.config, self.world)
+
     def _due(self, step: int) -> bool:
         """Whether this rank has a part in the measurement of this step."""
         due = self.world.first and stored_measurement(self.directory, step, self.protocol) is None
-        return bool(self.world.follow(due)) if self.sharded else due
+        return bool(self.world.follow(due)) if self._sharded(step) else due
 
     def _measure(self, step: int, keep_vectors: bool) -> None:
         if not self._due(step):
             return
         # Ranks that measure together do not leave each other: they stop where they meet.
-        with self.world.passes() if self.sharded else self.world.stop.at_once():
+        with self.world.passes() if self._sharded(step) else self.world.stop.at_once():
             metrics, vectors = measure(self.model, self.instruments, self.console)
             delta_norm = 0.0 if step == 0 else distance_from_base(self.model, self.config, self.world)
         if not self.world.first:
@@ -252,6 +250,12 @@ def make_deterministic(wanted: bool) -> None:
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+
+
+def check_baseline(config: RunConfig, protocol: Protocol) -> None:
+    """UserError where the run that `probe.baseline` names is not there or cannot be compared with."""
+    if config.probe.baseline not in ("", "self"):
+        baseline_loss(Path(config.probe.baseline), protocol)
 
 
 def check_disjoint(config: RunConfig, instruments: Instruments) -> None:
