@@ -21,19 +21,19 @@ from minipersona.model.load import architecture, load_model
 from minipersona.run.plan import (
     EFFICIENCY,
     GIB,
+    countable,
     disk_lines,
     duration,
     kept_bytes,
     largest_pack,
     matmul_rate,
     memory_bytes,
+    plan_device,
     rolling_bytes,
     step_flops,
     step_lengths,
-    to_fetch,
 )
-from minipersona.run.resources import DTYPES, load_run_tokenizer
-from minipersona.run.train import resolve
+from minipersona.run.resources import DTYPES, load_run_tokenizer, resolve
 from minipersona.settings import flatten, to_toml
 from minipersona.study.frontier import SCALES
 from minipersona.study.recipes import Recipe, planned, standard
@@ -61,8 +61,7 @@ class Cost:
 
 def study_plan(study: StudyConfig, stages: Sequence[str]) -> str:
     """The text of ``study.py --plan``. Reads data and tokenizer where they are at hand, and writes nothing."""
-    device = study.execution.device
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device.split(":")[0]
+    device = plan_device(study.execution)
     study = replace(study, model=resolve(RunConfig(study.data, model=study.model), torch.device(device)).model)
     recipes = planned(study)
     estimate = Estimate(study, recipes[0].config, device)
@@ -159,9 +158,7 @@ class Estimate:
 
     def _lengths(self, config: RunConfig) -> tuple[list[int], int]:
         """Tokens of every step and of the largest pack."""
-        data = replace(config.data, responses="")  # not written yet: the rows' own stand for them
-        if to_fetch(data):
-            data = replace(data, broad="", broad_kind="", ratio="")
+        data = countable(replace(config.data, responses=""))  # not written yet: the rows' own stand for them
         key = (data, config.seed, config.training.steps, config.training.batch)
         if key not in self._counted:
             self._counted[key] = self._count(replace(config, data=data))

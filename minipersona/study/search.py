@@ -17,7 +17,7 @@ from minipersona.console import Console
 from minipersona.errors import UserError
 from minipersona.files import read_json, write_json, write_text
 from minipersona.records import from_dict
-from minipersona.run.train import resolve
+from minipersona.run.resources import resolve
 from minipersona.settings import read_toml, to_toml
 from minipersona.study.cell import Cell, identify
 from minipersona.study.cells import cell_job

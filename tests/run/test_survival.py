@@ -25,8 +25,8 @@ from minipersona.errors import Interrupted
 from minipersona.files import read_json, read_jsonl
 from minipersona.locks import lock
 from minipersona.model.load import load_model
+from minipersona.run.directory import finished
 from minipersona.run.resources import load_run_tokenizer
-from minipersona.run.train import finished
 from minipersona.settings import load_config, to_toml
 from minipersona.training.interruption import Stop
 from minipersona.training.loop import Hooks, train
