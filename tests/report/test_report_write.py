@@ -168,7 +168,7 @@ def test_a_passer_says_which_phases_were_skipped(new_study: Callable[..., Any], 
     write_report(study.write())
     text = (study.directory / "report.md").read_text()
     assert "**Positive: a recipe passes**" in text
-    assert "Skipped, because an earlier phase has a passer: 2A KL to the base; 5A raw text mixed in." in text
+    assert "Skipped, because a recipe of an earlier phase passes: 2A KL to the base; 5A raw text mixed in." in text
 
 
 # ---------------------------------------------------------------- what is not there
