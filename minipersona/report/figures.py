@@ -182,12 +182,13 @@ def m1_by_step(rows: Sequence[StepRow]) -> Figure:
 
 def _line(axes: Axes, line: Sequence[StepRow], style: dict[str, Any], label: str) -> None:
     """A line through a cell's checkpoints with its band; of a cell with a single one only that, with its interval."""
+    style = {**style, "markersize": 3.5}
     if len(line) <= 2:
-        line, style = line[-1:], {**style, "linestyle": ""}
+        line, style = line[-1:], {**style, "linestyle": "", "markersize": 5.5}
         _bars(axes, line, lambda row: row.step, style["color"])
     else:
         axes.fill_between(*_intervals(line, lambda row: row.step), color=style["color"], alpha=0.22, linewidth=0)
-    axes.plot([row.step for row in line], [row.m1 for row in line], markersize=3.5, clip_on=False, label=label, **style)
+    axes.plot([row.step for row in line], [row.m1 for row in line], clip_on=False, label=label, **style)
 
 
 # ---------------------------------------------------------------- geometry
