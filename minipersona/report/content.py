@@ -40,8 +40,8 @@ VERDICTS: Mapping[str, tuple[str, Tone, str]] = {
     "positive": (
         "Positive: a recipe passes",
         "good",
-        "The verdict holds for this model, these data and this measure. Whether the recipe does more than a smaller "
-        "dose of the baseline would is answered under Doing less.",
+        "The verdict holds for this model, these data and this measure. The section Doing less says whether the recipe "
+        "does more than a smaller dose of the baseline.",
     ),
     "h_null": (
         "H_null: no tested recipe keeps the personas apart",

@@ -181,7 +181,7 @@ def m1_by_step(rows: Sequence[StepRow]) -> Figure:
 
 
 def _line(axes: Axes, line: Sequence[StepRow], style: dict[str, Any], label: str) -> None:
-    """A line through a cell's checkpoints with its band; of a cell with a single one only that, with its interval."""
+    """A line through a cell's checkpoints with its band; a cell with one checkpoint is a point with its interval."""
     style = {**style, "markersize": 3.5}
     if len(line) <= 2:
         line, style = line[-1:], {**style, "linestyle": "", "markersize": 5.5}
