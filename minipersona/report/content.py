@@ -1,4 +1,4 @@
-"""What the report says, in its order: the verdict first, then what it rests on, then how to make it again."""
+"""What the report says, in its order: the verdict, then the evidence for it, then how to reproduce it."""
 
 from __future__ import annotations
 
@@ -16,34 +16,38 @@ from minipersona.report.blocks import (
     Image,
     Paragraph,
     Section,
+    Table,
     Tone,
     Verbatim,
 )
-from minipersona.report.names import Row, number, phase_title
+from minipersona.report.figures import phase_title
 from minipersona.report.series import Series
 from minipersona.report.tables import (
+    RULES,
     behaviour_table,
     calibration_table,
-    frontier_table,
+    doing_less_table,
     instruction_table,
+    layer_table,
+    number,
     recipe_table,
     seed_table,
-    sweep_table,
 )
+from minipersona.verdict.recipe_results import recipe_results
 from minipersona.verdict.results import StudyResults
 
-VERDICTS: dict[str, tuple[str, Tone, str]] = {
+VERDICTS: Mapping[str, tuple[str, Tone, str]] = {
     "positive": (
         "Positive: a recipe passes",
         "good",
-        "The verdict is about this model, these data and this measure. Whether the recipe is more than doing less is "
-        "a question of its own, answered under Doing less.",
+        "The verdict holds for this model, these data and this measure. The section Doing less says whether the recipe "
+        "does more than a smaller dose of the baseline.",
     ),
     "h_null": (
         "H_null: no tested recipe keeps the personas apart",
         "bad",
-        "H_null speaks of the tested space: the recipes in the table below, on one model, its data and its measure. "
-        "It says that whatever learned there collapsed, not that no recipe exists.",
+        "H_null holds for the tested space: the recipes in the table below, on one model, its data and its measure. "
+        "It says that every recipe that learned enough collapsed. It does not say that no recipe exists.",
     ),
     "inconclusive": (
         "Inconclusive",
@@ -53,12 +57,12 @@ VERDICTS: dict[str, tuple[str, Tone, str]] = {
     "not_reproduced": (
         "Not reproduced",
         "bad",
-        "The untouched model does not measure as it did for the predecessor, so no number below decides anything.",
+        "M1 of the untrained model differs from the predecessor's, so nothing can be concluded from the numbers below.",
     ),
     "incomplete": (
         "Incomplete",
         "open",
-        "The search is not over. Everything below is what has been measured so far and may change.",
+        "The search is not finished. The numbers below are those measured so far, and they may change.",
     ),
 }
 NARROW = {"tulu": "the rows of phase 1", "em": "the emergent-misalignment rows"}
@@ -68,71 +72,71 @@ QUESTIONS = {
     "beats_steering": "Does any mixture beat preventative steering?",
     "mixin_beats_none": "Does mixing beat no mixing, where both pass on loss?",
 }
-
-
-def document(
-    results: StudyResults, verdict: Row, series: Iterable[Series], missing: Mapping[str, str], drawn: bool
-) -> Document:
-    """The whole report; `series` are the figures that have their data, and `drawn` says whether they were drawn."""
-    images: dict[str, Block] = {
-        one.name: Image(one.name, one.title, one.caption)
-        if drawn
-        else Paragraph(f"{one.title}: not drawn; its numbers are in figures/{one.name}.csv.")
-        for one in series
-    }
-    images |= {name: Paragraph(f"The figure {name} is left out: {reason}.") for name, reason in missing.items()}
-    sections = [
-        Section("Verdict", "verdict", [*_verdict(results, verdict), *([] if drawn else [NOT_DRAWN])]),
-        Section("What was measured", "measured", [Facts(_facts(results))]),
-        Section("Declared deviations", "deviations", _list(verdict.get("deviations"), "None.")),
-        Section(
-            "All recipes",
-            "all-recipes",
-            [recipe_table(results, verdict), images["m1_against_learned"], images["m1_by_step"]],
-        ),
-        Section("Hypotheses", "hypotheses", list(_findings(verdict.get("hypotheses") or {}, {}))),
-        Section(
-            "Phase 5: three questions",
-            "phase-5",
-            [*_findings(verdict.get("phase5") or {}, QUESTIONS), images["mixture"]],
-        ),
-        Section("Geometry", "geometry", [images["cosines"], images["decomposition"]]),
-        Section("Doing less", "doing-less", [frontier_table(verdict) or Paragraph("Nothing to compare yet.")]),
-        *_suites(results),
-        Section("Calibration", "calibration-check", _calibration(results)),
-        Section("Spread over seeds", "spread", _seeds(results)),
-        Section("What was not run, and why", "not-run", _not_run(results, verdict)),
-        Section("How to reproduce", "reproduce", _reproduce(results)),
-    ]
-    sweep = sweep_table(results)
-    if sweep is not None:
-        sections.insert(7, Section("Every layer", "every-layer", [sweep]))
-    model = results.protocol.get("model", "no model measured yet")
-    return Document(f"Persona geometry under fine-tuning: {model}", sections)
-
-
 NOT_DRAWN = Paragraph(
     "The figures are left out because matplotlib is not installed. Install it with pip install 'minipersona[report]' "
     "and run python study.py report DIR again; their numbers are in figures/*.csv."
 )
+REPRODUCE = "pip install -e '.[data,report]'\npython study.py --config study.toml --out DIR\npython study.py report DIR"
+
+
+def document(
+    results: StudyResults, verdict: dict[str, Any], series: Iterable[Series], missing: Mapping[str, str], drawn: bool
+) -> Document:
+    """The whole report; `series` are the figures that have their data, and `drawn` says whether they were drawn."""
+    images: dict[str, Block] = {
+        name: Paragraph(f"The figure {name} is left out: {reason}.") for name, reason in missing.items()
+    }
+    for one in series:
+        undrawn = Paragraph(f"{one.title}: not drawn; its numbers are in figures/{one.name}.csv.")
+        images[one.name] = Image(one.name, one.title, one.caption) if drawn else undrawn
+    sections = [
+        Section("Verdict", "verdict", [*_verdict(results, verdict), *([] if drawn else [NOT_DRAWN])]),
+        Section("What was measured", "measured", [Facts(_measured(results))]),
+        Section("Declared deviations", "deviations", _bullets(verdict.get("deviations"))),
+        Section("All recipes", "all-recipes",
+                [recipe_table(results, verdict), images["m1_against_learned"], images["m1_by_step"]]),
+        Section("Hypotheses", "hypotheses", [*_findings(verdict.get("hypotheses") or {})]),
+        Section("Phase 5: three questions", "phase-5", [*_findings(verdict.get("phase5") or {}), images["mixture"]]),
+        Section("Geometry", "geometry", [images["cosines"], images["decomposition"]]),
+        *_optional("Every layer", "every-layer", layer_table(results)),
+        Section("Doing less", "doing-less", [doing_less_table(verdict) or Paragraph("Nothing to compare yet.")]),
+        *_behaviour(results),
+        *_optional("Instruction following", "instruction-following", instruction_table(results)),
+        Section("Calibration", "calibration-check", [*_calibration(results)]),
+        Section("Spread over seeds", "spread", [seed_table(results) or Paragraph(_one_seed(results))]),
+        Section("What was not run, and why", "not-run", _not_run(results, verdict)),
+        Section("How to reproduce", "reproduce", [*_reproduce(results)]),
+    ]  # fmt: skip
+    model = results.protocol.get("model", "no model measured yet")
+    return Document(f"Persona geometry under fine-tuning: {model}", sections)
+
+
+def _optional(title: str, anchor: str, table: Table | None) -> list[Section]:
+    return [] if table is None else [Section(title, anchor, [table])]
+
+
+def _bullets(items: list[str] | None) -> list[Block]:
+    return [Bullets(items)] if items else [Paragraph("None.")]
 
 
 # ---------------------------------------------------------------- the verdict
 
 
-def _verdict(results: StudyResults, verdict: Row) -> Iterator[Block]:
+def _verdict(results: StudyResults, verdict: dict[str, Any]) -> Iterator[Block]:
     title, tone, framing = VERDICTS[verdict["verdict"]]
     yield Callout(title, verdict["sentence"], tone)
     yield Paragraph(framing)
     counts = {status: sum(cell.status == status for cell in results.cells) for status in ("done", "failed", "missing")}
     gpu_hours = verdict.get("gpu_hours")
-    facts = [
-        ("Cells", ", ".join(f"{count} {status}" for status, count in counts.items())),
-        ("Stop rule", f"{results.stop_rule}" + (", every phase run whatever passes" if results.exhaustive else "")),
-        *((f"Passers, {rule} rule", _passers(verdict.get(rule))) for rule in ("registered", "substantive")),
-        ("GPU hours of the cells", "not on a GPU, or not recorded" if gpu_hours is None else f"{gpu_hours:.2f}"),
-    ]
-    yield Facts(facts)
+    yield Facts(
+        [
+            ("Cells", ", ".join(f"{count} {status}" for status, count in counts.items())),
+            ("Recipes judged", _judged(results)),
+            ("Stop rule", results.stop_rule + (", but every phase is run" if results.exhaustive else "")),
+            *((f"Passing the {rule} rule", _passers(verdict.get(rule))) for rule in RULES),
+            ("GPU hours of the cells", "not on a GPU, or not recorded" if gpu_hours is None else f"{gpu_hours:.2f}"),
+        ]
+    )
     close: dict[str, list[str]] = {}
     for row in verdict.get("close") or []:
         close.setdefault(row["why"], []).append(row["cell"])
@@ -141,31 +145,38 @@ def _verdict(results: StudyResults, verdict: Row) -> Iterator[Block]:
         yield Bullets([f"{why}: {', '.join(cells)}" for why, cells in close.items()])
 
 
-def _passers(found: Row | None) -> str:
+def _judged(results: StudyResults) -> str:
+    """Why there are more recipes than cells: each checkpoint of phase 1 is one."""
+    found = recipe_results(results)
+    doses = sum(recipe.phase == "1" for recipe in found)
+    if not found:
+        return "none yet"
+    others = f" and {len(found) - doses} other recipes at their last step" if doses < len(found) else ""
+    return f"{len(found)}: the baseline at each of its {doses} checkpoints{others}"
+
+
+def _passers(found: dict[str, Any] | None) -> str:
     return ", ".join(row["cell"] for row in (found or {}).get("passers", [])) or "none"
 
 
-def _findings(found: Mapping[str, Row], titles: Mapping[str, str]) -> Iterator[Block]:
+def _findings(found: Mapping[str, dict[str, Any]]) -> Iterator[Block]:
     if not found:
         yield Paragraph("Nothing is judged yet.")
     for name, row in found.items():
-        claim = f"{titles.get(name, name)} {row['claim']}" if name in titles else f"{name}: {row['claim']}"
+        claim = f"{QUESTIONS.get(name, name + ':')} {row['claim']}"
         tone = FINDING_TONES.get(row["verdict"], "open")
         yield Finding(claim, row["verdict"], tone, row["evidence"], row["implication"])
-
-
-def _list(items: list[str] | None, otherwise: str) -> list[Block]:
-    return [Bullets(items)] if items else [Paragraph(otherwise)]
 
 
 # ---------------------------------------------------------------- what was measured, and with what
 
 
-def _facts(results: StudyResults) -> list[tuple[str, str]]:
+def _measured(results: StudyResults) -> list[tuple[str, str]]:
     protocol = results.protocol
     if not protocol:
         return [("Measured", "nothing yet")]
-    made = _provenance(results)
+    files = [cell.directory / "provenance.json" for cell in results.cells if cell.directory is not None]
+    made = [read_json(file) for file in files if file.is_file()]
     base = results.base["eval_loss"]
     last = results.baseline.final["eval_loss"] if results.baseline else None
     return [
@@ -189,26 +200,21 @@ def _facts(results: StudyResults) -> list[tuple[str, str]]:
     ]
 
 
-def _provenance(results: StudyResults) -> list[Row]:
-    files = [cell.directory / "provenance.json" for cell in results.cells if cell.directory is not None]
-    return [read_json(file) for file in files if file.is_file()]
-
-
 def _distinct(texts: Iterable[str]) -> str:
     return "; ".join(dict.fromkeys(texts)) or "not recorded"
 
 
-def _source(row: Row) -> str:
+def _source(row: dict[str, Any]) -> str:
     digest = row.get("digest") or row.get("sha256")
     return f"{row.get('source')}" + (f", SHA-256 {digest}" if digest else "")
 
 
-def _hardware(row: Row) -> str:
+def _hardware(row: dict[str, Any]) -> str:
     device = row.get("cuda_device") or f"CPU ({row.get('machine')})"
     return f"{row.get('processes')} x {device}" + (f", CUDA {row['cuda']}" if row.get("cuda_device") else "")
 
 
-def _versions(made: Row) -> str:
+def _versions(made: dict[str, Any]) -> str:
     versions = {"minipersona": made.get("minipersona"), **made.get("versions", {})}
     return ", ".join(f"{name} {version}" for name, version in versions.items())
 
@@ -216,80 +222,74 @@ def _versions(made: Row) -> str:
 # ---------------------------------------------------------------- checks
 
 UNSCORED = (
-    "The judge gave a score to {scored:,} of {answers:,} answers, which decides nothing. Name another judge in the "
-    'section [behaviour] of the study\'s config, such as judge = "endpoint", and run the same command again: the '
-    "answers are kept, and only they are judged anew."
+    "The judge scored {scored} of {answers:,} answers of {models} models, which decides nothing. Name another judge in "
+    'the section [behaviour] of the study\'s config, such as judge = "endpoint", and run the same command again: the '
+    "answers are kept, and only the judging is repeated."
 )
 
 
-def _suites(results: StudyResults) -> Iterator[Section]:
-    behaviour, instructions = behaviour_table(results), instruction_table(results)
-    if behaviour is not None:
-        suites = [results.base_behaviour, *(cell.behaviour for cell in results.cells)]
-        judges = _distinct(_named(suite.get("judge")) for suite in suites if suite)
-        blocks: list[Block] = [behaviour, Paragraph(f"Judge: {judges}.")]
-        rows = [row for suite in suites if suite for row in suite["sets"].values()]
-        scored, answers = (sum(row[key] for row in rows) for key in ("scored", "answers"))
-        if 2 * scored < answers:
-            blocks.append(Paragraph(UNSCORED.format(scored=scored, answers=answers)))
-        yield Section("Emergent and hidden misalignment", "misalignment", blocks)
-    if instructions is not None:
-        yield Section("Instruction following", "instruction-following", [instructions])
+def _behaviour(results: StudyResults) -> Iterator[Section]:
+    """The table of misaligned answers; a sentence in its place where the judge scored none."""
+    suites = [suite for suite in (results.base_behaviour, *(cell.behaviour for cell in results.cells)) if suite]
+    rows = [row for suite in suites for row in suite["sets"].values()]
+    scored, answers = (sum(row[key] for row in rows) for key in ("scored", "answers"))
+    table = behaviour_table(results)
+    if table is None:
+        return
+    blocks: list[Block] = [table] if scored else []
+    if 2 * scored < answers or not scored:
+        said = UNSCORED.format(scored=f"{scored:,}" if scored else "none", answers=answers, models=len(suites))
+        blocks.append(Paragraph(said))
+    blocks.append(Paragraph(f"Judge: {_distinct(_judge(suite.get('judge')) for suite in suites)}."))
+    yield Section("Emergent and hidden misalignment", "misalignment", blocks)
 
 
-def _named(value: Any) -> str:
+def _judge(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{key} {_named(item)}" for key, item in value.items() if item not in (None, ""))
+        return ", ".join(f"{key} {_judge(item)}" for key, item in value.items() if item not in (None, ""))
     return str(value)
 
 
-def _calibration(results: StudyResults) -> list[Block]:
+def _calibration(results: StudyResults) -> Iterator[Block]:
     found = results.calibration
     if not found:
-        return [Paragraph("No calibration is recorded.")]
+        yield Paragraph("No calibration is recorded.")
+        return
     said = {True: "Passed", False: "Failed", None: "Not decided"}[found.get("passed")]
     if found.get("due") is False:
         said = "Not due"
-    table = calibration_table(results)
-    return [Paragraph(f"{said}: {found.get('reason', 'no reason is recorded')}."), *([table] if table else [])]
+    reason = found.get("reason", "no reason is recorded").removeprefix("not due: ")
+    yield Paragraph(f"{said}: {reason}.")
+    if table := calibration_table(results):
+        yield table
 
 
-def _seeds(results: StudyResults) -> list[Block]:
-    table = seed_table(results)
-    if table is not None:
-        return [table]
+def _one_seed(results: StudyResults) -> str:
     seeds = ", ".join(sorted({str(cell.seed) for cell in results.cells}))
-    return [
-        Paragraph(
-            f"Every finished recipe ran with one seed ({seeds or 'none yet'}), so how far another seed would move it "
-            "is not known. The intervals of this report are over questions."
-        )
-    ]
-
-
-def _not_run(results: StudyResults, verdict: Row) -> list[Block]:
-    blocks: list[Block] = []
-    skipped = {row["phase"] for row in verdict.get("phases") or [] if row["status"] == "skipped"} | set(
-        results.skipped_phases
+    return (
+        f"Every finished recipe ran with one seed ({seeds or 'none yet'}), so how much the seed matters is not known. "
+        "The intervals of this report are over questions."
     )
+
+
+def _not_run(results: StudyResults, verdict: dict[str, Any]) -> list[Block]:
+    blocks: list[Block] = []
+    skipped = {row["phase"] for row in verdict.get("phases") or [] if row["status"] == "skipped"}
+    skipped |= set(results.skipped_phases)
     if skipped:
         names = "; ".join(phase_title(phase) for phase in sorted(skipped))
-        blocks.append(Paragraph(f"Skipped, because an earlier phase has a passer: {names}."))
+        blocks.append(Paragraph(f"Skipped, because a recipe of an earlier phase passes: {names}."))
     missing = [cell.id for cell in results.cells if cell.status == "missing" and cell.phase not in skipped]
     if missing:
-        blocks.append(Paragraph(f"Planned and not there yet: {', '.join(missing)}."))
+        blocks.append(Paragraph(f"Planned, but not done yet: {', '.join(missing)}."))
     for cell in results.cells:
         if cell.status == "failed":
             blocks += [Paragraph(f"{cell.id} failed:"), Verbatim(cell.error or "no reason was recorded")]
     return blocks or [Paragraph("Every planned cell is done.")]
 
 
-def _reproduce(results: StudyResults) -> list[Block]:
-    config = (results.directory / "study.toml").read_text(encoding="utf-8", errors="backslashreplace")
-    return [
-        Paragraph("The search is its config, below in full. The same command continues a study that was interrupted."),
-        Verbatim(
-            "pip install -e '.[data,report]'\npython study.py --config study.toml --out DIR\npython study.py report DIR"
-        ),
-        Verbatim(config),
-    ]
+def _reproduce(results: StudyResults) -> Iterator[Block]:
+    yield Paragraph("The config below describes the whole search. The same command continues an interrupted study.")
+    yield Verbatim(REPRODUCE)
+    config = results.directory / "study.toml"
+    yield Verbatim(config.read_text(encoding="utf-8", errors="backslashreplace"))

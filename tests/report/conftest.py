@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from jinja2 import Environment
 
 from minipersona.geometry.measures import m1
 from minipersona.geometry.vectors import PersonaVectors
@@ -256,3 +257,8 @@ def followed(share: float) -> dict[str, Any]:
     keys = ("prompt_strict", "prompt_loose", "instruction_strict", "instruction_loose")
     rates = dict.fromkeys(keys, share) | {f"{key}_ci95": [share - 0.04, share + 0.04] for key in keys}
     return {"prompts": 541, **rates, "by_kind": {}, "skipped": 3}
+
+
+def unescaping(**options: Any) -> Environment:
+    """Jinja2's environment without its escaping, for controls."""
+    return Environment(**options | {"autoescape": False})
