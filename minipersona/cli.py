@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Packs differ in length, so that blocks of memory of a fixed size soon fit nothing; these grow. Read likewise.
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    if "RANK" in os.environ:  # a lost rank is named in one line (`training.watch`), not in a stack of frames a rank
+    if "RANK" in os.environ:  # when a rank is lost, gloo would log a stack of C++ frames on each of the others
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     return answer(lambda: dispatch(_parser(), argv), debug="--debug" in argv)
 
@@ -161,6 +161,17 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
+    try:
+        _train_as_rank(options)
+    except Exception as error:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            from minipersona.training.distributed import fail_rank
+
+            fail_rank(error)
+        raise
+
+
+def _train_as_rank(options: argparse.Namespace) -> None:
     config = override(load_config(options.config, RunConfig), options.set)
     if options.model is not None:
         config = replace(config, model=replace(config.model, name=options.model, revision=""))
@@ -174,18 +185,18 @@ def _train(options: argparse.Namespace) -> None:
         return
 
     from minipersona.study.run import run
+    from minipersona.training.distributed import end_rank, process_group
     from minipersona.training.interruption import Stop, heed_signals
-    from minipersona.training.world import end_rank, in_world
 
-    stop = Stop()
-    with heed_signals(stop), in_world(config.execution.device, config.execution.timeout_minutes, stop) as world:
-        console = Console(quiet=not world.first)
+    stop, execution = Stop(), config.execution
+    with heed_signals(stop), process_group(execution.device, execution.timeout_minutes, stop) as distributed:
+        console = Console(quiet=not distributed.first)
         try:
-            run(config, world, console)
+            run(config, distributed, console)
         except Interrupted as interrupted:
             console.say(f"{interrupted}; the same command continues")
             raise
-    if world.size > 1:
+    if distributed.size > 1:
         end_rank()
 
 

@@ -264,7 +264,7 @@ class ExecutionSection:
     checkpoint_activations: bool = True  # recompute blocks in the backward pass: less memory, a third slower
     compile: Literal["auto", "on", "off"] = "auto"  # auto: on CUDA
     save_minutes: float = 5.0  # between rolling checkpoints
-    timeout_minutes: float = 30.0  # that ranks wait for one that hangs; longer than the first one's measurements take
+    timeout_minutes: float = 30.0  # that ranks wait for each other; the first one's measurements must take less
     deterministic: bool = False  # bit-equal runs on CUDA too, slower
 
     def __post_init__(self) -> None:

@@ -48,12 +48,12 @@ def run_cell(runner: Runner, cell: Cell, claim: Claim) -> None:
         placed_config(runner, cell),
         private,
         runner.bench,
-        runner.world,
+        runner.distributed,
         runner.console,
         base=runner.directory / "base",
         each_step=claim.check,
     )
-    write_json(private / "result.json", evaluate_run(private, runner.world.device, Console(quiet=True)))
+    write_json(private / "result.json", evaluate_run(private, runner.distributed.device, Console(quiet=True)))
     seconds = before + time.monotonic() - started
     write_json(private / "cell.json", _record(runner, cell, private, notes, seconds))
     claim.check()
@@ -91,7 +91,7 @@ def trained_model(runner: Runner, config: RunConfig, directory: Path, step: int)
         model = runner.bench.model(config)
         load_adapter(model, checkpoint)
         return model
-    return load_model(str(checkpoint), dtype=DTYPES[config.model.dtype], device=runner.world.device)
+    return load_model(str(checkpoint), dtype=DTYPES[config.model.dtype], device=runner.distributed.device)
 
 
 # ---------------------------------------------------------------- attempts
@@ -165,6 +165,6 @@ def _record(runner: Runner, cell: Cell, directory: Path, notes: list[str], secon
         "notes": notes,
         "labels": [INEFFECTIVE] if found is not None and not found["effective"] else [],
         "objective_check": found,
-        "gpu_seconds": seconds if runner.world.device.type == "cuda" else None,
+        "gpu_seconds": seconds if runner.distributed.device.type == "cuda" else None,
         "seconds": seconds,
     }

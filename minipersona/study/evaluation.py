@@ -23,8 +23,8 @@ from minipersona.study.bench import DTYPES, load_run_model, load_run_tokenizer, 
 from minipersona.study.judgement import judge
 from minipersona.study.measure import Instruments, make_instruments, measure
 from minipersona.study.run import baseline_loss, step_name, stored_probe
+from minipersona.training.distributed import Distributed
 from minipersona.training.trainable import distance_from_base
-from minipersona.training.world import World
 
 Result = dict[str, Any]
 TINY_HELDOUT = "tiny:benign[2000:2200]"  # what the embedded model is judged on unless other rows are named
@@ -140,7 +140,7 @@ def _measure_step(
     directory: Path, config: RunConfig, model: Qwen2, instruments: Instruments, step: int, console: Console
 ) -> Result:
     checkpoint = directory / step_name(step)
-    alone = World(0, 1, model.device)
+    alone = Distributed(0, 1, model.device)
     if step == 0:
         return {"step": 0, **measure(model, instruments, console)[0], "learned": None, "delta_norm": 0.0}
     if config.training.method == "lora":

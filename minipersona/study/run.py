@@ -40,30 +40,30 @@ from minipersona.study.measure import Instruments, measure
 from minipersona.study.provenance import provenance
 from minipersona.study.steering import check_steering, run_steering
 from minipersona.training.checkpoint import drop_tensors, stored_position
+from minipersona.training.distributed import Distributed
 from minipersona.training.loop import Hooks, check_learnable, train
 from minipersona.training.memory import OUT_OF_MEMORY
 from minipersona.training.sharding import is_sharded
 from minipersona.training.trainable import distance_from_base, save_checkpoint
-from minipersona.training.world import World
 
 
-def run(config: RunConfig, world: World, console: Console) -> None:
+def run(config: RunConfig, distributed: Distributed, console: Console) -> None:
     """Carry out a run in ``config.out``, or continue it; a finished one is left as it is.
 
     UserError where the directory belongs to another config, is in use, or anything the config names is amiss, and
     where memory runs out. Interrupted, on every rank, where any was asked to stop.
     """
     directory = Path(config.out)
-    with lock(directory) if world.first else contextlib.nullcontext():
-        config = resolve(config, world.device)
+    with lock(directory) if distributed.first else contextlib.nullcontext():
+        config = resolve(config, distributed.device)
         check_claim(directory, config)
         if finished(directory, config):
-            if world.first:
+            if distributed.first:
                 drop_tensors(directory)  # what ended the run may have come before it did that
             console.say(f"{directory} is finished; now: python evaluate.py --run {directory}")
             return
         try:
-            carry_out(config, directory, Bench(world.device), world, console)
+            carry_out(config, directory, Bench(distributed.device), distributed, console)
         except torch.OutOfMemoryError as error:
             raise UserError(OUT_OF_MEMORY) from error
         console.say(f"finished; now: python evaluate.py --run {directory}")
@@ -73,7 +73,7 @@ def carry_out(
     config: RunConfig,
     directory: Path,
     bench: Bench,
-    world: World,
+    distributed: Distributed,
     console: Console,
     *,
     base: Path | None = None,
@@ -97,18 +97,18 @@ def carry_out(
     check_learnable(training.documents)
     if config.probe.baseline not in ("", "self"):
         baseline_loss(Path(config.probe.baseline), instruments.protocol(model))  # now, not after the base is measured
-    world.meet()
-    if world.first:  # only now: a config that could not be carried out claims nothing
+    distributed.check_stop()
+    if distributed.first:  # only now: a config that could not be carried out claims nothing
         sweep_temporaries(directory, directory / "latest", directory / "vectors")
         write_text(directory / "config.toml", to_toml(config))
-        made_by = provenance(config, model, instruments, training, world.size)
+        made_by = provenance(config, model, instruments, training, distributed.size)
         write_json(directory / "provenance.json", with_history(directory, made_by))
 
-    probe = Probe(config, directory, world, console, model, tokenizer, instruments)
-    if base is not None and world.first:
+    probe = Probe(config, directory, distributed, console, model, tokenizer, instruments)
+    if base is not None and distributed.first:
         probe.take_over(base)
     probe(0)  # the base, before anything is attached to it
-    steering = run_steering(config, directory, world, model, tokenizer)
+    steering = run_steering(config, directory, distributed, model, tokenizer)
     if (step := stored_position(directory).step) and step < config.training.steps:
         console.say(f"continues from the rolling checkpoint, of step {step:,} or later")
     steps = config.training.steps
@@ -123,13 +123,15 @@ def carry_out(
                 progress.advance(row["step"], f"loss {row['loss']:.3f}, {row['tokens_per_second']:,.0f} tokens/s")
             each_step()
 
-        probe.together = is_sharded(config, world)
+        probe.together = is_sharded(config, distributed)
         hooks = Hooks(checkpoint=probe.checkpoint, probe=probe.passing, logged=logged)
         if config.training.method == "full":
             bench.discard_model()
-        compiled = compiles(config, world.device)
-        with world.stop.deferred():  # a step is finished, and its state written
-            train(model, training.documents, config, directory, world, hooks, compiled=compiled, steering=steering)
+        compiled = compiles(config, distributed.device)
+        with distributed.stop.deferred():  # a step is finished, and its state written
+            train(
+                model, training.documents, config, directory, distributed, hooks, compiled=compiled, steering=steering
+            )
 
 
 class Probe:
@@ -143,13 +145,13 @@ class Probe:
         self,
         config: RunConfig,
         directory: Path,
-        world: World,
+        distributed: Distributed,
         console: Console,
         model: Qwen2,
         tokenizer: ChatTokenizer,
         instruments: Instruments,
     ) -> None:
-        self.config, self.directory, self.world, self.console = config, directory, world, console
+        self.config, self.directory, self.distributed, self.console = config, directory, distributed, console
         self.model, self.tokenizer, self.instruments = model, tokenizer, instruments
         self.protocol = digest(instruments.protocol(model))
         self.together = False
@@ -159,7 +161,7 @@ class Probe:
         if self._due(step):
             save_checkpoint(
                 self.model, self.config, self.directory / step_name(step), tokenizer_files(self.config.model),
-                (self.tokenizer.im_end, self.tokenizer.endoftext), self.world,
+                (self.tokenizer.im_end, self.tokenizer.endoftext), self.distributed,
             )  # fmt: skip
         self(step)
 
@@ -181,20 +183,20 @@ class Probe:
         """Measure the model, and meet the other ranks. Interrupted on all of them where one was asked to stop."""
         with contextlib.suppress(Interrupted):
             self._measure(step, keep_vectors)
-        self.world.meet()
+        self.distributed.check_stop()
 
     def _due(self, step: int) -> bool:
         """Whether this rank has a part in the measurement of this step."""
-        due = self.world.first and stored_probe(self.directory, step, self.protocol) is None
-        return bool(self.world.follow(due)) if self.together else due
+        due = self.distributed.first and stored_probe(self.directory, step, self.protocol) is None
+        return bool(self.distributed.broadcast(due)) if self.together else due
 
     def _measure(self, step: int, keep_vectors: bool) -> None:
         if self._due(step):
             # Ranks that measure together do not leave each other: they stop where they meet.
-            with self.world.passes() if self.together else self.world.stop.at_once():
+            with contextlib.nullcontext() if self.together else self.distributed.stop.at_once():
                 row, vectors = measure(self.model, self.instruments, self.console)
-                delta = 0.0 if step == 0 else distance_from_base(self.model, self.config, self.world)
-            if not self.world.first:
+                delta = 0.0 if step == 0 else distance_from_base(self.model, self.config, self.distributed)
+            if not self.distributed.first:
                 return
             if keep_vectors:
                 vectors.save(vectors_file(self.directory, step))

@@ -20,8 +20,8 @@ from minipersona.study.claims import Claim, Claims, Lost
 from minipersona.study.identity import Cell
 from minipersona.study.ledger import Ledger, runner_name
 from minipersona.study.study_config import StudyConfig
+from minipersona.training.distributed import Distributed
 from minipersona.training.memory import OUT_OF_MEMORY
-from minipersona.training.world import World
 
 WAIT = 2.0  # seconds between two looks for work, where all of it is claimed
 
@@ -44,13 +44,13 @@ class Runner:
     config: StudyConfig
     directory: Path
     cells: list[Cell]
-    world: World
+    distributed: Distributed
     console: Console
     share: tuple[int, int] = (1, 1)
     name: str = field(default_factory=runner_name)
 
     def __post_init__(self) -> None:
-        self.bench = Bench(self.world.device)
+        self.bench = Bench(self.distributed.device)
         self.ledger = Ledger(self.directory / "ledger", self.name)
         self.claims = Claims(self.directory / "cells" / ".claims", self.name)
         self._started = time.time()

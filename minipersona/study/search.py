@@ -28,7 +28,7 @@ from minipersona.study.run import resolve
 from minipersona.study.runner import Job, Runner
 from minipersona.study.study_config import StudyConfig, changes
 from minipersona.study.verdict import current_verdict, decide
-from minipersona.training.world import World
+from minipersona.training.distributed import Distributed
 
 Verdict = dict[str, Any]
 
@@ -37,7 +37,7 @@ ENDS = ("positive", "not_reproduced")  # verdicts after which no further phase i
 
 def study(
     config: StudyConfig,
-    world: World,
+    distributed: Distributed,
     console: Console,
     *,
     stages: Sequence[str] = tuple(STAGES),
@@ -47,7 +47,7 @@ def study(
 
     UserError where the directory belongs to another study, the config names something amiss, or the baseline failed.
     """
-    runner = prepare(config, world, console, share)
+    runner = prepare(config, distributed, console, share)
     search(runner, stages)
     verdict = conclude(runner)
     if error := runner.failed().get(runner.baseline.id):
@@ -58,11 +58,11 @@ def study(
 # ---------------------------------------------------------------- the directory
 
 
-def prepare(config: StudyConfig, world: World, console: Console, share: tuple[int, int] = (1, 1)) -> Runner:
+def prepare(config: StudyConfig, distributed: Distributed, console: Console, share: tuple[int, int] = (1, 1)) -> Runner:
     """Claim the study's directory for this config: study.toml and plan.json."""
     check_layers_measured(config)
     directory = Path(config.out)
-    config = replace(config, model=resolve(RunConfig(config.data, model=config.model), world.device).model)
+    config = replace(config, model=resolve(RunConfig(config.data, model=config.model), distributed.device).model)
     file = directory / "study.toml"
     if file.is_file():
         changed = changes(config, from_dict(StudyConfig, read_toml(file)))
@@ -73,7 +73,7 @@ def prepare(config: StudyConfig, world: World, console: Console, share: tuple[in
     cells = identify(planned(config))
     write_text(file, to_toml(config))
     _write_plan(directory, cells, console)
-    return Runner(config, directory, cells, world, console, share)
+    return Runner(config, directory, cells, distributed, console, share)
 
 
 def _write_plan(directory: Path, cells: Sequence[Cell], console: Console) -> None:

@@ -33,7 +33,7 @@ from minipersona.geometry.vectors import PersonaVectors, load_vectors
 from minipersona.model.network import Qwen2
 from minipersona.model.tensor_file import open_safetensors
 from minipersona.settings import from_dict, read_toml
-from minipersona.training.world import World
+from minipersona.training.distributed import Distributed
 
 STEERING_VECTORS = "steering.safetensors"  # in a run's directory: the raw vectors that it is steered by
 
@@ -41,7 +41,7 @@ STEERING_VECTORS = "steering.safetensors"  # in a run's directory: the raw vecto
 def run_steering(
     config: RunConfig,
     directory: Path,
-    world: World,
+    distributed: Distributed,
     model: Qwen2,
     tokenizer: ChatTokenizer,
     progress: Callable[[int, int], None] | None = None,
@@ -54,9 +54,9 @@ def run_steering(
     if not config.steering.vector:
         return {}
     file = directory / STEERING_VECTORS
-    if world.first and not file.is_file():
+    if distributed.first and not file.is_file():
         save_steering(file, raw_vectors(config, model, tokenizer, progress))
-    world.wait()
+    distributed.barrier()
     return scaled(load_steering(file, steered_layers(config.steering, model)), config.steering)
 
 

@@ -39,10 +39,10 @@ from minipersona.study.recipes import STAGES, Recipe, planned, standard
 from minipersona.study.run import resolve
 from minipersona.study.study_config import StudyConfig
 from minipersona.training.batch import make_packs
+from minipersona.training.distributed import Distributed
 from minipersona.training.loop import backward
 from minipersona.training.objectives import CrossEntropy, Pass
 from minipersona.training.trainable import make_trainable
-from minipersona.training.world import World
 
 ROW_TOKENS = 450  # assumed of a row, and PROBE_TOKENS of a measurement, where the data is not here to be counted
 PROBE_TOKENS = 400_000
@@ -208,7 +208,7 @@ class Estimate:
     def _timed(self, config: RunConfig) -> float:
         """Floating-point operations a second of two training steps on random tokens, the first one aside."""
         model = load_model(config.model.name, dtype=DTYPES[config.model.dtype], device=self.device)
-        make_trainable(model, config, World(0, 1, model.device))
+        make_trainable(model, config, Distributed(0, 1, model.device))
         rng = np.random.default_rng(0)
         length = 75
         documents = [

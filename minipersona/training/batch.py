@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from minipersona.chat import Document
 from minipersona.corpus.packing import deal, pack_documents, share_out
 from minipersona.model.pack import Pack, make_pack
-from minipersona.training.world import World
+from minipersona.training.distributed import Distributed
 
 
 @dataclass(frozen=True)
@@ -22,16 +22,20 @@ class Batch:
 
 
 def make_batch(
-    documents: Sequence[Document], rows: Sequence[int], pack_tokens: int, world: World, sharded: bool = False
+    documents: Sequence[Document],
+    rows: Sequence[int],
+    pack_tokens: int,
+    distributed: Distributed,
+    sharded: bool = False,
 ) -> Batch:
     """Deal a step's rows to the ranks, and pack this rank's share. Sharded ranks all get the same number of packs."""
     useful = [row for row in rows if documents[row].supervised.any()]
     lengths = [len(documents[row]) for row in useful]
-    hands = [[useful[i] for i in hand] for hand in deal(lengths, world.size)]
-    packs = make_packs(documents, hands[world.rank], pack_tokens)
+    hands = [[useful[i] for i in hand] for hand in deal(lengths, distributed.size)]
+    packs = make_packs(documents, hands[distributed.rank], pack_tokens)
     if sharded and useful:
         most = max(len(share_out([len(documents[row]) for row in hand], pack_tokens)) for hand in hands)
-        packs = make_packs(documents, hands[world.rank], pack_tokens, most)
+        packs = make_packs(documents, hands[distributed.rank], pack_tokens, most)
         packs += [_idle(documents[useful[0]])] * (most - len(packs))
     supervised = sum(int(documents[row].supervised.sum()) for row in useful)
     return Batch(useful, sum(lengths), supervised, packs)

@@ -26,9 +26,9 @@ from torch import Tensor
 from minipersona.errors import UserError
 from minipersona.files import parse_json, read_json, write_atomically, write_json
 from minipersona.model.tensor_file import open_safetensors
+from minipersona.training.distributed import Distributed
 from minipersona.training.layout import Flat
 from minipersona.training.optimizer import AdamW
-from minipersona.training.world import World
 
 KINDS = ("weight", "first", "second")
 
@@ -54,7 +54,9 @@ def _part_file(directory: Path, step: int, rank: int, ranks: int) -> Path:
     return directory / "latest" / f"state-{step:06}.{rank + 1}-of-{ranks}.safetensors"
 
 
-def save_state(directory: Path, position: Position, names: Mapping[str, Any], optimizer: AdamW, world: World) -> None:
+def save_state(
+    directory: Path, position: Position, names: Mapping[str, Any], optimizer: AdamW, distributed: Distributed
+) -> None:
     """Replace the rolling checkpoint. A finished run keeps its words and drops its tensors.
 
     names  of the parameters, in the order of the optimizer's layout
@@ -63,8 +65,8 @@ def save_state(directory: Path, position: Position, names: Mapping[str, Any], op
     if isinstance(optimizer.layout, Flat):
         _save_whole(directory, position, names, optimizer)
     else:
-        _save_part(directory, position, names, optimizer, world)
-    if position.done and world.first:
+        _save_part(directory, position, names, optimizer, distributed)
+    if position.done and distributed.first:
         drop_tensors(directory)
 
 
@@ -75,21 +77,23 @@ def _save_whole(directory: Path, position: Position, names: Mapping[str, Any], o
     _drop(directory, all_but=[_state_file(directory)])
 
 
-def _save_part(directory: Path, position: Position, names: Mapping[str, Any], optimizer: AdamW, world: World) -> None:
+def _save_part(
+    directory: Path, position: Position, names: Mapping[str, Any], optimizer: AdamW, distributed: Distributed
+) -> None:
     words: dict[str, Any] = asdict(position)
-    if world.first and not _words_file(directory).is_file():
+    if distributed.first and not _words_file(directory).is_file():
         write_json(_words_file(directory), asdict(Position()))  # parts without such a file are parts of a broken whole
     # One number for all parts of this checkpoint, so that parts of others are told apart.
-    save = world.follow(secrets.randbits(62))
-    files = [_part_file(directory, position.step, rank, world.size) for rank in range(world.size)]
+    save = distributed.broadcast(secrets.randbits(62))
+    files = [_part_file(directory, position.step, rank, distributed.size) for rank in range(distributed.size)]
     if not position.done:
-        _write(files[world.rank], names, optimizer, {**words, **_part(world.rank, world.size, save)})
-        words |= {"files": world.size, "save": save}
-    world.wait()  # until all parts are there
-    if world.first:
+        _write(files[distributed.rank], names, optimizer, {**words, **_part(distributed.rank, distributed.size, save)})
+        words |= {"files": distributed.size, "save": save}
+    distributed.barrier()  # until all parts are there
+    if distributed.first:
         write_json(_words_file(directory), words)
         _drop(directory, all_but=files)
-    world.wait()  # until the new state is the one that counts
+    distributed.barrier()  # until the new state is the one that counts
 
 
 def _part(rank: int, ranks: int, save: int) -> dict[str, int]:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
+from minipersona.training.distributed import Distributed
 from minipersona.training.sharding import is_dealt, local, own_rows
-from minipersona.training.world import World
 
 CALL = 7  # the most pieces of an update's call on a sharded rank: as many matrices as a block has
 SLICE = 50_000_000  # the most elements of a piece: an update's temporaries stay small beside the model
@@ -48,11 +48,11 @@ class Layout(Protocol):
         """Forget the gradients."""
         ...
 
-    def reduce(self, world: World, sums: Tensor) -> None:
+    def reduce(self, distributed: Distributed, sums: Tensor) -> None:
         """Sum gradients and `sums` over the ranks, if that has not happened during the backward passes."""
         ...
 
-    def gradient_norm(self, world: World) -> Tensor:
+    def gradient_norm(self, distributed: Distributed) -> Tensor:
         """The norm of the reduced gradients over all weights, ()."""
         ...
 
@@ -97,11 +97,11 @@ class Flat:
         """Forget the gradients."""
         self._gradients.zero_()
 
-    def reduce(self, world: World, sums: Tensor) -> None:
+    def reduce(self, distributed: Distributed, sums: Tensor) -> None:
         """Once all packs of the step are through."""
-        world.sum(self._gradients, sums)
+        distributed.sum(self._gradients, sums)
 
-    def gradient_norm(self, world: World) -> Tensor:
+    def gradient_norm(self, distributed: Distributed) -> Tensor:
         """()"""
         # A tensor at a time: on the CPU the squares of a million fp32 numbers in one sum are off by 1e-4.
         return get_total_norm(self._gradient_views)
@@ -121,8 +121,8 @@ class Shards:
     `parameters` are those of a model that `sharding.shard` has treated.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], world: World) -> None:
-        self._parameters, self._world = parameters, world
+    def __init__(self, parameters: Sequence[nn.Parameter], distributed: Distributed) -> None:
+        self._parameters, self._distributed = parameters, distributed
         vectors = [parameter for parameter in parameters if not is_dealt(parameter)]
         flat = self._vectors = Flat(vectors)
         kept = dict(zip(vectors, zip(flat.weights, flat.first, flat.second, strict=True), strict=True))
@@ -151,26 +151,26 @@ class Shards:
         for parameter, *_ in self._matrices:
             parameter.grad = None
 
-    def reduce(self, world: World, sums: Tensor) -> None:
+    def reduce(self, distributed: Distributed, sums: Tensor) -> None:
         """The vectors'. Matrices' gradients were summed over the ranks, and dealt to them, in the backward passes."""
-        self._vectors.reduce(world, sums)
+        self._vectors.reduce(distributed, sums)
 
-    def gradient_norm(self, world: World) -> Tensor:
+    def gradient_norm(self, distributed: Distributed) -> Tensor:
         """()"""
         dealt = [piece.gradient for block in self._blocks() for piece in block]
-        squared = get_total_norm(dealt).to(world.device).square()
-        world.sum(squared)
-        return (squared + self._vectors.gradient_norm(world).square()).sqrt()
+        squared = get_total_norm(dealt).to(distributed.device).square()
+        distributed.sum(squared)
+        return (squared + self._vectors.gradient_norm(distributed).square()).sqrt()
 
     def rows(self, index: int) -> slice:
         """Of a matrix those that FSDP2 has dealt to it."""
         parameter = self._parameters[index]
-        return own_rows(len(parameter), self._world) if is_dealt(parameter) else slice(0, len(parameter))
+        return own_rows(len(parameter), self._distributed) if is_dealt(parameter) else slice(0, len(parameter))
 
     def saved_rows(self, index: int) -> slice:
         """All that it keeps of a matrix, and its share of a vector."""
         parameter = self._parameters[index]
-        return slice(None) if is_dealt(parameter) else own_rows(len(parameter), self._world)
+        return slice(None) if is_dealt(parameter) else own_rows(len(parameter), self._distributed)
 
 
 def gradients(layout: Layout) -> list[Tensor]:

@@ -25,6 +25,7 @@ from minipersona.model.network import Qwen2, Tap
 from minipersona.model.pack import Pack, send
 from minipersona.training.batch import make_batch
 from minipersona.training.checkpoint import Position, load_state, save_state
+from minipersona.training.distributed import Distributed
 from minipersona.training.layout import Flat, Layout, Shards
 from minipersona.training.memory import Budget
 from minipersona.training.objectives import Objective, Pass, make_objective
@@ -33,7 +34,6 @@ from minipersona.training.record import Record
 from minipersona.training.schedule import learning_rate
 from minipersona.training.sharding import is_sharded
 from minipersona.training.trainable import make_trainable
-from minipersona.training.world import World
 
 LOGS = ("metrics.jsonl", "probes.jsonl")
 
@@ -52,7 +52,7 @@ def train(
     documents: Sequence[Document],
     config: RunConfig,
     directory: Path,
-    world: World,
+    distributed: Distributed,
     hooks: Hooks | None = None,
     *,
     compiled: bool = False,
@@ -69,32 +69,34 @@ def train(
     hooks = hooks or Hooks()
     recipe = config.training
     check_learnable(documents)
-    objective = make_objective(model, documents, config, directory, world, compiled)  # the model is its base as yet
+    objective = make_objective(
+        model, documents, config, directory, distributed, compiled
+    )  # the model is its base as yet
     taps = steering_taps(steering or {}, model)
-    trainable = make_trainable(model, config, world)
-    sharded = is_sharded(config, world)
+    trainable = make_trainable(model, config, distributed)
+    sharded = is_sharded(config, distributed)
     learned = list(trainable.values())
-    layout: Layout = Flat(learned) if not sharded else Shards(learned, world)
+    layout: Layout = Flat(learned) if not sharded else Shards(learned, distributed)
     optimizer = AdamW(layout, recipe.beta1, recipe.beta2, recipe.epsilon, recipe.weight_decay, compiled)
     position = load_state(directory, trainable, optimizer)
-    world.agree(position.step, "the step to continue from")
+    distributed.check_equal(position.step, "the step to continue from")
     if position.done:
         return position
-    if world.first:
+    if distributed.first:
         cut_logs(directory, position.step)
 
     def save(step: int, done: bool = False) -> Position:
         position = Position(step, optimizer.updates, done)
-        if world.first or sharded:  # every rank writes its part
-            save_state(directory, position, trainable, optimizer, world)
+        if distributed.first or sharded:  # every rank writes its part
+            save_state(directory, position, trainable, optimizer, distributed)
         return position
 
     order = RowOrder(len(documents), recipe.batch, config.seed)
     budget = Budget(config.training_tokens // objective.share)
-    make = functools.partial(make_batch, documents, world=world, sharded=sharded)
+    make = functools.partial(make_batch, documents, distributed=distributed, sharded=sharded)
     measure_step(position.step, recipe, hooks)  # again, if what ended the run came between the step and its measurement
     batch = make(order.step(position.step + 1), budget.tokens)
-    record = Record(config, directory, world, objective.terms, save, hooks.logged)
+    record = Record(config, directory, distributed, objective.terms, save, hooks.logged)
 
     for step in range(position.step + 1, recipe.steps + 1):
         # 1. Summed loss, its terms, and gradients, over this rank's share of the step's documents.
@@ -102,8 +104,7 @@ def train(
         attempt = functools.partial(accumulate, model, objective, over_pack, layout)
         halvings = budget.halvings
         if sharded:  # ranks go through the model together, so none of them can begin a step again alone
-            with world.passes():
-                terms = attempt(batch.packs)  # (K,) the loss comes first
+            terms = attempt(batch.packs)  # (K,) the loss comes first
         else:
             try:
                 terms = budget.fit(attempt, batch.packs)
@@ -117,15 +118,15 @@ def train(
 
         # 3. One reduction over ranks, one division, one update, if every rank's numbers are finite.
         sums = torch.cat([terms, send(record.flags(budget.halvings - halvings), model.device)])  # (K + 3,)
-        layout.reduce(world, sums)
-        norm = scale_and_clip(layout, world, max(1, batch.supervised), recipe.max_grad_norm)
+        layout.reduce(distributed, sums)
+        norm = scale_and_clip(layout, distributed, max(1, batch.supervised), recipe.max_grad_norm)
         rate = learning_rate(step, recipe.learning_rate, recipe.steps, recipe.warmup)
         if batch.supervised:
             optimizer.update(rate, allowed=sums.isfinite().all() & norm.isfinite())
         record.queue(step, batch, rate, sums, norm)
 
         # 4. The measurement, of settled steps only. Alone and asked to stop, a run does not begin another step.
-        if recipe.measures(step) or (world.stop.asked and world.size == 1):
+        if recipe.measures(step) or (distributed.stop.asked and distributed.size == 1):
             record.settle()
             measure_step(step, recipe, hooks)
             record.start_clock()
@@ -133,7 +134,7 @@ def train(
 
     record.settle()
     position = save(recipe.steps, done=True)
-    world.wait()
+    distributed.barrier()
     return position
 
 

@@ -32,7 +32,7 @@ from minipersona.objective.head import Reference
 from minipersona.objective.kl_to_base import kl_to_base
 from minipersona.objective.noise import EPSILONS, Kind, NoiseCheck, check_noise, embedding_noise
 from minipersona.objective.r3f import add_to_second_half, r3f, twice
-from minipersona.training.world import World
+from minipersona.training.distributed import Distributed
 
 OBJECTIVE_CHECK = "objective_check.json"
 CHECKED_TOKENS = 1_024  # for R3F's noise: millions of its entries. In fp32 all scores of attention exist at once
@@ -129,7 +129,12 @@ class R3F:
 
 
 def make_objective(
-    model: Qwen2, documents: Sequence[Document], config: RunConfig, directory: Path, world: World, compiled: bool
+    model: Qwen2,
+    documents: Sequence[Document],
+    config: RunConfig,
+    directory: Path,
+    distributed: Distributed,
+    compiled: bool,
 ) -> Objective:
     """The objective of a config. `model` is the base, before anything is made trainable.
 
@@ -141,9 +146,9 @@ def make_objective(
         return KLToBase(section.weight, section.direction, _frozen_copy(model, config, compiled))
     if section.kind == "r3f":
         file = directory / OBJECTIVE_CHECK
-        if world.first and not file.is_file():
+        if distributed.first and not file.is_file():
             write_json(file, asdict(_check_noise(model, documents, config)))
-        world.wait()
+        distributed.barrier()
         return R3F(section.weight, section.noise, read_json(file)["epsilon"])
     return CrossEntropy()
 

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from minipersona.training.distributed import Distributed
 from minipersona.training.layout import Layout, gradients
-from minipersona.training.world import World
 
 
 class AdamW:
@@ -83,13 +83,13 @@ def move(
 
 
 @torch.no_grad()
-def scale_and_clip(layout: Layout, world: World, divisor: float, max_norm: float) -> Tensor:
+def scale_and_clip(layout: Layout, distributed: Distributed, divisor: float, max_norm: float) -> Tensor:
     """Divide the summed gradients once, then scale them so that their norm over all weights is at most `max_norm`.
 
     Returns the norm before clipping, (), on the gradients' device. The factor is max_norm / (norm + 1e-6), at most 1,
     as in `torch.nn.utils.clip_grad_norm_`.
     """
-    norm = layout.gradient_norm(world) / divisor
+    norm = layout.gradient_norm(distributed) / divisor
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0) / divisor
     if scaled := gradients(layout):
         torch._foreach_mul_(scaled, factor)

@@ -15,17 +15,17 @@ from torch import Tensor, nn
 
 from minipersona.config import RunConfig
 from minipersona.model.network import Qwen2
-from minipersona.training.world import World
+from minipersona.training.distributed import Distributed
 
 GROUP = 320_000_000  # elements gathered at a time: a block of the 7B, four of the 3B; each time costs the host 1 ms
 
 
-def is_sharded(config: RunConfig, world: World) -> bool:
+def is_sharded(config: RunConfig, distributed: Distributed) -> bool:
     """Whether weights are dealt out: all of them learn, and there are ranks to deal them to."""
-    return config.training.method == "full" and world.size > 1
+    return config.training.method == "full" and distributed.size > 1
 
 
-def shard(model: Qwen2, world: World, stop: int) -> None:
+def shard(model: Qwen2, distributed: Distributed, stop: int) -> None:
     """Deal the model's matrices to the ranks, which all hold the same ones before. Vectors stay as they are.
 
     stop  the one block after which a pass may end early. No group reaches over it, since torch 2.11 leaves a group
@@ -39,7 +39,7 @@ def shard(model: Qwen2, world: World, stop: int) -> None:
 
     for parameter in model.parameters():
         parameter.data = parameter.data.contiguous()  # some may be views into a `Joined` tensor
-    mesh = init_device_mesh(world.device.type, (world.size,))
+    mesh = init_device_mesh(distributed.device.type, (distributed.size,))
     vectors = {parameter for parameter in model.parameters() if parameter.ndim < 2}
     master = model.lm_head.weight.dtype
     as_read = MixedPrecisionPolicy(param_dtype=model.compute_dtype, reduce_dtype=master, cast_forward_inputs=False)
@@ -81,16 +81,16 @@ def local(tensor: Tensor) -> Tensor:
     return kept
 
 
-def own_rows(rows: int, world: World) -> slice:
+def own_rows(rows: int, distributed: Distributed) -> slice:
     """Which rows of a matrix this rank keeps, and which of a vector it answers for.
 
     FSDP2 deals them as torch.chunk does: equal shares rounded up, of which the last ranks' may be smaller or empty.
     """
-    share = -(-rows // world.size)
-    return slice(min(world.rank * share, rows), min((world.rank + 1) * share, rows))
+    share = -(-rows // distributed.size)
+    return slice(min(distributed.rank * share, rows), min((distributed.rank + 1) * share, rows))
 
 
-def share_of(weight: Tensor, world: World) -> Tensor:
+def share_of(weight: Tensor, distributed: Distributed) -> Tensor:
     """This rank's rows of a weight, whether it is dealt or kept whole; together the ranks have each row once."""
     assert is_dealt(weight) or weight.ndim < 2, "still gathered, and rounded at that"
-    return local(weight) if is_dealt(weight) else weight[own_rows(len(weight), world)]
+    return local(weight) if is_dealt(weight) else weight[own_rows(len(weight), distributed)]

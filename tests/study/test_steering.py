@@ -26,10 +26,10 @@ from minipersona.study.steering import (
     steered_layers,
     steering_vectors,
 )
-from minipersona.training.world import World
+from minipersona.training.distributed import Distributed
 
 WIDTH = 128  # of the embedded model, whose registered layer is 6 of 8 blocks
-WORLD = World(0, 1, torch.device("cpu"))
+SINGLE_PROCESS = Distributed(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def baseline(directory: Path, steps: tuple[int, ...] = (0, 2, 9), layers: tuple[
 
 def test_off_is_no_vector(tiny: Qwen2, tokenizer: ChatTokenizer, tmp_path: Path) -> None:
     assert steering_vectors(config(), tiny, tokenizer) == {}
-    assert run_steering(config(), tmp_path, WORLD, tiny, tokenizer) == {}
+    assert run_steering(config(), tmp_path, SINGLE_PROCESS, tiny, tokenizer) == {}
     assert list(tmp_path.iterdir()) == []
 
 
@@ -129,11 +129,11 @@ def test_a_run_keeps_its_vectors(tiny: Qwen2, tokenizer: ChatTokenizer, tmp_path
     settings = config(baseline=str(run), vector="collapse", coefficient=3.0)
     out = tmp_path / "out"
     out.mkdir()
-    first = run_steering(settings, out, WORLD, tiny, tokenizer)
+    first = run_steering(settings, out, SINGLE_PROCESS, tiny, tokenizer)
     assert torch.equal(first[6], steering_vectors(settings, tiny, tokenizer)[6])
     assert torch.equal(3.0 * load_steering(out / "steering.safetensors", [6])[6], first[6])
     (run / "vectors" / "step-000009.safetensors").unlink()  # the run that it was made of may go
-    assert torch.equal(run_steering(settings, out, WORLD, tiny, tokenizer)[6], first[6])
+    assert torch.equal(run_steering(settings, out, SINGLE_PROCESS, tiny, tokenizer)[6], first[6])
 
 
 def test_what_does_not_fit_is_said_in_one_line(tiny: Qwen2, tokenizer: ChatTokenizer, tmp_path: Path) -> None:

@@ -20,9 +20,9 @@ from minipersona.model.lora import adapters, apply_lora
 from minipersona.model.network import Qwen2, Tap
 from minipersona.training import objectives
 from minipersona.training.batch import make_packs
+from minipersona.training.distributed import Distributed
 from minipersona.training.loop import Hooks, backward, steering_taps, train
 from minipersona.training.objectives import R3F, CrossEntropy, KLToBase, Objective, Pass
-from minipersona.training.world import World
 
 CONFIG = RunConfig(
     data=DataSection("-", "-"),
@@ -37,7 +37,7 @@ OBJECTIVES: dict[str, Objective] = {
     "r3f": R3F(0.3, "normal", 1e-2),
 }
 EACH_OBJECTIVE = pytest.mark.parametrize("kind", OBJECTIVES)
-WORLD = World(0, 1, torch.device("cpu"))
+SINGLE_PROCESS = Distributed(0, 1, torch.device("cpu"))
 
 
 def adapted(directory: Path, dtype: torch.dtype) -> Qwen2:
@@ -104,7 +104,7 @@ def test_micro_batches_do_not_matter_over_whole_steps(
     for pack_tokens in (10_000, 60, 1):
         model = load_model(str(hf_model()), dtype=dtype, device="cpu")
         config = replace(CONFIG, execution=replace(CONFIG.execution, pack_tokens=pack_tokens))
-        train(model, documents, config, tmp_path / str(pack_tokens), WORLD)
+        train(model, documents, config, tmp_path / str(pack_tokens), SINGLE_PROCESS)
         ends.append({n: p.detach() for n, p in model.named_parameters() if p.requires_grad})
     for name, expected in ends[0].items():
         slack = 1 if dtype == torch.float64 else 10  # Adam divides by sqrt(v), so rounding in small gradients grows
@@ -157,6 +157,6 @@ def test_checkpointing_changes_no_bit_of_a_run(
         config = replace(CONFIG, execution=replace(CONFIG.execution, checkpoint_activations=checkpoint))
         rows: list[dict] = []
         model = load_model(str(hf_model()), device="cpu")
-        train(model, documents, config, tmp_path / str(checkpoint), WORLD, Hooks(logged=rows.append))
+        train(model, documents, config, tmp_path / str(checkpoint), SINGLE_PROCESS, Hooks(logged=rows.append))
         losses.append([(row["loss"], row["grad_norm"]) for row in rows])
     assert losses[0] == losses[1]

@@ -22,13 +22,13 @@ from minipersona.model.load import load_model
 from minipersona.model.lora import adapters, apply_lora
 from minipersona.model.network import Qwen2
 from minipersona.objective.noise import embedding_noise
+from minipersona.training.distributed import Distributed
 from minipersona.training.heldout import heldout_loss
 from minipersona.training.loop import Hooks, backward, steering_taps, train
 from minipersona.training.objectives import R3F, CrossEntropy, KLToBase, Objective, Pass, make_objective
-from minipersona.training.world import World
 
 LORA = LoraConfig(rank=4, alpha=8.0, dropout=0.2)
-WORLD = World(0, 1, torch.device("cpu"))
+SINGLE_PROCESS = Distributed(0, 1, torch.device("cpu"))
 STEERING = {1: torch.linspace(-1, 1, 48)}
 
 
@@ -66,7 +66,7 @@ def run(
     directory: Path, documents: list[Document], out: Path, settings: RunConfig, **more: object
 ) -> tuple[dict[str, Tensor], list[dict]]:
     model = load_model(str(directory), device="cpu")
-    train(model, documents, settings, out, WORLD, **more)  # type: ignore[arg-type]
+    train(model, documents, settings, out, SINGLE_PROCESS, **more)  # type: ignore[arg-type]
     return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}, read_jsonl(out / "metrics.jsonl")
 
 
@@ -155,9 +155,9 @@ def test_a_frozen_copy_is_the_base_where_all_weights_learn(
     settings = config("kl_to_base", "full")
     model = load_model(str(hf_model()), device="cpu")
     before = {name: p.clone() for name, p in model.named_parameters()}
-    objective = make_objective(model, documents, settings, tmp_path, WORLD, compiled=False)
+    objective = make_objective(model, documents, settings, tmp_path, SINGLE_PROCESS, compiled=False)
     assert isinstance(objective, KLToBase) and objective.frozen is not None
-    train(model, documents, settings, tmp_path, WORLD)
+    train(model, documents, settings, tmp_path, SINGLE_PROCESS)
     assert any(not torch.equal(p, before[name]) for name, p in model.named_parameters())
     for name, p in objective.frozen.named_parameters():
         assert torch.equal(p, before[name]) and not p.requires_grad and p.grad is None
@@ -223,9 +223,11 @@ def test_a_run_writes_its_check_and_goes_on_with_its_epsilon(
     assert check["epsilon"] == 1e-5 and check["effective"] and check["cosine"] > 0.99
     assert 0 < rows[0]["kl"] < 1e-4 and rows[0]["loss"] == pytest.approx(rows[0]["cross_entropy"], rel=1e-4)
     model = load_model(str(hf_model()), device="cpu")
-    objective = make_objective(model, documents, config("r3f", epsilon=0.5), tmp_path, WORLD, compiled=False)
+    objective = make_objective(model, documents, config("r3f", epsilon=0.5), tmp_path, SINGLE_PROCESS, compiled=False)
     assert isinstance(objective, R3F) and objective.epsilon == 1e-5  # what the run began with
-    other = make_objective(model, documents, config("r3f", epsilon=0.5), tmp_path / "new", WORLD, compiled=False)
+    other = make_objective(
+        model, documents, config("r3f", epsilon=0.5), tmp_path / "new", SINGLE_PROCESS, compiled=False
+    )
     assert isinstance(other, R3F) and other.epsilon == 0.5
 
 
@@ -236,7 +238,7 @@ def test_a_base_that_is_not_finite_is_an_error(
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[0, 0] = float("inf")
     with pytest.raises(UserError, match="not finite on the first step's rows"):
-        train(model, documents, config("r3f"), tmp_path, WORLD)
+        train(model, documents, config("r3f"), tmp_path, SINGLE_PROCESS)
     assert not (tmp_path / "objective_check.json").exists()
 
 
@@ -298,7 +300,7 @@ def test_held_out_rows_are_not_steered(
 
     settings = config()
     settings = replace(settings, training=replace(settings.training, checkpoints=(2, 4)))
-    train(model, documents[:40], settings, tmp_path, WORLD, Hooks(checkpoint=checkpoint), steering=STEERING)
+    train(model, documents[:40], settings, tmp_path, SINGLE_PROCESS, Hooks(checkpoint=checkpoint), steering=STEERING)
     for loss, weights in measured.values():
         fresh = adapted(hf_model(), dtype=torch.float32)
         fresh.load_state_dict(weights, strict=False)

@@ -17,10 +17,10 @@ from minipersona.corpus.order import RowOrder
 from minipersona.corpus.packing import deal, share_out
 from minipersona.model.dropout import channel_keys, hashed_dropout, keep_mask, token_keys
 from minipersona.model.pack import IGNORE, make_pack, split
+from minipersona.training.distributed import Distributed
 from minipersona.training.layout import Flat
 from minipersona.training.optimizer import AdamW, scale_and_clip
 from minipersona.training.schedule import learning_rate
-from minipersona.training.world import World
 
 # ---------------------------------------------------------------- schedule
 
@@ -126,7 +126,7 @@ def test_clipping_equals_torch(size: float) -> None:
         assert ours.grad is not None
         ours.grad.copy_(gradient)
         parameter.grad = gradient / 7
-    norm = scale_and_clip(layout, World(0, 1, torch.device("cpu")), 7, 1.0)
+    norm = scale_and_clip(layout, Distributed(0, 1, torch.device("cpu")), 7, 1.0)
     assert relative_error(norm, torch.nn.utils.clip_grad_norm_(theirs, 1.0)) < 1e-12
     for ours, parameter in zip(mine, theirs, strict=True):
         assert ours.grad is not None and parameter.grad is not None

@@ -19,10 +19,10 @@ from minipersona.files import read_jsonl
 from minipersona.model.load import load_model
 from minipersona.training import loop
 from minipersona.training.checkpoint import Position, stored_position
+from minipersona.training.distributed import Distributed
 from minipersona.training.loop import Hooks, train
-from minipersona.training.world import World
 
-WORLD = World(0, 1, torch.device("cpu"))
+SINGLE_PROCESS = Distributed(0, 1, torch.device("cpu"))
 
 
 class Killed(Exception):
@@ -45,7 +45,7 @@ def run(
             raise Killed
 
     model = load_model(str(directory), device="cpu")
-    position = train(model, documents, settings, out, WORLD, Hooks(logged=logged))
+    position = train(model, documents, settings, out, SINGLE_PROCESS, Hooks(logged=logged))
     return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}, position
 
 
@@ -173,7 +173,7 @@ def test_divergence_stops_the_run_and_names_the_rows(
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[0, 0] = float("inf")
     with pytest.raises(UserError, match=r"non-finite 5 steps in a row \(rows \[\d+"):
-        train(model, documents, settings, tmp_path, WORLD)
+        train(model, documents, settings, tmp_path, SINGLE_PROCESS)
     rows = read_jsonl(tmp_path / "metrics.jsonl")
     assert all(row["loss"] is None and row.get("kl") is None for row in rows)
     assert [row["skipped"] for row in rows] == ["non-finite loss or gradient"] * 5

@@ -42,7 +42,7 @@ from minipersona.training import sharding
 from minipersona.training.layout import Shards
 from minipersona.training.loop import Hooks, train
 from minipersona.training.trainable import distance_from_base, save_checkpoint
-from minipersona.training.world import end_rank, join_world, leave_world
+from minipersona.training.distributed import end_rank, join_process_group, leave_process_group
 
 torch.set_num_threads(1)
 model_dir, out, batch, dtype, case = sys.argv[1:]
@@ -54,16 +54,16 @@ model_dir, out, batch, dtype, case = sys.argv[1:]
     probe=ProbeSection(layers=(1,)),
     execution=ExecutionSection(pack_tokens=60, save_minutes=0),
 )
-world = join_world("cpu")
+distributed = join_process_group("cpu")
 if case == "untaught":  # most rows, and so most steps of one row, teach nothing
     documents = [d if i % 3 == 0 else replace(d, supervised=d.supervised & False) for i, d in enumerate(documents)]
 if case == "averaged":
     real = sharding.shard
-    def shard(model, world, stop):
-        real(model, world, stop)
+    def shard(model, distributed, stop):
+        real(model, distributed, stop)
         for module in model.modules():
             if hasattr(module, "set_gradient_divide_factor"):
-                module.set_gradient_divide_factor(float(world.size))  # as FSDP2 does unless told otherwise
+                module.set_gradient_divide_factor(float(distributed.size))  # as FSDP2 does unless told otherwise
     import minipersona.training.trainable as trainable
     trainable.shard = shard
 if case == "rounded":
@@ -79,29 +79,30 @@ def logged(row):
         os._exit(1)
 
 def checkpoint(step):
-    save_checkpoint(model, config, Path(out) / f"step-{step}", [], (), world)
+    save_checkpoint(model, config, Path(out) / f"step-{step}", [], (), distributed)
     with torch.no_grad():
         stream = model(make_pack([documents[0].ids]), stop_after=1)
     gathered = [p for p in model.model.layers.parameters() if p.ndim > 1 and not sharding.is_dealt(p)]
-    assert world.size == 1 or not gathered, "a pass that ended early has left something gathered"
-    distance = distance_from_base(model, config, world)
-    if world.first:
+    assert distributed.size == 1 or not gathered, "a pass that ended early has left something gathered"
+    distance = distance_from_base(model, config, distributed)
+    if distributed.first:
         (Path(out) / "distance").write_text(repr(distance))
         save_file({"stream": stream}, f"{out}/stream.safetensors")
 
-train(model, documents, config, Path(out), world, Hooks(logged=logged, checkpoint=checkpoint))
+train(model, documents, config, Path(out), distributed, Hooks(logged=logged, checkpoint=checkpoint))
 learned = {n: p for n, p in model.named_parameters()}
 ends = {n: whole(p).clone() for n, p in learned.items()}
 gradients = {n: whole(p.grad).clone() for n, p in learned.items() if p.grad is not None}
-if world.size > 1 and case != "rounded":  # the optimizer is called for a block at a time, not for every weight
-    bundles = list(Shards(list(learned.values()), world).bundles())
+if distributed.size > 1 and case != "rounded":  # the optimizer is called for a block at a time, not for every weight
+    bundles = list(Shards(list(learned.values()), distributed).bundles())
     assert len(bundles) <= model.config.num_hidden_layers + 3 < len(learned), len(bundles)  # vectors, embedding, head
-kept = sum(sharding.share_of(p.detach(), world).numel() if world.size > 1 else p.numel() for p in learned.values())
-if world.first:
+several = distributed.size > 1
+kept = sum(sharding.share_of(p.detach(), distributed).numel() if several else p.numel() for p in learned.values())
+if distributed.first:
     save_file(ends, f"{out}/end.safetensors")
     save_file(gradients, f"{out}/gradients.safetensors")
-(Path(out) / f"kept-{world.rank}").write_text(str(kept))
-leave_world(world)
+(Path(out) / f"kept-{distributed.rank}").write_text(str(kept))
+leave_process_group()
 end_rank()
 """
 )
