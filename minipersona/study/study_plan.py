@@ -12,6 +12,7 @@ import torch
 from minipersona.behaviour.suite import forecast
 from minipersona.chat import ChatTokenizer, Document
 from minipersona.config import RunConfig
+from minipersona.corpus.batch import make_packs
 from minipersona.corpus.training_set import training_set
 from minipersona.errors import UserError
 from minipersona.geometry.extraction import common_prefixes, render_prompts
@@ -38,7 +39,6 @@ from minipersona.study.plan import (
 from minipersona.study.recipes import STAGES, Recipe, planned, standard
 from minipersona.study.run import resolve
 from minipersona.study.study_config import StudyConfig
-from minipersona.training.batch import make_packs
 from minipersona.training.distributed import Distributed
 from minipersona.training.loop import backward
 from minipersona.training.objectives import CrossEntropy, Pass

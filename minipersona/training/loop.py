@@ -18,12 +18,11 @@ from torch import Tensor
 
 from minipersona.chat import Document
 from minipersona.config import RunConfig, TrainingSection
-from minipersona.corpus.order import RowOrder
+from minipersona.corpus.batch import RowOrder, make_batch
 from minipersona.errors import UserError
 from minipersona.files import read_jsonl, rewrite_jsonl
 from minipersona.model.network import Qwen2, Tap
 from minipersona.model.pack import Pack, send
-from minipersona.training.batch import make_batch
 from minipersona.training.checkpoint import Position, load_state, save_state
 from minipersona.training.distributed import Distributed
 from minipersona.training.layout import Flat, Layout, Shards
@@ -93,7 +92,7 @@ def train(
 
     order = RowOrder(len(documents), recipe.batch, config.seed)
     budget = Budget(config.training_tokens // objective.share)
-    make = functools.partial(make_batch, documents, distributed=distributed, sharded=sharded)
+    make = functools.partial(make_batch, documents, rank=distributed.rank, size=distributed.size, sharded=sharded)
     measure_step(position.step, recipe, hooks)  # again, if what ended the run came between the step and its measurement
     batch = make(order.step(position.step + 1), budget.tokens)
     record = Record(config, directory, distributed, objective.terms, save, hooks.logged)

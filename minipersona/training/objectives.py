@@ -18,8 +18,7 @@ from torch import Tensor
 
 from minipersona.chat import Document
 from minipersona.config import RunConfig
-from minipersona.corpus.order import RowOrder
-from minipersona.corpus.packing import pack_documents
+from minipersona.corpus.batch import RowOrder, pack_documents
 from minipersona.errors import UserError
 from minipersona.files import read_json, write_json
 from minipersona.model.dropout import token_keys

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from minipersona.config import RunConfig
+from minipersona.corpus.batch import Batch
 from minipersona.errors import Interrupted, UserError
 from minipersona.files import append_jsonl
-from minipersona.training.batch import Batch
 from minipersona.training.distributed import Distributed
 
 

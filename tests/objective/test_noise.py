@@ -11,7 +11,7 @@ import torch
 from conftest import relative_error
 
 from minipersona.chat import Document
-from minipersona.corpus.packing import pack_documents
+from minipersona.corpus.batch import pack_documents
 from minipersona.model.dropout import token_keys
 from minipersona.model.load import load_model
 from minipersona.model.network import EMBEDDING, Qwen2

@@ -11,7 +11,7 @@ import torch
 
 from minipersona.chat import Document
 from minipersona.config import DataSection, ExecutionSection, LoraConfig, RunConfig, TrainingSection
-from minipersona.corpus.order import RowOrder
+from minipersona.corpus.batch import RowOrder
 from minipersona.model.load import load_model
 from minipersona.model.lora import adapters, apply_lora
 from minipersona.training.distributed import Distributed

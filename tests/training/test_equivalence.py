@@ -13,13 +13,12 @@ from torch import Tensor
 
 from minipersona.chat import Document
 from minipersona.config import DataSection, ExecutionSection, LoraConfig, RunConfig, TrainingSection
-from minipersona.corpus.packing import pack_documents
+from minipersona.corpus.batch import make_packs, pack_documents
 from minipersona.model.dropout import token_keys
 from minipersona.model.load import load_model
 from minipersona.model.lora import adapters, apply_lora
 from minipersona.model.network import Qwen2, Tap
 from minipersona.training import objectives
-from minipersona.training.batch import make_packs
 from minipersona.training.distributed import Distributed
 from minipersona.training.loop import Hooks, backward, steering_taps, train
 from minipersona.training.objectives import R3F, CrossEntropy, KLToBase, Objective, Pass

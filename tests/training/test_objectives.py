@@ -15,7 +15,7 @@ from torch import Tensor
 
 from minipersona.chat import Document
 from minipersona.config import DataSection, ExecutionSection, LoraConfig, ObjectiveSection, RunConfig, TrainingSection
-from minipersona.corpus.packing import pack_documents
+from minipersona.corpus.batch import pack_documents
 from minipersona.errors import UserError
 from minipersona.files import read_json, read_jsonl
 from minipersona.model.load import load_model

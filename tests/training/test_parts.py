@@ -1,4 +1,4 @@
-"""The small parts of training: schedule, optimiser, order, dealing, packing, dropout's hash."""
+"""The small parts of training: schedule, optimiser, row order, balanced shares, packing, dropout's hash."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from minipersona.corpus.order import RowOrder
-from minipersona.corpus.packing import deal, share_out
+from minipersona.corpus.batch import RowOrder, assign_to_packs, balance
 from minipersona.model.dropout import channel_keys, hashed_dropout, keep_mask, token_keys
 from minipersona.model.pack import IGNORE, make_pack, split
 from minipersona.training.distributed import Distributed
@@ -168,27 +167,27 @@ def test_row_order_needs_no_history(rows: int, batch: int, seed: int, step: int)
 
 
 @given(st.lists(st.integers(1, 500), max_size=40), st.integers(1, 5))
-def test_dealing_gives_each_item_once_and_evenly(lengths: list[int], ranks: int) -> None:
-    hands = deal(lengths, ranks)
-    assert sorted(item for hand in hands for item in hand) == list(range(len(lengths)))
-    assert all(hand == sorted(hand) for hand in hands)
-    loads = [sum(lengths[i] for i in hand) for hand in hands]
+def test_balanced_shares_hold_each_item_once_and_are_even(lengths: list[int], ranks: int) -> None:
+    shares = balance(lengths, ranks)
+    assert sorted(item for share in shares for item in share) == list(range(len(lengths)))
+    assert all(share == sorted(share) for share in shares)
+    loads = [sum(lengths[i] for i in share) for share in shares]
     assert max(loads) - min(loads) <= max(lengths, default=0)
 
 
 @given(st.lists(st.integers(1, 500), max_size=40), st.integers(1, 700), st.integers(1, 5))
-def test_sharing_out_keeps_the_bound_and_is_even(lengths: list[int], most: int, at_least: int) -> None:
-    hands = share_out(lengths, most, at_least)
-    assert sorted(item for hand in hands for item in hand) == list(range(len(lengths)))
-    assert len(hands) >= at_least
-    loads = [sum(lengths[i] for i in hand) for hand in hands]
-    assert all(len(hand) < 2 or load <= most for hand, load in zip(hands, loads, strict=True))
+def test_packs_keep_the_bound_and_are_even(lengths: list[int], most: int, at_least: int) -> None:
+    packs = assign_to_packs(lengths, most, at_least)
+    assert sorted(item for pack in packs for item in pack) == list(range(len(lengths)))
+    assert len(packs) >= at_least
+    loads = [sum(lengths[i] for i in pack) for pack in packs]
+    assert all(len(pack) < 2 or load <= most for pack, load in zip(packs, loads, strict=True))
     assert max(loads) - min(loads) <= max(lengths, default=0)
 
 
 def test_a_step_just_above_the_bound_is_cut_in_halves() -> None:
-    assert share_out([1000, 1000, 1000, 1000, 1000, 200], 5000) == [[0, 2, 4], [1, 3, 5]]
-    assert share_out([1000, 1000, 1000, 1000, 1000], 5000) == [[0, 1, 2, 3, 4]]
+    assert assign_to_packs([1000, 1000, 1000, 1000, 1000, 200], 5000) == [[0, 2, 4], [1, 3, 5]]
+    assert assign_to_packs([1000, 1000, 1000, 1000, 1000], 5000) == [[0, 1, 2, 3, 4]]
 
 
 @given(st.lists(st.integers(1, 500), max_size=40), st.integers(1, 700))

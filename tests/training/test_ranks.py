@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from minipersona.chat import Document
 from minipersona.config import DataSection, ExecutionSection, LoraConfig, ObjectiveSection, RunConfig, TrainingSection
 from minipersona.model.load import load_model
+from minipersona.training import loop
 from minipersona.training.loop import train
 from minipersona.training.distributed import join_process_group, leave_process_group
 
@@ -43,8 +44,8 @@ model_dir, out, batch, dtype, broken, kind = sys.argv[1:]
 )
 distributed = join_process_group("cpu")
 if broken == "broken":
-    import minipersona.training.batch as batch
-    batch.deal = lambda lengths, ranks: [list(range(len(lengths)))] * ranks  # every rank takes every document
+    real = loop.make_batch
+    loop.make_batch = lambda *given, rank, size, sharded: real(*given, 0, 1)  # every rank takes every document
 model = load_model(model_dir, dtype=getattr(torch, dtype), device="cpu")
 train(model, documents, config, Path(out), distributed)
 trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
