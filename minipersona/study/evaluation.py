@@ -24,7 +24,7 @@ from minipersona.study.judgement import judge
 from minipersona.study.measure import Instruments, make_instruments, measure
 from minipersona.study.run import baseline_loss, step_name, stored_probe
 from minipersona.training.distributed import Distributed
-from minipersona.training.trainable import distance_from_base
+from minipersona.training.parameters import distance_from_base
 
 Result = dict[str, Any]
 TINY_HELDOUT = "tiny:benign[2000:2200]"  # what the embedded model is judged on unless other rows are named

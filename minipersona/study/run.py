@@ -43,8 +43,8 @@ from minipersona.training.checkpoint import drop_tensors, stored_position
 from minipersona.training.distributed import Distributed
 from minipersona.training.loop import Hooks, check_learnable, train
 from minipersona.training.memory import OUT_OF_MEMORY
+from minipersona.training.parameters import distance_from_base, save_checkpoint
 from minipersona.training.sharding import is_sharded
-from minipersona.training.trainable import distance_from_base, save_checkpoint
 
 
 def run(config: RunConfig, distributed: Distributed, console: Console) -> None:

@@ -42,7 +42,7 @@ from minipersona.study.study_config import StudyConfig
 from minipersona.training.distributed import Distributed
 from minipersona.training.loop import backward
 from minipersona.training.objectives import CrossEntropy, Pass
-from minipersona.training.trainable import make_trainable
+from minipersona.training.parameters import make_trainable
 
 ROW_TOKENS = 450  # assumed of a row, and PROBE_TOKENS of a measurement, where the data is not here to be counted
 PROBE_TOKENS = 400_000

@@ -25,14 +25,12 @@ from minipersona.model.network import Qwen2, Tap
 from minipersona.model.pack import Pack, send
 from minipersona.training.checkpoint import Position, load_state, save_state
 from minipersona.training.distributed import Distributed
-from minipersona.training.layout import Flat, Layout, Shards
 from minipersona.training.memory import Budget
 from minipersona.training.objectives import Objective, Pass, make_objective
-from minipersona.training.optimizer import AdamW, scale_and_clip
+from minipersona.training.optimizer import AdamW, Flat, Layout, learning_rate, scale_and_clip
+from minipersona.training.parameters import make_trainable
 from minipersona.training.record import Record
-from minipersona.training.schedule import learning_rate
-from minipersona.training.sharding import is_sharded
-from minipersona.training.trainable import make_trainable
+from minipersona.training.sharding import Shards, is_sharded
 
 LOGS = ("metrics.jsonl", "probes.jsonl")
 

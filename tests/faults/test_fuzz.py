@@ -49,8 +49,7 @@ from minipersona.study.steering import load_steering, save_steering
 from minipersona.study.study_config import StudyConfig
 from minipersona.training.checkpoint import Position, load_state, save_state
 from minipersona.training.distributed import Distributed
-from minipersona.training.layout import Flat
-from minipersona.training.optimizer import AdamW
+from minipersona.training.optimizer import AdamW, Flat
 
 CASES = int(os.environ.get("MINIPERSONA_FUZZ_CASES", 10_000))
 SLOWEST = 5.0  # seconds for one small file, on a machine with other work to do

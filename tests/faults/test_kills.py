@@ -97,14 +97,14 @@ SAVES = {
     "checkpoint": """
         import torch
         from minipersona.training.checkpoint import Position, save_state
-        from minipersona.training.layout import Flat
+        from minipersona.training.optimizer import Flat
         from minipersona.training.optimizer import AdamW
         from minipersona.training.distributed import Distributed
         weights = {"w": torch.nn.Parameter(torch.zeros(10, 9))}
         layout, distributed = Flat(list(weights.values())), Distributed(0, 1, torch.device("cpu"))
         def save(where, what):
             with torch.no_grad():
-                for tensor in (*layout.weights, *layout.first, *layout.second):
+                for tensor in (*layout.weights, *layout.exp_avg, *layout.exp_avg_sq):
                     tensor.fill_(1.0 if what == "old" else 2.0)
             optimizer = AdamW(layout, 0.9, 0.999, 1e-8, 0.0)
             save_state(where / "state", Position(step=1 if what == "old" else 2), weights, optimizer, distributed)
@@ -187,13 +187,12 @@ def found_checkpoint(where: Path) -> str:
     from torch import nn, zeros
 
     from minipersona.training.checkpoint import load_state
-    from minipersona.training.layout import Flat
-    from minipersona.training.optimizer import AdamW
+    from minipersona.training.optimizer import AdamW, Flat
 
     weights = {"w": nn.Parameter(zeros(10, 9))}
     layout = Flat(list(weights.values()))
     step = load_state(where / "state", weights, AdamW(layout, 0.9, 0.999, 1e-8, 0.0)).step
-    tensors = (*layout.weights, *layout.first, *layout.second)
+    tensors = (*layout.weights, *layout.exp_avg, *layout.exp_avg_sq)
     assert {float(value) for tensor in tensors for value in tensor.detach().unique()} == {float(step)}
     return {1: "old", 2: "new"}[step]
 

@@ -22,9 +22,8 @@ from minipersona.model.load import load_model
 from minipersona.training.checkpoint import Position, load_state, save_state
 from minipersona.training.distributed import Distributed
 from minipersona.training.interruption import SIGNALS, Stop, heed_signals
-from minipersona.training.layout import Flat
 from minipersona.training.loop import Hooks, train
-from minipersona.training.optimizer import AdamW
+from minipersona.training.optimizer import AdamW, Flat
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -211,11 +210,11 @@ def test_a_damaged_state_is_an_error_that_names_the_file(tmp_path: Path, words: 
     (tmp_path / "latest").mkdir()
     file = tmp_path / "latest" / "state.safetensors"
     save_file({"rng.cpu": torch.zeros(2)}, file, {"state": words})
-    with pytest.raises(UserError, match=r"state\.safetensors: holds no state of a run; delete"):
+    with pytest.raises(UserError, match=r"state\.safetensors: is not a run's state; delete"):
         load_state(tmp_path, {}, None)  # type: ignore[arg-type]
     file.unlink()
     (tmp_path / "latest" / "state.json").write_text(words)
-    with pytest.raises(UserError, match=r"state\.json: holds no state of a run; delete"):
+    with pytest.raises(UserError, match=r"state\.json: is not a run's state; delete"):
         load_state(tmp_path, {}, None)  # type: ignore[arg-type]
     (tmp_path / "latest" / "state.json").write_text("{torn")
     with pytest.raises(UserError, match=r"state\.json: not valid JSON"):

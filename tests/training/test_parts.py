@@ -17,9 +17,7 @@ from minipersona.corpus.batch import RowOrder, assign_to_packs, balance
 from minipersona.model.dropout import channel_keys, hashed_dropout, keep_mask, token_keys
 from minipersona.model.pack import IGNORE, make_pack, split
 from minipersona.training.distributed import Distributed
-from minipersona.training.layout import Flat
-from minipersona.training.optimizer import AdamW, scale_and_clip
-from minipersona.training.schedule import learning_rate
+from minipersona.training.optimizer import AdamW, Flat, learning_rate, scale_and_clip
 
 # ---------------------------------------------------------------- schedule
 
@@ -86,7 +84,8 @@ def test_an_update_that_is_not_allowed_changes_nothing(compiled: bool, monkeypat
     optimizer = AdamW(layout, 0.9, 0.999, 1e-8, 0.1, compiled)
 
     def kept() -> list[torch.Tensor]:
-        return [t.clone() for t in (weight.detach(), *layout.first, *layout.second, torch.tensor(optimizer.updates))]
+        moments = (*layout.exp_avg, *layout.exp_avg_sq)
+        return [t.clone() for t in (weight.detach(), *moments, torch.tensor(optimizer.updates))]
 
     def update(gradient: float, allowed: bool) -> None:
         assert weight.grad is not None
@@ -140,7 +139,7 @@ def test_parameters_are_views_and_gradients_accumulate_where_they_are_used() -> 
     assert all(torch.equal(w, b) for w, b in zip(weights, before, strict=True))
     for _ in range(2):
         sum((w * (i + 1)).sum() for i, w in enumerate(weights)).backward()  # type: ignore[union-attr]
-    matrices, vectors = ([*piece.gradient.tolist()] for bundle in layout.bundles() for piece in bundle)
+    matrices, vectors = ([*piece.gradient.tolist()] for group in layout.update_groups() for piece in group)
     assert (matrices, vectors) == ([4.0] * 4 + [6.0] * 2, [2.0] * 3)
     optimizer.update(0.1, ALLOWED)
     assert all(bool((w < 1).all()) for w in weights)

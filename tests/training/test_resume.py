@@ -96,7 +96,7 @@ def test_control_a_resume_without_moments_ends_elsewhere(
 
     def forgetful(*arguments) -> Position:
         position = load(*arguments)
-        for moment in arguments[2].layout.first:
+        for moment in arguments[2].layout.exp_avg:
             moment.zero_()
         return position
 

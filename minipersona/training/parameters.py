@@ -1,4 +1,4 @@
-"""Which weights learn, and in what precision: adapters, or everything."""
+"""Which parameters learn and in what precision (adapters, or everything), saving them, their distance from the base."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from minipersona.training.sharding import is_sharded, own_rows, reshard, shard, 
 
 
 def make_trainable(model: Qwen2, config: RunConfig, distributed: Distributed) -> dict[str, nn.Parameter]:
-    """Set the model up for its method and return what learns, by name.
+    """Prepare the model for the method of training and return the parameters that learn, by name.
 
-    lora  fresh fp32 adapters over frozen weights, in whatever precision those are
-    full  every weight becomes an fp32 master that is cast at use (a tied head is its embedding, once), dealt to the
-          ranks where there are several
+    lora  fresh fp32 adapters over frozen weights of any precision
+    full  every weight becomes an fp32 master that is cast at use (a tied head is the embedding's parameter); several
+          ranks shard them
     """
     if config.training.method == "lora":
         apply_lora(model, config.lora, config.seed)
     else:
         master = torch.float64 if model.compute_dtype == torch.float64 else torch.float32
         model.to(master).requires_grad_(True)
-        model.prepare()  # gives back what an earlier pass has laid out: the base's weights once more
+        model.prepare()  # frees what an earlier pass has laid out: another copy of the base's weights
         if is_sharded(config, distributed):
             shard(model, distributed, stop=max(config.probe.measured(model.config.probe_layer)))
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -43,9 +43,9 @@ def save_checkpoint(
     stop_tokens: tuple[int, ...],
     distributed: Distributed,
 ) -> None:
-    """What a run leaves at a named step: a PEFT adapter, or a whole model in Hugging Face's layout.
+    """Save the model of a named step: a PEFT adapter, or a whole model in Hugging Face's layout.
 
-    The first rank calls it; where weights are sharded, every rank does, and the first one writes.
+    Only the first rank calls it, or every rank if weights are sharded; the first one writes.
     """
     if config.training.method == "lora":
         save_adapter(model, path, config.lora)
@@ -62,7 +62,7 @@ def save_checkpoint(
 def distance_from_base(model: Qwen2, config: RunConfig, distributed: Distributed) -> float:
     """||theta - theta_base||_2: of the merged update for LoRA, over all weights for full-parameter training.
 
-    The base weights are read again, one at a time, from where they came. Called as `save_checkpoint` is.
+    The base weights are read again from their files, one at a time. The same ranks call it as `save_checkpoint`.
     """
     if config.training.method == "lora":
         return adapter_norm(model)
