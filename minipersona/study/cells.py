@@ -20,6 +20,7 @@ from minipersona.files import explained, read_json, read_jsonl, write_json
 from minipersona.model.adapter_files import load_adapter
 from minipersona.model.load import load_model
 from minipersona.model.network import Qwen2
+from minipersona.objective import OBJECTIVE_CHECK
 from minipersona.study.bench import DTYPES
 from minipersona.study.candidates import INEFFECTIVE
 from minipersona.study.claims import Claim
@@ -28,7 +29,6 @@ from minipersona.study.identity import Cell
 from minipersona.study.recipes import BASELINE, RESPONSES
 from minipersona.study.run import carry_out, link_or_copy, step_name
 from minipersona.study.runner import Job, Runner
-from minipersona.training.objectives import OBJECTIVE_CHECK
 
 
 def cell_job(runner: Runner, cell: Cell) -> Job:

@@ -19,6 +19,8 @@ from minipersona.geometry.extraction import common_prefixes, render_prompts
 from minipersona.geometry.prompts import load_personas, load_questions
 from minipersona.model.config import ModelConfig, known_config
 from minipersona.model.load import architecture, load_model
+from minipersona.objective.cross_entropy import CrossEntropy
+from minipersona.objective.head import ForwardPass
 from minipersona.settings import flatten, to_toml
 from minipersona.study.bench import DTYPES, load_run_tokenizer
 from minipersona.study.frontier import SCALES
@@ -41,7 +43,6 @@ from minipersona.study.run import resolve
 from minipersona.study.study_config import StudyConfig
 from minipersona.training.distributed import Distributed
 from minipersona.training.loop import backward
-from minipersona.training.objectives import CrossEntropy, Pass
 from minipersona.training.parameters import make_trainable
 
 ROW_TOKENS = 450  # assumed of a row, and PROBE_TOKENS of a measurement, where the data is not here to be counted
@@ -220,7 +221,7 @@ class Estimate:
         for step in (1, 2, 3):
             started = time.perf_counter()
             for pack in packs:
-                backward(model, pack, CrossEntropy(), Pass(config.seed, step))
+                backward(model, pack, CrossEntropy(), ForwardPass(config.seed, step))
             if self.device == "cuda":
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - started)

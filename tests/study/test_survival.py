@@ -216,8 +216,8 @@ def test_a_cell_that_stays_non_finite_fails_and_the_others_go_on(
 
     real = loop.backward
 
-    def poisoned(model, pack, objective, over_pack):  # type: ignore[no-untyped-def]
-        terms = real(model, pack, objective, over_pack)
+    def poisoned(model, pack, objective, forward):  # type: ignore[no-untyped-def]
+        terms = real(model, pack, objective, forward)
         return terms * float("nan") if objective.terms[-1] == "kl" else terms
 
     monkeypatch.setattr(loop, "backward", poisoned)

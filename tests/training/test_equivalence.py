@@ -18,10 +18,13 @@ from minipersona.model.dropout import token_keys
 from minipersona.model.load import load_model
 from minipersona.model.lora import adapters, apply_lora
 from minipersona.model.network import Qwen2, Tap
-from minipersona.training import objectives
+from minipersona.objective import head
+from minipersona.objective.cross_entropy import CrossEntropy
+from minipersona.objective.head import ForwardPass, Objective
+from minipersona.objective.kl_to_base import KLToBase
+from minipersona.objective.r3f import R3F
 from minipersona.training.distributed import Distributed
 from minipersona.training.loop import Hooks, backward, steering_taps, train
-from minipersona.training.objectives import R3F, CrossEntropy, KLToBase, Objective, Pass
 
 CONFIG = RunConfig(
     data=DataSection("-", "-"),
@@ -57,7 +60,7 @@ def step_gradients(
 ) -> list[Tensor]:
     """Summed terms and gradients of one steered step over the documents, cut into packs."""
     model = adapted(directory, dtype)
-    run = Pass(42, 7, steering_taps({1: torch.linspace(-1, 1, 48)}, model))
+    run = ForwardPass(42, 7, steering_taps({1: torch.linspace(-1, 1, 48)}, model))
     packs = make_packs(documents, range(len(documents)), pack_tokens)
     terms = [backward(model, pack, OBJECTIVES[kind], run) for pack in packs]
     return [torch.stack(terms).sum(0), *gradients(model)]
@@ -83,7 +86,7 @@ def test_control_dropout_that_hangs_on_the_pack_fails(
     """If masks followed the place in the pack and not the document, packing would change the result."""
     by_place = lambda seed, step, pack: token_keys(seed, step, replace(pack, documents=pack.documents * 0))  # noqa: E731
     together = step_gradients(hf_model(), documents[:16], torch.float64, 10_000)
-    monkeypatch.setattr(objectives, "token_keys", by_place)
+    monkeypatch.setattr(head, "token_keys", by_place)
     assert relative_error(step_gradients(hf_model(), documents[:16], torch.float64, 10_000)[1], together[1]) > 1e-3
 
 
@@ -115,7 +118,7 @@ def test_control_a_mean_of_means_fails(hf_model: Callable[..., Path], documents:
     """Averaging the packs' mean losses is another objective where packs differ in supervised tokens."""
     model = adapted(hf_model(), torch.float64)
     packs = make_packs(documents, range(16), 60)
-    sums = torch.stack([backward(model, pack, CrossEntropy(), Pass(42, 7))[0] for pack in packs])
+    sums = torch.stack([backward(model, pack, CrossEntropy(), ForwardPass(42, 7))[0] for pack in packs])
     counts = torch.tensor([pack.supervised.numel() for pack in packs])
     assert abs(float((sums / counts).mean() / (sums.sum() / counts.sum())) - 1) > 1e-4
 
@@ -125,7 +128,7 @@ def run_step(
 ) -> list[Tensor]:
     for p in model.parameters():
         p.grad = None
-    run = Pass(42, 5, taps, checkpoint_activations=checkpoint)
+    run = ForwardPass(42, 5, taps, checkpoint_activations=checkpoint)
     return [backward(model, pack_documents(documents), OBJECTIVES[kind], run), *gradients(model)]
 
 

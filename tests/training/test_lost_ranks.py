@@ -31,14 +31,14 @@ from minipersona.training import loop
 what, culprit, fault = os.environ["FAULT"], os.environ["CULPRIT"], Path(os.environ["FAULT_FILE"])
 real = loop.accumulate
 
-def accumulate(model, objective, over_pack, layout, packs):
-    if over_pack.step == 4 and os.environ["RANK"] == culprit:
+def accumulate(model, objective, forward, layout, packs):
+    if forward.step == 4 and os.environ["RANK"] == culprit:
         fault.touch()
         if what == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         if what == "error":
             raise UserError("rows.jsonl: the disk is gone; mount it")
-    return real(model, objective, over_pack, layout, packs)
+    return real(model, objective, forward, layout, packs)
 
 loop.accumulate = accumulate
 sys.exit(main(sys.argv[1:]))
@@ -177,13 +177,13 @@ SHARDED = """
 from dataclasses import replace
 
 real = loop.backward
-def backward(model, pack, objective, over_pack):
-    if rank == 1 and over_pack.step == 3:
+def backward(model, pack, objective, forward):
+    if rank == 1 and forward.step == 3:
         (out / "fault").touch()
         if scenario == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         raise KeyError("weights")
-    return real(model, pack, objective, over_pack)
+    return real(model, pack, objective, forward)
 loop.backward = backward
 
 def work(distributed):
@@ -207,9 +207,9 @@ def test_a_rank_lost_within_a_pass_of_a_sharded_model_ends_the_run(
 
 POISONED = """
 real = loop.backward
-def backward(model, pack, objective, over_pack):
-    terms = real(model, pack, objective, over_pack)
-    if rank == 1 and over_pack.step in (3, 4):
+def backward(model, pack, objective, forward):
+    terms = real(model, pack, objective, forward)
+    if rank == 1 and forward.step in (3, 4):
         next(p for p in model.parameters() if p.requires_grad).grad.view(-1)[0] = float("nan")
     return terms
 loop.backward = backward

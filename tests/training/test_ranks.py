@@ -45,7 +45,8 @@ model_dir, out, batch, dtype, broken, kind = sys.argv[1:]
 distributed = join_process_group("cpu")
 if broken == "broken":
     real = loop.make_batch
-    loop.make_batch = lambda *given, rank, size, sharded: real(*given, 0, 1)  # every rank takes every document
+    # Every rank takes every document.
+    loop.make_batch = lambda documents, rows, tokens, rank, size, sharded: real(documents, rows, tokens, 0, 1)
 model = load_model(model_dir, dtype=getattr(torch, dtype), device="cpu")
 train(model, documents, config, Path(out), distributed)
 trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
