@@ -266,7 +266,7 @@ class ExecutionSection:
     fused: bool = True  # false: the plain path, with a product a layer, nothing compiled, portable attention of new
     # tokens and no CUDA graph; slower, easy to follow in a debugger, and equal to rounding
     save_minutes: float = 5.0  # between rolling checkpoints
-    timeout_minutes: float = 30.0  # that ranks wait for one that hangs; longer than the first one's measurements take
+    timeout_minutes: float = 30.0  # that ranks wait for each other; the first one's measurements must take less
     deterministic: bool = False  # bit-equal runs on CUDA too, slower
 
     def __post_init__(self) -> None:

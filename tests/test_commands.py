@@ -143,7 +143,7 @@ def test_words_that_are_no_state_are_refused(
     copy = tmp_path / "copy"
     shutil.copytree(finished, copy)
     (copy / "latest" / "state.json").write_text(words)
-    refused(capsys, ["train", *settings, "--out", str(copy)], "state.json", "holds no state of a run", "delete")
+    refused(capsys, ["train", *settings, "--out", str(copy)], "state.json", "is not a run's state", "delete")
 
 
 def test_two_runs_are_equal_to_the_bit(finished: Path, settings: list[str], tmp_path: Path) -> None:

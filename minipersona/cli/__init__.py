@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Packs differ in length, so that cached blocks of a fixed size soon fit no request; expandable segments grow.
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    if "RANK" in os.environ:  # one line names a lost rank (`training.watch`); torch would print a stack on every rank
+    if "RANK" in os.environ:  # when a rank is lost, gloo would log a stack of C++ frames on each of the others
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     return answer(lambda: dispatch(_parser(), argv), debug="--debug" in argv)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -32,6 +33,17 @@ def train_options(commands: Any) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
+    try:
+        _train_as_rank(options)
+    except Exception as error:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            from minipersona.training.distributed import fail_rank
+
+            fail_rank(error)
+        raise
+
+
+def _train_as_rank(options: argparse.Namespace) -> None:
     config = override(load_config(options.config, RunConfig), options.set)
     if options.model is not None:
         config = replace(config, model=replace(config.model, name=options.model, revision=""))
@@ -45,16 +57,16 @@ def _train(options: argparse.Namespace) -> None:
         return
 
     from minipersona.run.train import run
+    from minipersona.training.distributed import end_rank, process_group
     from minipersona.training.interruption import Stop, heed_signals
-    from minipersona.training.world import end_rank, in_world
 
-    stop = Stop()
-    with heed_signals(stop), in_world(config.execution.device, config.execution.timeout_minutes, stop) as world:
-        console = Console(quiet=not world.first)
+    stop, execution = Stop(), config.execution
+    with heed_signals(stop), process_group(execution.device, execution.timeout_minutes, stop) as distributed:
+        console = Console(quiet=not distributed.first)
         try:
-            run(config, world, console)
+            run(config, distributed, console)
         except Interrupted as interrupted:
             console.say(f"{interrupted}; the same command continues")
             raise
-    if world.size > 1:
+    if distributed.size > 1:
         end_rank()

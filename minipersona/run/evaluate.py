@@ -27,8 +27,8 @@ from minipersona.run.measurement import Instruments, make_instruments, measure
 from minipersona.run.provenance import read_provenance
 from minipersona.run.resources import load_checkpoint, load_run_model, load_run_tokenizer, run_instruments
 from minipersona.run.result import Baseline, Checkpoint, Geometry, Measurement, Metrics, Protocol, RunResult
-from minipersona.training.trainable import distance_from_base
-from minipersona.training.world import World
+from minipersona.training.distributed import Distributed
+from minipersona.training.parameters import distance_from_base
 
 TINY_HELDOUT = "tiny:benign[2000:2200]"  # what the embedded model is judged on unless other rows are named
 
@@ -143,7 +143,7 @@ def _measure_step(
     trained = load_checkpoint(model, config, directory, step)
     metrics, _ = measure(trained, instruments, console)
     trained.source = model.source  # the distance is from what the run started with
-    return metrics, distance_from_base(trained, config, World(0, 1, model.device))
+    return metrics, distance_from_base(trained, config, Distributed(0, 1, model.device))
 
 
 # ---------------------------------------------------------------- judged

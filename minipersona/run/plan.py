@@ -14,7 +14,7 @@ import torch
 
 from minipersona.chat import Document
 from minipersona.config import DataSection, ExecutionSection, RunConfig
-from minipersona.corpus.order import RowOrder
+from minipersona.corpus.batch import RowOrder
 from minipersona.corpus.training_set import TrainingSet, training_set
 from minipersona.model.config import ModelConfig
 from minipersona.model.load import architecture

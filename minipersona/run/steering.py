@@ -34,13 +34,13 @@ from minipersona.geometry.vectors import PersonaVectors, load_vectors
 from minipersona.model.network import Qwen2
 from minipersona.model.tensor_file import open_safetensors
 from minipersona.run.directory import CONFIG, STEERING_VECTORS, read_config, vectors_file
-from minipersona.training.world import World
+from minipersona.training.distributed import Distributed
 
 
 def run_steering(
     config: RunConfig,
     directory: Path,
-    world: World,
+    distributed: Distributed,
     model: Qwen2,
     tokenizer: ChatTokenizer,
     progress: Callable[[int, int], None] | None = None,
@@ -53,9 +53,9 @@ def run_steering(
     if not config.steering.vector:
         return {}
     file = directory / STEERING_VECTORS
-    if world.first and not file.is_file():
+    if distributed.first and not file.is_file():
         save_steering(file, raw_vectors(config, model, tokenizer, progress))
-    world.wait()
+    distributed.barrier()
     return scaled(load_steering(file, steered_layers(config.steering, model)), config.steering)
 
 

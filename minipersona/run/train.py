@@ -45,30 +45,30 @@ from minipersona.run.result import Protocol
 from minipersona.run.steering import check_steering, run_steering
 from minipersona.settings import to_toml
 from minipersona.training.checkpoint import drop_tensors, stored_position
+from minipersona.training.distributed import Distributed
 from minipersona.training.loop import Hooks, check_learnable, train
 from minipersona.training.memory import OUT_OF_MEMORY
+from minipersona.training.parameters import distance_from_base, save_checkpoint
 from minipersona.training.sharding import is_sharded
-from minipersona.training.trainable import distance_from_base, save_checkpoint
-from minipersona.training.world import World
 
 
-def run(config: RunConfig, world: World, console: Console) -> None:
+def run(config: RunConfig, distributed: Distributed, console: Console) -> None:
     """Carry out a run in ``config.out``, or continue it; a finished one is left as it is.
 
     UserError where the directory belongs to another config, is in use, or anything the config names is amiss, and
     where memory runs out. Interrupted, on every rank, where any was asked to stop.
     """
     directory = Path(config.out)
-    with lock(directory) if world.first else contextlib.nullcontext():
-        config = resolve(config, world.device)
+    with lock(directory) if distributed.first else contextlib.nullcontext():
+        config = resolve(config, distributed.device)
         check_config(directory, config)
         if finished(directory, config):
-            if world.first:
+            if distributed.first:
                 drop_tensors(directory)  # a kill may have come between the last step and this
             console.say(f"{directory} is finished; now: python evaluate.py --run {directory}")
             return
         try:
-            carry_out(config, directory, Resources(world.device), world, console)
+            carry_out(config, directory, Resources(distributed.device), distributed, console)
         except torch.OutOfMemoryError as error:
             raise UserError(OUT_OF_MEMORY) from error
         console.say(f"finished; now: python evaluate.py --run {directory}")
@@ -78,7 +78,7 @@ def carry_out(
     config: RunConfig,
     directory: Path,
     resources: Resources,
-    world: World,
+    distributed: Distributed,
     console: Console,
     *,
     base: Path | None = None,
@@ -101,37 +101,44 @@ def carry_out(
     check_disjoint(config, instruments)
     check_steering(config, directory, model, tokenizer)
     check_baseline(config, instruments.protocol(model))
-    world.meet()
-    if world.first:
-        claim(directory, config, model, instruments, training, world)
+    distributed.check_stop()
+    if distributed.first:
+        claim(directory, config, model, instruments, training, distributed)
 
     # 2. The base, while nothing is attached to it.
-    evaluator = Evaluator(config, directory, world, console, model, tokenizer, instruments)
-    if base is not None and world.first:
+    evaluator = Evaluator(config, directory, distributed, console, model, tokenizer, instruments)
+    if base is not None and distributed.first:
         evaluator.take_over_base(base)
     evaluator.measure(0)
-    steering = run_steering(config, directory, world, model, tokenizer)
+    steering = run_steering(config, directory, distributed, model, tokenizer)
 
     # 3. The steps, with the measurements between them.
     if 0 < (step := stored_position(directory).step) < config.training.steps:
         console.say(f"continuing from the rolling checkpoint, at step {step:,} or later")
     if config.training.method == "full":
         resources.discard_model()
-    compiled = compiles(config, world.device)
+    compiled = compiles(config, distributed.device)
     with console.progress("training", config.training.steps, "steps") as progress:
         logged = functools.partial(after_step, console, progress, each_step)
         hooks = Hooks(checkpoint=evaluator.save_and_measure, probe=evaluator.measure_only, logged=logged)
-        with world.stop.deferred():  # until the step is done and its state is written
-            train(model, training.documents, config, directory, world, hooks, compiled=compiled, steering=steering)
+        with distributed.stop.deferred():  # until the step is done and its state is written
+            train(
+                model, training.documents, config, directory, distributed, hooks, compiled=compiled, steering=steering
+            )
 
 
 def claim(
-    directory: Path, config: RunConfig, model: Qwen2, instruments: Instruments, training: TrainingSet, world: World
+    directory: Path,
+    config: RunConfig,
+    model: Qwen2,
+    instruments: Instruments,
+    training: TrainingSet,
+    distributed: Distributed,
 ) -> None:
     """Make the directory this run's, and remove what a killed writer left in it."""
     sweep_temporaries(directory, directory / LATEST, directory / VECTORS)
     write_text(directory / CONFIG, to_toml(config))
-    write_provenance(directory, provenance(config, model, instruments, training, world.size))
+    write_provenance(directory, provenance(config, model, instruments, training, distributed.size))
 
 
 def after_step(console: Console, progress: Progress, each_step: Callable[[], None], row: dict[str, Any]) -> None:
@@ -158,7 +165,7 @@ class Evaluator:
 
     config: RunConfig
     directory: Path
-    world: World
+    distributed: Distributed
     console: Console
     model: Qwen2
     tokenizer: ChatTokenizer
@@ -186,7 +193,7 @@ class Evaluator:
                 checkpoint_directory(self.directory, step),
                 tokenizer_files(self.config.model),
                 (self.tokenizer.im_end, self.tokenizer.endoftext),
-                self.world,
+                self.distributed,
             )
         self.measure(step)
 
@@ -198,24 +205,24 @@ class Evaluator:
         """Measure the model, and meet the other ranks. Interrupted on all of them where one was asked to stop."""
         with contextlib.suppress(Interrupted):
             self._measure(step, keep_vectors)
-        self.world.meet()
+        self.distributed.check_stop()
 
     def _sharded(self, step: int) -> bool:
-        return step > 0 and is_sharded(self.config, self.world)
+        return step > 0 and is_sharded(self.config, self.distributed)
 
     def _due(self, step: int) -> bool:
         """Whether this rank has a part in the measurement of this step."""
-        due = self.world.first and stored_measurement(self.directory, step, self.protocol) is None
-        return bool(self.world.follow(due)) if self._sharded(step) else due
+        due = self.distributed.first and stored_measurement(self.directory, step, self.protocol) is None
+        return bool(self.distributed.broadcast(due)) if self._sharded(step) else due
 
     def _measure(self, step: int, keep_vectors: bool) -> None:
         if not self._due(step):
             return
         # Ranks that measure together do not leave each other: they stop where they meet.
-        with self.world.passes() if self._sharded(step) else self.world.stop.at_once():
+        with contextlib.nullcontext() if self._sharded(step) else self.distributed.stop.at_once():
             metrics, vectors = measure(self.model, self.instruments, self.console)
-            delta_norm = 0.0 if step == 0 else distance_from_base(self.model, self.config, self.world)
-        if not self.world.first:
+            delta_norm = 0.0 if step == 0 else distance_from_base(self.model, self.config, self.distributed)
+        if not self.distributed.first:
             return
         if keep_vectors:
             vectors.save(vectors_file(self.directory, step))

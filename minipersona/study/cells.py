@@ -18,6 +18,7 @@ from minipersona.config import RunConfig
 from minipersona.console import Console
 from minipersona.files import explained, read_json, read_jsonl, write_json
 from minipersona.model.network import Qwen2
+from minipersona.objective import OBJECTIVE_CHECK
 from minipersona.records import write_record
 from minipersona.run.directory import LATEST, METRICS, RESULT, link_or_copy, training_seconds
 from minipersona.run.evaluate import evaluate_run
@@ -27,7 +28,6 @@ from minipersona.study.cell import Cell
 from minipersona.study.claims import Claim
 from minipersona.study.recipes import BASELINE, RESPONSES
 from minipersona.study.runner import Job, Runner
-from minipersona.training.objectives import OBJECTIVE_CHECK
 from minipersona.verdict.recipe_results import INEFFECTIVE
 
 
@@ -48,12 +48,12 @@ def run_cell(runner: Runner, cell: Cell, claim: Claim) -> None:
         placed_config(runner, cell),
         private,
         runner.bench,
-        runner.world,
+        runner.distributed,
         runner.console,
         base=runner.directory / "base",
         each_step=claim.check,
     )
-    write_record(private / RESULT, evaluate_run(private, runner.world.device, Console(quiet=True)))
+    write_record(private / RESULT, evaluate_run(private, runner.distributed.device, Console(quiet=True)))
     seconds = before + time.monotonic() - started
     write_json(private / "cell.json", _record(runner, cell, private, notes, seconds))
     claim.check()
@@ -154,6 +154,6 @@ def _record(runner: Runner, cell: Cell, directory: Path, notes: list[str], secon
         "notes": notes,
         "labels": [INEFFECTIVE] if found is not None and not found["effective"] else [],
         "objective_check": found,
-        "gpu_seconds": seconds if runner.world.device.type == "cuda" else None,
+        "gpu_seconds": seconds if runner.distributed.device.type == "cuda" else None,
         "seconds": seconds,
     }

@@ -12,12 +12,15 @@ import torch
 from minipersona.behaviour.suite import forecast
 from minipersona.chat import ChatTokenizer, Document
 from minipersona.config import RunConfig
+from minipersona.corpus.batch import make_packs
 from minipersona.corpus.training_set import training_set
 from minipersona.errors import UserError
 from minipersona.geometry.extraction import common_prefixes, render_prompts
 from minipersona.geometry.prompts import load_personas, load_questions
 from minipersona.model.config import ModelConfig, known_config
 from minipersona.model.load import architecture, load_model
+from minipersona.objective.cross_entropy import CrossEntropy
+from minipersona.objective.head import ForwardPass
 from minipersona.run.plan import (
     EFFICIENCY,
     GIB,
@@ -38,11 +41,9 @@ from minipersona.settings import flatten, to_toml
 from minipersona.study.frontier import SCALES
 from minipersona.study.recipes import Recipe, planned, standard
 from minipersona.study_config import STAGES, StudyConfig
-from minipersona.training.batch import make_packs
+from minipersona.training.distributed import Distributed
 from minipersona.training.loop import backward
-from minipersona.training.objectives import CrossEntropy, Pass
-from minipersona.training.trainable import make_trainable
-from minipersona.training.world import World
+from minipersona.training.parameters import make_trainable
 
 ROW_TOKENS = 450  # assumed of a row, and PROBE_TOKENS of a measurement, where the data is not here to be counted
 PROBE_TOKENS = 400_000
@@ -205,7 +206,7 @@ class Estimate:
     def _timed(self, config: RunConfig) -> float:
         """Floating-point operations a second of two training steps on random tokens, the first one aside."""
         model = load_model(config.model.name, dtype=DTYPES[config.model.dtype], device=self.device)
-        make_trainable(model, config, World(0, 1, model.device))
+        make_trainable(model, config, Distributed(0, 1, model.device))
         rng = np.random.default_rng(0)
         length = 75
         documents = [
@@ -217,7 +218,7 @@ class Estimate:
         for step in (1, 2, 3):
             started = time.perf_counter()
             for pack in packs:
-                backward(model, pack, CrossEntropy(), Pass(config.seed, step))
+                backward(model, pack, CrossEntropy(), ForwardPass(config.seed, step))
             if self.device == "cuda":
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - started)

@@ -27,10 +27,10 @@ from minipersona.run.steering import (
     steering_vectors,
 )
 from minipersona.settings import to_toml
-from minipersona.training.world import World
+from minipersona.training.distributed import Distributed
 
 WIDTH = 128  # of the embedded model, whose registered layer is 6 of 8 blocks
-WORLD = World(0, 1, torch.device("cpu"))
+WORLD = Distributed(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
