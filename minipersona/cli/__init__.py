@@ -85,7 +85,11 @@ def _extract_options(commands: Any) -> None:
         "Extract persona vectors and print their M1; or compare the vectors of two files or runs.",
         "  python extract.py --layer 20 --out vectors.safetensors\n"
         "  python extract.py --model tiny --layer 4 6\n"
-        "  python extract.py compare before.safetensors after.safetensors",
+        "  python extract.py compare before.safetensors after.safetensors\n\n"
+        "files for --personas and --questions:\n"
+        '  personas.json    {"eval_personas": {"pirate": "You are a pirate.", "poet": "You are a poet."}}\n'
+        '  questions.jsonl  {"question": "What is courage?"}, one a line; questions.json: a list of texts\n'
+        "  questions.txt    one question a line",
     )
     option = parser.add_argument
     option("compare", nargs="*", metavar="compare A B", help="two vector files, or runs (their last step)")
@@ -153,6 +157,7 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     option("--model", metavar="M", help=f"directory, hub id, tiny or random:<hub id> (default {DEFAULT_MODEL})")
     option("--revision", metavar="R", help="a hub revision (default: pinned for the 7B)")
     option("--tokenizer", metavar="DIR", help="another tokenizer than the model's")
+    option("--template", metavar="NAME", help="chat template by name, such as llama3.1; default the model's own")
     option("--personas", default="", metavar="F", help="shipped (default), registered, or a file")
     option("--questions", default="", metavar="F", help="shipped (default), registered, or a file")
 
@@ -254,8 +259,8 @@ def _compare(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     if bool(options.run) == bool(options.model or options.adapter):
         raise UserError("name either --run DIR, or --model M (and --adapter DIR); see evaluate.py --help")
-    if options.run and (options.tokenizer or options.revision):
-        raise UserError("--tokenizer and --revision belong to --model; a run's are in its config.toml")
+    if options.run and (options.tokenizer or options.revision or options.template):
+        raise UserError("--tokenizer, --template and --revision belong to --model; a run's are in its config.toml")
 
     _check_suite_options(options)
 
@@ -357,7 +362,8 @@ def _load(options: argparse.Namespace, console: Console, adapter: bool = True) -
 
     name = options.model or DEFAULT_MODEL
     console.say(f"loading {name}")
-    tokenizer = load_tokenizer(options.tokenizer or name, revision=None if options.tokenizer else options.revision)
+    revision = None if options.tokenizer else options.revision
+    tokenizer = load_tokenizer(options.tokenizer or name, revision=revision, template=options.template)
     model = load_model(name, revision=options.revision)
     if adapter and options.adapter:
         load_adapter(model, options.adapter)

@@ -17,6 +17,7 @@ from minipersona.chat.vocabulary import FILES
 from minipersona.config import ModelSection, RunConfig
 from minipersona.console import Console
 from minipersona.corpus.mixtures import training_personas
+from minipersona.corpus.overlap import check_overlap
 from minipersona.corpus.training_set import training_set
 from minipersona.errors import Interrupted, UserError
 from minipersona.files import (
@@ -88,7 +89,7 @@ def carry_out(
     make_deterministic(config.execution.deterministic)
     tokenizer = bench.tokenizer(config)
     training = training_set(config.data, config.seed, tokenizer, console)
-    for line in training.report():
+    for line in filter(None, [*training.report(), check_overlap(config.data.train, config.data.heldout)]):
         console.say(line)
     console.say(f"loading {config.model.name}")
     model = bench.model(config)
@@ -160,7 +161,7 @@ class Probe:
         if self._due(step):
             save_checkpoint(
                 self.model, self.config, self.directory / step_name(step), tokenizer_files(self.config.model),
-                (self.tokenizer.im_end, self.tokenizer.endoftext), self.world,
+                self.tokenizer.stop_tokens, self.world,
             )  # fmt: skip
         self(step)
 
