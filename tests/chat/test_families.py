@@ -53,7 +53,7 @@ def test_the_models_own_is_taken_wherever_it_stands(family_dir, tmp_path, nasty,
         assert tokenizer.render(messages, True) == family.theirs(messages, True), name
 
 
-def test_default_system_turns_are_the_families_own(bare, official_template):
+def test_default_system_turns_are_the_families_own(bare):
     """A Qwen2 model is not given Qwen2.5's, which is longer."""
     own = {
         "chatml": "",
@@ -118,7 +118,7 @@ def test_the_digest_tells_templates_apart(bare):
     assert len(digests) == 4
 
 
-def test_the_embedded_model_has_qwens(official_template):
+def test_the_embedded_model_has_qwens():
     tokenizer = load_tokenizer("tiny")
     assert tokenizer.template is TEMPLATES["chatml-qwen2.5"]
     assert tokenizer.digest == "9de068946d4ac67279460e70d3147eac899a320c5383dc555e3baee65a5d67f8"
