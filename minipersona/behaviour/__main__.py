@@ -139,9 +139,7 @@ def _roleplay(options: argparse.Namespace) -> None:
     console = Console()
     rows = read_source(options.source)
     console.say(f"loading {options.model}")
-    tokenizer = load_tokenizer(
-        options.tokenizer or options.model, revision=options.revision, template=options.template
-    )
+    tokenizer = load_tokenizer(options.tokenizer or options.model, revision=options.revision, template=options.template)
     report = write_roleplay(
         load_model(options.model, revision=options.revision),
         tokenizer,

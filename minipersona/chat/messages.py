@@ -59,7 +59,7 @@ def check_text(text: object, what: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:  # JSON allows half of a surrogate pair, a tokenizer does not
         culprit = f"U+{ord(text[error.start]):04X} at character {error.start}"
-        raise UserError(f"{what} has a lone surrogate ({culprit}); replace it, or drop the row") from None
+        raise UserError(f"{what} holds a lone surrogate ({culprit}); replace it, or drop the row") from None
 
 
 def is_text_part(part: object) -> bool:

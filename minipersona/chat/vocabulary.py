@@ -93,7 +93,7 @@ def byte_level(model: models.BPE) -> Tokenizer:
 def _from_parts(vocab: Path, merges: Path, config: Path) -> Tokenizer:
     kind = _config(config.parent).get("tokenizer_class", "Qwen2Tokenizer")
     if kind not in ("Qwen2Tokenizer", "Qwen2TokenizerFast"):
-        raise UserError(f"{config}: a {kind} is read from {WHOLE} only; save it as that with transformers")
+        raise UserError(f"{config}: a {str(kind)[:80]} is read from {WHOLE} only; save it as that with transformers")
     return byte_level(models.BPE.from_file(str(vocab), str(merges)))
 
 
@@ -127,7 +127,8 @@ def _add_tokens(tokenizer: Tokenizer, directory: Path, base: Path) -> list[Path]
         text = token.content
         if text in known and known[text] != token_id:
             raise UserError(
-                f"{file}: {text} has id {token_id}, but {known[text]} in another file; take all files from one model"
+                f"{file}: {text[:80]} has id {token_id}, but {known[text]} in another file; "
+                "take all files from one model"
             )
         if text not in known:
             tokenizer.add_tokens([token])
@@ -135,7 +136,7 @@ def _add_tokens(tokenizer: Tokenizer, directory: Path, base: Path) -> list[Path]
             used.append(file)
         if known[text] != token_id:
             raise UserError(
-                f"{file}: {text} has id {token_id}, but follows {base.name} as {known[text]}; "
+                f"{file}: {text[:80]} has id {token_id}, but follows {base.name} as {known[text]}; "
                 "take both files from one model"
             )
     return used

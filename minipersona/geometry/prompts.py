@@ -101,7 +101,7 @@ def _entries(path: Path) -> list[Any]:
         return read_jsonl(path, torn=False)
     if path.suffix == ".json":
         entries = read_json(path)
-        require(isinstance(entries, list), f"{path}: is not a JSON list; write one of questions, or one a line as .jsonl")
+        require(isinstance(entries, list), f"{path}: is not a JSON list; write a list of questions")
         return list(entries)
     try:
         with open(path, "rb") as file:

@@ -202,7 +202,7 @@ USER = {"role": "user", "content": "Hi"}
         ([{**USER, "weight": 1}], r"messages\[0\]: weight is 1 on a user turn; only assistant turns"),
         (
             [{"role": "user", "content": "a\ud800"}],
-            r"messages\[0\]: content has a lone surrogate \(U\+D800",
+            r"messages\[0\]: content holds a lone surrogate \(U\+D800",
         ),
     ],
 )
