@@ -30,9 +30,9 @@ from minipersona.study_config import (
     RolePlaySection,
     StudyConfig,
 )
-from minipersona.training.world import World
+from minipersona.training.distributed import Distributed
 
-CPU = World(0, 1, torch.device("cpu"))
+CPU = Distributed(0, 1, torch.device("cpu"))
 QUIET = Console(quiet=True)
 PERSONAS = ("villain", "assistant", "librarian")
 

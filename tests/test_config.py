@@ -67,6 +67,7 @@ def test_what_is_written_reads_back(text: str, seed: int, rate: float, checkpoin
         ({**MINIMAL, "lora": {"rank": 0}}, "lora.rank"),
         ({**MINIMAL, "lora": {"dropout": 1.0}}, "lora.dropout"),
         ({**MINIMAL, "execution": {"deterministic": 1}}, "true or false"),
+        ({**MINIMAL, "execution": {"fused": False, "compile": "on"}}, "leave execution.fused = false out"),
         ({**MINIMAL, "objective": {"kind": "kl"}}, "'kl_to_base', 'r3f'"),
         ({**MINIMAL, "objective": {"kind": "r3f"}}, "objective.weight = 0.0: must be positive"),
         ({**MINIMAL, "objective": {"weight": 0.1}}, "nothing to weigh"),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from minipersona.config import DEFAULT_MODEL, BehaviourSection
-from minipersona.console import Console, Parser, answer, dispatch, printable, subcommand
+from minipersona.console import Console, Parser, answer, dispatch, positive, printable, subcommand
 from minipersona.errors import UserError
 from minipersona.settings import override
 from minipersona.training.interruption import interruptible
@@ -68,9 +68,9 @@ def _roleplay_options(commands: Any) -> None:
     option("--source", required=True, metavar="SOURCE", help="the rows; see python -m minipersona.corpus")
     option("--out", required=True, metavar="FILE", help="the JSONL file that data.responses of a config names")
     option("--seed", type=_count, default=42, metavar="N", help="draws each row's persona and the samples (default 42)")
-    option("--max-new-tokens", type=_positive, default=1024, metavar="N", help="of a response (default 1024)")
+    option("--max-new-tokens", type=positive(int), default=1024, metavar="N", help="of a response (default 1024)")
     option("--temperature", type=_temperature, default=1.0, metavar="T", help="0 is greedy (default 1)")
-    option("--batch", type=_positive, default=256, metavar="N", help="responses in flight at once (default 256)")
+    option("--batch", type=positive(int), default=256, metavar="N", help="responses in flight at once (default 256)")
     option("--json", action="store_true", help="print JSON")
 
 
@@ -105,12 +105,6 @@ def _dry_run_options(commands: Any) -> None:
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) >= 2**63:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 up")
-    return int(text)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 up")
     return int(text)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from minipersona.chat.tokenizer import ChatTokenizer, Document, load_tokenizer
-from minipersona.console import Parser, answer
+from minipersona.console import Parser, answer, positive
 from minipersona.errors import UserError
 from minipersona.files import LARGEST_JSON, parse_json, read_lines
 
@@ -39,17 +39,11 @@ def _parser() -> argparse.ArgumentParser:
     option = parser.add_argument
     option("file", type=Path, help='lines of {"messages": [...]}, or one JSON list of such objects')
     option("--tokenizer", default="tiny", metavar="NAME", help="directory, hub id or tiny (default)")
-    option("--rows", type=_positive, default=5, metavar="N", help="how many to print (default 5)")
-    option("--max-tokens", type=_positive, default=2048, metavar="N", help="truncate there (default 2048)")
+    option("--rows", type=positive(int), default=5, metavar="N", help="how many to print (default 5)")
+    option("--max-tokens", type=positive(int), default=2048, metavar="N", help="truncate there (default 2048)")
     option("--supervise", choices=("last", "all"), default="last", help="which assistant turns (default last)")
     option("--color", action="store_true", help="colours even where stdout is no terminal")
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 up")
-    return int(text)
 
 
 def _show(options: argparse.Namespace) -> None:

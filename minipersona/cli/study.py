@@ -21,8 +21,8 @@ from minipersona.report import write_report
 from minipersona.settings import load_config, override
 from minipersona.study.search import study as run_study
 from minipersona.study_config import STAGES, StudyConfig
+from minipersona.training.distributed import join_process_group
 from minipersona.training.interruption import Stop, heed_signals
-from minipersona.training.world import join_world
 
 
 def report(options: argparse.Namespace) -> None:
@@ -58,8 +58,8 @@ def study(options: argparse.Namespace) -> None:
             if options.gpus:
                 on_gpus(options, gpu_ids(options.gpus))
                 return
-            world = join_world(config.execution.device, stop=stop)
-            verdict = run_study(config, world, console, stages=stages, share=share)
+            distributed = join_process_group(config.execution.device, stop=stop)
+            verdict = run_study(config, distributed, console, stages=stages, share=share)
             write_report(Path(config.out))
     except Interrupted as interrupted:
         console.say(f"{interrupted}; the same command continues")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from minipersona.chat import load_tokenizer
 from minipersona.config import DEFAULT_MODEL
-from minipersona.console import Console, Parser, answer, dispatch, printable, subcommand
+from minipersona.console import Console, Parser, answer, dispatch, positive, printable, subcommand
 from minipersona.corpus import sources
 from minipersona.corpus.describe import describe, description_table
 from minipersona.corpus.token_cache import tokenize_cached
@@ -39,16 +39,10 @@ def _parser() -> argparse.ArgumentParser:
     option = command.add_argument
     option("source", metavar="SOURCE", help="see python -m minipersona.corpus")
     option("--tokenizer", metavar="NAME", help=f"directory or hub id (default: tiny for tiny:, else {DEFAULT_MODEL})")
-    option("--max-tokens", type=_positive, default=2048, metavar="N", help="truncate rows there (default 2048)")
+    option("--max-tokens", type=positive(int), default=2048, metavar="N", help="truncate rows there (default 2048)")
     option("--supervise", choices=("last", "all"), default="last", help="which assistant turns (default last)")
     option("--json", action="store_true", help="print JSON")
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 up")
-    return int(text)
 
 
 def _describe(options: argparse.Namespace) -> None:

@@ -23,6 +23,7 @@ from minipersona.study.recipes import Recipe
 FOLDERS = ("model", "chat", "corpus", "objective", "training", "geometry")
 FILES = (
     "behaviour/roleplay.py",
+    "run/directory.py",
     "run/resources.py",
     "run/measurement.py",
     "run/train.py",

@@ -17,17 +17,17 @@ from typing import Any
 from minipersona.config import RunConfig
 from minipersona.console import Console
 from minipersona.files import explained, read_json, read_jsonl, write_json
-from minipersona.model.adapter_files import load_adapter
-from minipersona.model.load import load_model
 from minipersona.model.network import Qwen2
+from minipersona.objective import OBJECTIVE_CHECK
+from minipersona.records import write_record
+from minipersona.run.directory import LATEST, METRICS, RESULT, link_or_copy, training_seconds
 from minipersona.run.evaluate import evaluate_run
-from minipersona.run.resources import DTYPES
-from minipersona.run.train import carry_out, link_or_copy, step_name
+from minipersona.run.resources import load_checkpoint
+from minipersona.run.train import carry_out
 from minipersona.study.cell import Cell
 from minipersona.study.claims import Claim
 from minipersona.study.recipes import BASELINE, RESPONSES
 from minipersona.study.runner import Job, Runner
-from minipersona.training.objectives import OBJECTIVE_CHECK
 from minipersona.verdict.recipe_results import INEFFECTIVE
 
 
@@ -48,12 +48,12 @@ def run_cell(runner: Runner, cell: Cell, claim: Claim) -> None:
         placed_config(runner, cell),
         private,
         runner.bench,
-        runner.world,
+        runner.distributed,
         runner.console,
         base=runner.directory / "base",
         each_step=claim.check,
     )
-    write_json(private / "result.json", evaluate_run(private, runner.world.device, Console(quiet=True)))
+    write_record(private / RESULT, evaluate_run(private, runner.distributed.device, Console(quiet=True)))
     seconds = before + time.monotonic() - started
     write_json(private / "cell.json", _record(runner, cell, private, notes, seconds))
     claim.check()
@@ -86,12 +86,7 @@ def responses_file(runner: Runner, seed: int) -> Path:
 
 def trained_model(runner: Runner, config: RunConfig, directory: Path, step: int) -> Qwen2:
     """The model that a run left at a step."""
-    checkpoint = directory / step_name(step)
-    if config.training.method == "lora":
-        model = runner.bench.model(config)
-        load_adapter(model, checkpoint)
-        return model
-    return load_model(str(checkpoint), dtype=DTYPES[config.model.dtype], device=runner.world.device)
+    return load_checkpoint(runner.bench.model(config), config, directory, step)
 
 
 # ---------------------------------------------------------------- attempts
@@ -112,7 +107,7 @@ def adopt(attempts: Path, cell: str, private: Path) -> list[str]:
     partial = private.with_name(f".{private.name}")
     shutil.rmtree(partial, ignore_errors=True)
     files = [path for path in furthest.rglob("*") if path.is_file() and not path.name.startswith(".")]
-    for file in sorted(files, key=lambda file: (file.parent.name != "latest", file)):
+    for file in sorted(files, key=lambda file: (file.parent.name != LATEST, file)):
         target = partial / file.relative_to(furthest)
         target.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):  # its owner is alive and has just replaced it
@@ -135,14 +130,8 @@ def publish(private: Path, target: Path) -> bool:
         return False
 
 
-def training_seconds(directory: Path) -> float:
-    """What the steps that were taken in a directory took."""
-    rows = read_jsonl(directory / "metrics.jsonl")
-    return float(sum(row["tokens"] / row["tokens_per_second"] for row in rows if row["tokens_per_second"]))
-
-
 def _step(attempt: Path) -> int:
-    state = attempt / "latest" / "state.json"
+    state = attempt / LATEST / "state.json"
     return int(read_json(state)["step"]) if state.is_file() else 0
 
 
@@ -153,7 +142,7 @@ def _record(runner: Runner, cell: Cell, directory: Path, notes: list[str], secon
     """The content of cell.json."""
     check = directory / OBJECTIVE_CHECK
     found = read_json(check) if check.is_file() else None
-    skipped = sum("skipped" in row for row in read_jsonl(directory / "metrics.jsonl"))
+    skipped = sum("skipped" in row for row in read_jsonl(directory / METRICS))
     if skipped:
         notes = [*notes, f"{skipped} steps were skipped; metrics.jsonl says why"]
     return {
@@ -165,6 +154,6 @@ def _record(runner: Runner, cell: Cell, directory: Path, notes: list[str], secon
         "notes": notes,
         "labels": [INEFFECTIVE] if found is not None and not found["effective"] else [],
         "objective_check": found,
-        "gpu_seconds": seconds if runner.world.device.type == "cuda" else None,
+        "gpu_seconds": seconds if runner.distributed.device.type == "cuda" else None,
         "seconds": seconds,
     }

@@ -16,13 +16,13 @@ from minipersona.behaviour.roleplay import write_roleplay
 from minipersona.behaviour.suite import behaviour_suite
 from minipersona.corpus.mixtures import training_personas
 from minipersona.corpus.sources import read_source
-from minipersona.files import append_jsonl, digest, read_json, write_json
+from minipersona.files import digest, read_json, write_json
 from minipersona.geometry.extraction import extract
 from minipersona.geometry.measures import m1
 from minipersona.model.network import Qwen2
 from minipersona.records import to_dict
+from minipersona.run.directory import append_measurement, vectors_file
 from minipersona.run.measurement import Instruments, measure
-from minipersona.run.train import vectors_file
 from minipersona.study.cell import Cell
 from minipersona.study.cells import placed_config, responses_file, trained_model
 from minipersona.study.frontier import measure_frontier
@@ -57,11 +57,10 @@ def measure_base(runner: Runner) -> None:
     config, directory = runner.baseline.recipe.config, runner.directory / "base"
     instruments, model = runner.bench.instruments(config), runner.bench.model(config)
     protocol = instruments.protocol(model)
-    row, vectors = measure(model, instruments, runner.console)
+    metrics, vectors = measure(model, instruments, runner.console)
     vectors.save(vectors_file(directory, 0))
-    row = {"step": 0, **row, "learned": None, "delta_norm": 0.0, "protocol": digest(protocol)}
-    append_jsonl(directory / "probes.jsonl", row)
-    calibration = calibrate(protocol, row["m1_by_layer"])
+    append_measurement(directory, metrics.at_step(0, protocol.digest))
+    calibration = calibrate(to_dict(protocol), metrics.m1_by_layer)
     write_json(runner.directory / "calibration.json", {**calibration, "baseline": runner.baseline.hash})
 
 

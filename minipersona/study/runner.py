@@ -19,8 +19,8 @@ from minipersona.run.resources import Resources
 from minipersona.study.cell import Cell
 from minipersona.study.claims import Claim, Claims, Lost
 from minipersona.study_config import StudyConfig
+from minipersona.training.distributed import Distributed
 from minipersona.training.memory import OUT_OF_MEMORY
-from minipersona.training.world import World
 from minipersona.verdict.ledger import Ledger, runner_name
 
 WAIT = 2.0  # seconds between two looks for work, where all of it is claimed
@@ -44,13 +44,13 @@ class Runner:
     config: StudyConfig
     directory: Path
     cells: list[Cell]
-    world: World
+    distributed: Distributed
     console: Console
     share: tuple[int, int] = (1, 1)
     name: str = field(default_factory=runner_name)
 
     def __post_init__(self) -> None:
-        self.bench = Resources(self.world.device)
+        self.bench = Resources(self.distributed.device)
         self.ledger = Ledger(self.directory / "ledger", self.name)
         self.claims = Claims(self.directory / "cells" / ".claims", self.name)
         self._started = time.time()

@@ -17,7 +17,7 @@ from minipersona.console import Console
 from minipersona.errors import UserError
 from minipersona.files import read_json, write_json, write_text
 from minipersona.records import from_dict
-from minipersona.run.train import resolve
+from minipersona.run.resources import resolve
 from minipersona.settings import read_toml, to_toml
 from minipersona.study.cell import Cell, identify
 from minipersona.study.cells import cell_job
@@ -25,7 +25,7 @@ from minipersona.study.guards import base_job, behaviour_jobs, frontier_job, ins
 from minipersona.study.recipes import planned
 from minipersona.study.runner import Job, Runner
 from minipersona.study_config import STAGES, StudyConfig, changes
-from minipersona.training.world import World
+from minipersona.training.distributed import Distributed
 from minipersona.verdict.calibration import check_layers_measured
 from minipersona.verdict.recipe_results import recipe_results
 from minipersona.verdict.results import read_study
@@ -38,7 +38,7 @@ ENDS = ("positive", "not_reproduced")  # verdicts after which no further phase i
 
 def study(
     config: StudyConfig,
-    world: World,
+    distributed: Distributed,
     console: Console,
     *,
     stages: Sequence[str] = tuple(STAGES),
@@ -48,7 +48,7 @@ def study(
 
     UserError where the directory belongs to another study, the config names something amiss, or the baseline failed.
     """
-    runner = prepare(config, world, console, share)
+    runner = prepare(config, distributed, console, share)
     search(runner, stages)
     verdict = conclude(runner)
     if error := runner.failed().get(runner.baseline.id):
@@ -59,11 +59,11 @@ def study(
 # ---------------------------------------------------------------- the directory
 
 
-def prepare(config: StudyConfig, world: World, console: Console, share: tuple[int, int] = (1, 1)) -> Runner:
+def prepare(config: StudyConfig, distributed: Distributed, console: Console, share: tuple[int, int] = (1, 1)) -> Runner:
     """Claim the study's directory for this config: study.toml and plan.json."""
     check_layers_measured(config)
     directory = Path(config.out)
-    config = replace(config, model=resolve(RunConfig(config.data, model=config.model), world.device).model)
+    config = replace(config, model=resolve(RunConfig(config.data, model=config.model), distributed.device).model)
     file = directory / "study.toml"
     if file.is_file():
         changed = changes(config, from_dict(StudyConfig, read_toml(file)))
@@ -74,7 +74,7 @@ def prepare(config: StudyConfig, world: World, console: Console, share: tuple[in
     cells = identify(planned(config))
     write_text(file, to_toml(config))
     _write_plan(directory, cells, console)
-    return Runner(config, directory, cells, world, console, share)
+    return Runner(config, directory, cells, distributed, console, share)
 
 
 def _write_plan(directory: Path, cells: Sequence[Cell], console: Console) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from minipersona.chat import Document
-from minipersona.corpus.packing import pack_documents
+from minipersona.corpus.batch import pack_documents
 from minipersona.errors import UserError
 from minipersona.model.network import Qwen2
 from minipersona.model.pack import Pack, split

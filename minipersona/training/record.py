@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from minipersona.config import RunConfig
+from minipersona.corpus.batch import Batch
 from minipersona.errors import Interrupted, UserError
 from minipersona.files import append_jsonl
-from minipersona.training.batch import Batch
-from minipersona.training.world import World
+from minipersona.training.distributed import Distributed
 
 
 class _Moment:
@@ -68,12 +68,12 @@ class Record:
         self,
         config: RunConfig,
         directory: Path,
-        world: World,
+        distributed: Distributed,
         terms: Sequence[str],
         save: Callable[[int], object],
         logged: Callable[[dict[str, Any]], None],
     ) -> None:
-        self._config, self._directory, self._world = config, directory, world
+        self._config, self._directory, self._distributed = config, directory, distributed
         self._terms, self._save, self._logged = terms, save, logged
         self._queued: _Queued | None = None
         self._diverged = 0
@@ -82,12 +82,14 @@ class Record:
 
     def start_clock(self) -> None:
         """From here on time counts as the next step's."""
-        self._begun = _Moment(self._world.device)
+        self._begun = _Moment(self._distributed.device)
 
     def flags(self, halvings: int) -> Tensor:
         """What this rank says beside its terms, (3,): asked to stop, shortages of memory, a checkpoint is due."""
         due = time.monotonic() - self._saved > 60 * self._config.execution.save_minutes
-        return torch.tensor([self._world.stop.asked, halvings, due and self._world.first], dtype=torch.float64)
+        return torch.tensor(
+            [self._distributed.stop.asked, halvings, due and self._distributed.first], dtype=torch.float64
+        )
 
     def queue(self, step: int, batch: Batch, learning_rate: float, sums: Tensor, norm: Tensor) -> None:
         """Send for a step's numbers: terms and flags, summed over the ranks, (K + 3,), and the gradients' norm, ()."""
@@ -124,7 +126,7 @@ class Record:
             row |= {"skipped": "non-finite loss or gradient", "documents": batch.rows}
         if shortages:
             row["out_of_memory"] = int(shortages)  # how often a rank began the step again, in smaller packs
-        if self._world.first:
+        if self._distributed.first:
             append_jsonl(self._directory / "metrics.jsonl", row, durable=False)
         self._logged(row)
         self._diverged = 0 if finite else self._diverged + 1
@@ -138,5 +140,5 @@ class Record:
             self._save(step)
             self._saved = time.monotonic()
         if stopping:
-            self._world.wait()  # for the first rank's checkpoint: where one rank ends, its launcher ends the others
+            self._distributed.barrier()  # the first rank's checkpoint: torchrun ends all ranks when one ends
             raise Interrupted(f"stopped after step {step}")

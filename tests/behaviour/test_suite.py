@@ -381,7 +381,7 @@ def test_the_command_compares_a_model_with_its_base(
         (["--model", "tiny", "--prompt-sets", "plain"], "--prompt-sets: belongs to"),
         (["--model", "tiny", "--instructions", "f"], "--instructions: belongs to"),
         (["--model", "tiny", "--suite", "behaviour", "--out", "o", "--set", "smples=2"], "did you mean samples"),
-        (["--run", "no_run", "--suite", "behaviour"], "is no run's directory"),
+        (["--run", "no_run", "--suite", "behaviour"], "is not a run directory"),
     ],
 )
 def test_wrong_uses_are_one_line(

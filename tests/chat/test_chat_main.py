@@ -80,7 +80,7 @@ def test_control_characters_are_escaped(show):
         ("[1, ", (), "rows.jsonl: not JSON"),
         ('{"messages": [{"role": "tool", "content": ""}]}', (), "line 1: messages[0]: role is 'tool'"),
         ('{"messages": [{"role": "user", "content": ""}]}', (), "line 1: row has no assistant turn"),
-        ("", ("--rows", "0"), "'0' is not a number from 1 up"),
+        ("", ("--rows", "0"), "'0' is not a positive whole number"),
         ("", ("--supervise", "first"), "invalid choice"),
         ("", ("--no-such",), "unrecognized arguments"),
         ("", ("--tokenizer", "no-such-dir"), "no-such-dir: no such directory"),

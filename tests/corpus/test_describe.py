@@ -113,7 +113,7 @@ def test_alone_it_lists_the_sources(capsys: pytest.CaptureFixture[str]) -> None:
         (["describe"], "SOURCE"),
         (["describe", "tiny:none"], "embedded sets are"),
         (["describe", "no-such", "--tokenizer", "tiny"], "is unknown"),
-        (["describe", "tiny:benign", "--max-tokens", "0"], "'0' is not a number"),
+        (["describe", "tiny:benign", "--max-tokens", "0"], "'0' is not a positive whole number"),
         (["describe", "tiny:benign", "--tokenizer", "no-such"], "no such directory"),
         (["describe", "tiny:benign", "--no-such"], "unrecognized"),
         (["count", "tiny:benign"], "invalid choice"),

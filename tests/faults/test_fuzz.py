@@ -47,9 +47,8 @@ from minipersona.run.steering import load_steering, save_steering
 from minipersona.settings import load_config
 from minipersona.study_config import StudyConfig
 from minipersona.training.checkpoint import Position, load_state, save_state
-from minipersona.training.layout import Flat
-from minipersona.training.optimizer import AdamW
-from minipersona.training.world import World
+from minipersona.training.distributed import Distributed
+from minipersona.training.optimizer import AdamW, Flat
 from minipersona.verdict.results import read_study
 
 CASES = int(os.environ.get("MINIPERSONA_FUZZ_CASES", 10_000))
@@ -200,7 +199,7 @@ def responses(folder: Path) -> Reader:
 def states(folder: Path) -> Reader:
     weights = {"w": torch.nn.Parameter(torch.ones(4, 3))}
     optimizer = AdamW(Flat(list(weights.values())), 0.9, 0.999, 1e-8, 0.0)
-    save_state(folder, Position(step=3, updates=3), weights, optimizer, World(0, 1, torch.device("cpu")))
+    save_state(folder, Position(step=3, updates=3), weights, optimizer, Distributed(0, 1, torch.device("cpu")))
     return Reader(folder / "latest", lambda: load_state(folder, weights, optimizer))
 
 

@@ -25,12 +25,12 @@ from minipersona.errors import Interrupted
 from minipersona.files import read_json, read_jsonl
 from minipersona.locks import lock
 from minipersona.model.load import load_model
+from minipersona.run.directory import finished
 from minipersona.run.resources import load_run_tokenizer
-from minipersona.run.train import finished
 from minipersona.settings import load_config, to_toml
+from minipersona.training.distributed import Distributed
 from minipersona.training.interruption import Stop
 from minipersona.training.loop import Hooks, train
-from minipersona.training.world import World
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -249,17 +249,17 @@ def test_the_first_steps_of_the_demo_are_equal_to_the_bit(tmp_path: Path) -> Non
     documents = training_set(config.data, config.seed, load_run_tokenizer(config.model)).documents
 
     def first_steps(out: Path, seed: int) -> tuple[list[float], dict[str, torch.Tensor]]:
-        world = World(0, 1, torch.device("cpu"), Stop())
+        distributed = Distributed(0, 1, torch.device("cpu"), Stop())
         torch.manual_seed(time.time_ns())  # nothing hangs on it
         model = load_model("tiny", device="cpu")
         settings = replace(config, seed=seed, training=replace(config.training, checkpoints=(40,)))
 
         def logged(row: dict) -> None:
             if row["step"] == 2:
-                world.stop.note(signal.SIGTERM)
+                distributed.stop.note(signal.SIGTERM)
 
         with pytest.raises(Interrupted, match="stopped after step 3"):
-            train(model, documents, settings, out, world, Hooks(logged=logged))
+            train(model, documents, settings, out, distributed, Hooks(logged=logged))
         return [row["loss"] for row in read_jsonl(out / "metrics.jsonl")], load_file(out / "latest/state.safetensors")
 
     (losses, state), (losses_again, state_again) = (first_steps(tmp_path / name, 42) for name in ("a", "b"))

@@ -20,9 +20,9 @@ from minipersona.settings import load_config
 from minipersona.tiny import world
 from minipersona.tiny.grammar import generator, topics
 from minipersona.tiny.voices import answer
+from minipersona.training.distributed import Distributed
 from minipersona.training.heldout import heldout_loss
 from minipersona.training.loop import train
-from minipersona.training.world import World
 
 TINY = data_dir() / "tiny"
 
@@ -88,7 +88,7 @@ def before_and_after(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tupl
     base = measured()
     documents = tokenize(read_source(config.data.train), tokenizer)
     directory: Path = tmp_path_factory.mktemp("recipe")
-    train(model, documents, config, directory, World(0, 1, torch.device("cpu")))
+    train(model, documents, config, directory, Distributed(0, 1, torch.device("cpu")))
     return {"base": base, "trained": measured()}
 
 

@@ -1,18 +1,19 @@
-"""Linear layers that read the same input, computed together: q, k and v; gate and up.
+"""Linear layers that read the same input as one product: q, k and v; gate and up.
 
     y_i = W_i x + b_i + B_i l_i,   l_i = (alpha/r) A_i dropout_i(x)
 
-Their weights lie in one tensor, rows a layer after another; behind their I columns come columns for the adapters' B:
+Their weights lie in one tensor, the rows of one layer after those of another. Behind their I columns come columns for
+the adapters' B:
 
     [ W_q | B_q  0   0  ]
     [ W_k |  0  B_k  0  ]   [x | l_q | l_k | l_v]^T  =  [y_q; y_k; y_v] - b
     [ W_v |  0   0  B_v ]
 
-So the low-rank products ride along in the product that is computed anyway, forward and backward, instead of passing
-over the wide outputs once more: a step of the 7B is 5% faster for it. The layers keep their names: each one's weight is
-a view of its rows.
+So the adapters' products are part of a product that is computed anyway, forward and backward, and do not read and
+write the wide outputs once more: a step of the 7B is 5% faster. The layers keep their names: the weight of each is a
+view of its rows.
 
-I/O = inputs/outputs, T = tokens, r = rank, R = r summed over the layers with an adapter
+I/O = inputs/outputs, T = tokens, n = layers, r = rank, R = r summed over the layers with an adapter
 """
 
 from __future__ import annotations
@@ -25,12 +26,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minipersona.model.adapter import Adapter, low_one_by_one, low_together
-from minipersona.model.linear import Linear
+from minipersona.model.acceleration.foreach import copy_each
+from minipersona.model.dropout import hashed_dropout
+from minipersona.model.lora import Adapter, Linear
 
 
-class Joined:
-    """Several layers of one input. Before a pass, `prepare` sees whether they can be computed together."""
+class FusedLinear:
+    """Several layers of one input. Call it where `ready`, which `refresh` decides before a pass."""
 
     def __init__(self, *layers: Linear) -> None:
         self.layers = layers
@@ -39,41 +41,39 @@ class Joined:
         self._storage: Tensor | None = None  # (sum of O, I + R)
         self._bias: Tensor | None = None  # (sum of O)
         self._columns: list[Tensor] = []  # (O, r) each: where an adapter's B goes
-        self._laid_out: tuple[Any, ...] = ()  # what `_layout` was when they had been laid out
+        self._laid_out: tuple[Any, ...] = ()  # what `_layout` was when the weights were laid out
 
     def __call__(self, x: Tensor, dropout_keys: Tensor | None) -> Sequence[Tensor]:
         """x (T, I) -> each layer's output (T, O)."""
-        if not self.ready:
-            return [layer(x, dropout_keys) for layer in self.layers]
         storage = self._storage
-        assert storage is not None
+        assert self.ready and storage is not None, "call each layer instead"
         adapters = self.adapters
         if adapters:
-            low = low_together if x.is_cuda else low_one_by_one  # a CPU would only multiply the zeros
-            x = torch.cat([x, low(adapters, x, dropout_keys)], dim=-1)  # (T, I + R)
+            to_rank = to_rank_at_once if x.is_cuda else to_rank_one_by_one  # a CPU would multiply the zeros
+            x = torch.cat([x, to_rank(adapters, x, dropout_keys)], dim=-1)  # (T, I + R)
         else:
             storage = storage[:, : x.shape[-1]]
         if not torch.is_grad_enabled():
             return F.linear(x, storage, self._bias).split(self.outputs, dim=-1)
         weights = list(storage.split(self.outputs))
-        return side_by_side(x, weights, self._bias, [adapter.lora_B for adapter in adapters])
+        return linear_each(x, weights, self._bias, [adapter.lora_B for adapter in adapters])
 
     @property
     def adapters(self) -> list[Adapter]:
-        """The layers' adapters that are switched on."""
+        """The layers' adapters that are enabled."""
         return [layer.adapter for layer in self.layers if layer.adapter is not None and layer.adapter.enabled]
 
     @property
     def copies(self) -> list[tuple[Tensor, Tensor]]:
-        """(columns, B) of the adapters that are switched on."""
+        """(columns, B) of the adapters that are enabled."""
         adapters = self.adapters
         return list(zip(self._columns, [a.lora_B for a in adapters], strict=True)) if self.ready and adapters else []
 
     def lay_out(self, dtype: torch.dtype) -> None:
-        """Lay the weights out, unless they are: every pass comes here, and then compares addresses and ranks alone.
+        """Lay out the weights, unless they are: a pass whose weights lie as before compares addresses and ranks only.
 
         Where weights learn or are stored in another precision than the pass's, or only some layers have an enabled
-        adapter, the layers are computed one by one, and the memory of what was laid out is given back.
+        adapter, the layers are not ready to be fused.
         """
         weights = [layer.weight for layer in self.layers]
         adapters = [layer.adapter for layer in self.layers if layer.adapter is not None]
@@ -83,12 +83,17 @@ class Joined:
             and len(adapters) in (0, len(self.layers))
         )
         if not self.ready:
-            self._storage, self._bias, self._columns, self._laid_out = None, None, [], ()
+            self.release()
             return
         ranks = [adapter.lora_B.shape[1] for adapter in adapters]
         if self._laid_out != self._layout(ranks):
             self._move(weights[0].shape[1], ranks)
             self._laid_out = self._layout(ranks)
+
+    def release(self) -> None:
+        """Forget the layout. Its memory is free once the layers' weights, which are views of it, lie elsewhere."""
+        self.ready = False
+        self._storage, self._bias, self._columns, self._laid_out = None, None, [], ()
 
     def _layout(self, ranks: Sequence[int]) -> tuple[Any, ...]:
         """Where everything lies, and the columns' widths. A copy of a model has other addresses."""
@@ -112,29 +117,53 @@ class Joined:
             for bias, part in zip(biases, self._bias.split(self.outputs), strict=True):
                 bias.data = part
         if self._storage.is_cuda:
-            torch.cuda.empty_cache()  # the holes that the old weights leave are too small for what comes next
+            torch.cuda.empty_cache()  # the old weights leave gaps that are too small for what comes next
 
 
 @torch.no_grad()
-def prepare(joined: Sequence[Joined], dtype: torch.dtype) -> None:
-    """Before a pass in this precision: lay out what is not, and copy the adapters' B into their columns.
+def refresh(fused: Sequence[FusedLinear], dtype: torch.dtype) -> None:
+    """Before a pass in this precision: lay out the weights where needed, and copy the adapters' B into their columns.
 
-    All copies are one call, once nothing else is left to look at: a GPU waits for its host between two steps.
+    All copies are one call at the end: between two steps a GPU waits for its host.
     """
-    for each in joined:
+    for each in fused:
         each.lay_out(dtype)
-    copies = [pair for each in joined for pair in each.copies]
+    copies = [pair for each in fused for pair in each.copies]
     if copies:
-        torch._foreach_copy_([columns for columns, _ in copies], [lora_B for _, lora_B in copies])
+        copy_each([columns for columns, _ in copies], [lora_B for _, lora_B in copies])
+
+
+def to_rank_one_by_one(adapters: Sequence[Adapter], x: Tensor, dropout_keys: Tensor | None) -> Tensor:
+    """x (T, I) -> what every adapter's `to_rank` gives, side by side, (T, R)."""
+    return torch.cat([adapter.to_rank(x, dropout_keys) for adapter in adapters], dim=-1)
+
+
+def to_rank_at_once(adapters: Sequence[Adapter], x: Tensor, dropout_keys: Tensor | None) -> Tensor:
+    """The same as one product: the dropped-out copies of x, side by side, with the A of all on a block diagonal.
+
+    A GPU takes a fixed time for a product of rank 32, more than its bytes would, forward and twice backward. So one
+    product is faster than three, though two thirds of the block diagonal are zeros (docs/log.md).
+    """
+    first = adapters[0]
+    assert all((a.scale, a.dropout) == (first.scale, first.dropout) for a in adapters), "one LoraConfig a model"
+    if dropout_keys is not None and first.dropout > 0:
+        channels = torch.stack([adapter.channel_keys for adapter in adapters])  # (n, I)
+        x = hashed_dropout(x[:, None], dropout_keys, channels, first.dropout).flatten(1)  # (T, n I)
+        lora_A = torch.block_diag(*(adapter.lora_A.to(x.dtype) for adapter in adapters))  # (R, n I)
+    else:
+        lora_A = torch.cat([adapter.lora_A.to(x.dtype) for adapter in adapters])  # (R, I)
+    return F.linear(x, lora_A) * first.scale
 
 
 # A custom operator, since activation checkpointing in a compiled block recomputes those, but keeps the outputs of an
 # autograd.Function.
-@torch.library.custom_op("minipersona::side_by_side", mutates_args=())
-def side_by_side(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, lora_B: Sequence[Tensor]) -> list[Tensor]:
+@torch.library.custom_op("minipersona::linear_each", mutates_args=())
+def linear_each(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, lora_B: Sequence[Tensor]) -> list[Tensor]:
     """y_i = W_i x + b_i for several W_i, of which the last columns are the adapters' B.
 
-    x (T, I + R); weights, each (O, I + R); bias (sum of O,) or None; lora_B, each (O, r), for their gradients alone:
+    In training the products stay separate: one product's backward pass would first have to lay the dL/dy_i side by
+    side. x (T, I + R); weights, each (O, I + R); bias (sum of O,) or None; lora_B, each (O, r), for their gradients
+    alone:
 
         dL/dx = sum_i W_i^T dL/dy_i          dL/dB_i = sum_t dL/dy_i l_i^T
     """
@@ -142,7 +171,7 @@ def side_by_side(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, lora
     return [F.linear(x, weight, b) for weight, b in zip(weights, biases, strict=True)]
 
 
-@side_by_side.register_fake
+@linear_each.register_fake
 def _(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, lora_B: Sequence[Tensor]) -> list[Tensor]:
     return [x.new_empty(x.shape[0], weight.shape[0]) for weight in weights]
 
@@ -154,27 +183,27 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     ctx.dtypes = [b.dtype for b in lora_B]
 
 
-def _backward(ctx: Any, slopes: list[Tensor]) -> tuple[Any, ...]:
+def _backward(ctx: Any, d_y: list[Tensor]) -> tuple[Any, ...]:
     x, *weights = ctx.saved_tensors
-    d_x = sum_of_products(slopes, weights)  # (T, I + R)
-    lows = x[:, x.shape[1] - sum(ctx.ranks) :].split(ctx.ranks, dim=-1) if ctx.ranks else []
-    d_B = [(s.T @ low).to(dtype) for s, low, dtype in zip(slopes, lows, ctx.dtypes, strict=False)]
+    d_x = sum_of_products(d_y, weights)  # (T, I + R)
+    lows = x[:, x.shape[1] - sum(ctx.ranks) :].split(ctx.ranks, dim=-1) if ctx.ranks else []  # l_i, (T, r) each
+    d_B = [(d.T @ low).to(dtype) for d, low, dtype in zip(d_y, lows, ctx.dtypes, strict=False)]
     return d_x, [None] * len(weights), None, d_B
 
 
-side_by_side.register_autograd(_backward, setup_context=_save)
+linear_each.register_autograd(_backward, setup_context=_save)
 
 
 # A custom operator as well: the compiler would have every further product begin with a copy of the sum so far.
 @torch.library.custom_op("minipersona::sum_of_products", mutates_args=())
-def sum_of_products(slopes: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
-    """sum_i slopes_i W_i: slopes, each (T, O); weights, each (O, I) -> (T, I)."""
-    total = slopes[0] @ weights[0]
-    for slope, weight in zip(slopes[1:], weights[1:], strict=True):
-        total.addmm_(slope, weight)
+def sum_of_products(d_y: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    """sum_i dL/dy_i W_i: d_y, each (T, O); weights, each (O, I) -> (T, I)."""
+    total = d_y[0] @ weights[0]
+    for d, weight in zip(d_y[1:], weights[1:], strict=True):
+        total.addmm_(d, weight)
     return total
 
 
 @sum_of_products.register_fake
-def _(slopes: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
-    return slopes[0].new_empty(slopes[0].shape[0], weights[0].shape[1])
+def _(d_y: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    return d_y[0].new_empty(d_y[0].shape[0], weights[0].shape[1])

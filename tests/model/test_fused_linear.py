@@ -1,4 +1,4 @@
-"""Layers computed together equal the same layers one by one: outputs and every gradient."""
+"""Layers computed as one product equal the same layers one by one: outputs and every gradient."""
 
 from __future__ import annotations
 
@@ -12,9 +12,14 @@ from conftest import relative_error
 from torch import Tensor
 
 from minipersona.config import LoraConfig
-from minipersona.model.adapter import Adapter, low_one_by_one, low_together
-from minipersona.model.joined import Joined, prepare, sum_of_products
-from minipersona.model.linear import Linear
+from minipersona.model.acceleration.fused_linear import (
+    FusedLinear,
+    refresh,
+    sum_of_products,
+    to_rank_at_once,
+    to_rank_one_by_one,
+)
+from minipersona.model.lora import Adapter, Linear
 
 INPUTS, OUTPUTS = 12, (7, 3, 5)
 LORA = LoraConfig(rank=2, alpha=4.0, dropout=0.2)
@@ -50,39 +55,39 @@ def results(computed: object, inputs: Tensor, group: list[Linear]) -> list[Tenso
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("adapted", [(True, True, True), (False, False, False)])
-def test_together_equals_one_by_one(bias: bool, adapted: tuple[bool, ...]) -> None:
+def test_fused_equals_one_by_one(bias: bool, adapted: tuple[bool, ...]) -> None:
     group = layers(bias, adapted)
     x = torch.randn(9, INPUTS, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     expected = results(lambda x, keys: [layer(x, keys) for layer in group], x, group)
-    joined = Joined(*group)
-    prepare([joined], torch.float64)
-    assert joined.ready
-    for ours, theirs in zip(results(joined, x, group), expected, strict=True):
+    fused = FusedLinear(*group)
+    refresh([fused], torch.float64)
+    assert fused.ready
+    for ours, theirs in zip(results(fused, x, group), expected, strict=True):
         assert relative_error(ours, theirs) < 1e-10
     with torch.no_grad():
-        for ours, theirs in zip(joined(x, None), [layer(x, None) for layer in group], strict=True):
+        for ours, theirs in zip(fused(x, None), [layer(x, None) for layer in group], strict=True):
             assert relative_error(ours, theirs) < 1e-10
 
 
-def test_a_changed_adapter_is_seen_once_prepared_and_only_then() -> None:
+def test_a_changed_adapter_is_seen_once_refreshed_and_only_then() -> None:
     group = layers()
     x = torch.randn(9, INPUTS, dtype=torch.float64)
-    joined = Joined(*group)
-    prepare([joined], torch.float64)
-    before = joined(x, None)[0]
+    fused = FusedLinear(*group)
+    refresh([fused], torch.float64)
+    before = fused(x, None)[0]
     adapter = group[0].adapter
     assert adapter is not None
     with torch.no_grad():
         adapter.lora_B += 1
-    assert torch.equal(joined(x, None)[0], before)  # the control: columns that are not brought up to date are stale
-    prepare([joined], torch.float64)
-    assert relative_error(joined(x, None)[0], group[0](x)) < 1e-10
+    assert torch.equal(fused(x, None)[0], before)  # the control: columns that are not brought up to date are stale
+    refresh([fused], torch.float64)
+    assert relative_error(fused(x, None)[0], group[0](x)) < 1e-10
 
 
 def test_a_disabled_or_removed_adapter_is_gone() -> None:
     group = layers()
     x = torch.randn(9, INPUTS, dtype=torch.float64)
-    joined = Joined(*group)
+    fused = FusedLinear(*group)
     for change in ("none", "disabled", "removed"):
         for layer in group:
             assert layer.adapter is not None
@@ -90,14 +95,13 @@ def test_a_disabled_or_removed_adapter_is_gone() -> None:
                 layer.adapter.enabled = False
             if change == "removed":
                 layer.adapter = None
-        prepare([joined], torch.float64)
-        assert joined.ready
-        for ours, layer in zip(joined(x, None), group, strict=True):
+        refresh([fused], torch.float64)
+        assert fused.ready
+        for ours, layer in zip(fused(x, None), group, strict=True):
             assert relative_error(ours, layer(x)) < 1e-10
         if change == "disabled":
             assert (
-                relative_error(joined(x, None)[0], torch.nn.functional.linear(x, group[0].weight, group[0].bias))
-                < 1e-10
+                relative_error(fused(x, None)[0], torch.nn.functional.linear(x, group[0].weight, group[0].bias)) < 1e-10
             )
             for layer in group:
                 assert layer.adapter is not None
@@ -105,73 +109,74 @@ def test_a_disabled_or_removed_adapter_is_gone() -> None:
 
 
 @pytest.mark.parametrize("reason", ["learns", "precision", "some adapted"])
-def test_what_cannot_be_joined_is_computed_one_by_one(reason: str) -> None:
+def test_what_cannot_be_fused_is_not_ready(reason: str) -> None:
     group = layers(adapted=(True, False, True) if reason == "some adapted" else (True, True, True))
     x = torch.randn(9, INPUTS, dtype=torch.float64)
-    joined = Joined(*group)
+    fused = FusedLinear(*group)
     if reason == "learns":
         group[1].weight.requires_grad_(True)
-    prepare([joined], torch.float32 if reason == "precision" else torch.float64)
-    assert not joined.ready
-    assert all(torch.equal(ours, layer(x)) for ours, layer in zip(joined(x, None), group, strict=True))
+    refresh([fused], torch.float32 if reason == "precision" else torch.float64)
+    assert not fused.ready
+    with pytest.raises(AssertionError, match="each layer"):
+        fused(x, None)
 
 
 def test_weights_that_were_replaced_are_laid_out_again() -> None:
     group = layers()
     x = torch.randn(9, INPUTS, dtype=torch.float64)
-    joined = Joined(*group)
-    prepare([joined], torch.float64)
+    fused = FusedLinear(*group)
+    refresh([fused], torch.float64)
     group[1].weight = torch.nn.Parameter(torch.ones_like(group[1].weight), requires_grad=False)
     assert group[0].bias is not None
     group[0].bias = torch.nn.Parameter(torch.ones_like(group[0].bias), requires_grad=False)
-    prepare([joined], torch.float64)
-    for ours, layer in zip(joined(x, None), group, strict=True):
+    refresh([fused], torch.float64)
+    for ours, layer in zip(fused(x, None), group, strict=True):
         assert relative_error(ours, layer(x)) < 1e-10
 
 
 @pytest.mark.parametrize("keys", [KEYS, None], ids=["dropout", "none"])
-def test_low_products_in_one_equal_those_one_by_one(keys: Tensor | None) -> None:
+def test_products_to_rank_at_once_equal_those_one_by_one(keys: Tensor | None) -> None:
     adapters = [layer.adapter for layer in layers() if layer.adapter is not None]
     x = torch.randn(9, INPUTS, generator=torch.Generator().manual_seed(1), dtype=torch.float64, requires_grad=True)
 
-    def found(low: Callable[..., Tensor]) -> list[Tensor]:
-        y = low(adapters, x, keys)
+    def found(to_rank: Callable[..., Tensor]) -> list[Tensor]:
+        y = to_rank(adapters, x, keys)
         weights = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view_as(y)
         return [y, *torch.autograd.grad((y * weights).sum(), [x, *(adapter.lora_A for adapter in adapters)])]
 
-    together, one_by_one = found(low_together), found(low_one_by_one)
+    together, one_by_one = found(to_rank_at_once), found(to_rank_one_by_one)
     for ours, theirs in zip(together, one_by_one, strict=True):
         assert relative_error(ours, theirs) < 1e-12
     for adapter in adapters:  # the control: each has its own mask
         adapter.channel_keys = adapters[0].channel_keys
-    assert (relative_error(found(low_together)[0], together[0]) > 1e-3) == (keys is not None)
+    assert (relative_error(found(to_rank_at_once)[0], together[0]) > 1e-3) == (keys is not None)
 
 
 def test_a_sum_of_products_adds_in_place_to_its_own_memory_alone() -> None:
-    slopes = [torch.randn(5, 4) for _ in range(3)]
+    d_y = [torch.randn(5, 4) for _ in range(3)]
     weights = [torch.randn(4, 6) for _ in range(3)]
-    before = [x.clone() for x in (*slopes, *weights)]
-    total = sum_of_products(slopes, weights)
-    expected = sum((s @ w for s, w in zip(slopes, weights, strict=True)), torch.zeros(5, 6))
+    before = [x.clone() for x in (*d_y, *weights)]
+    total = sum_of_products(d_y, weights)
+    expected = sum((d @ w for d, w in zip(d_y, weights, strict=True)), torch.zeros(5, 6))
     assert relative_error(total, expected) < 1e-6
-    assert all(torch.equal(a, b) for a, b in zip(before, (*slopes, *weights), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, (*d_y, *weights), strict=True))
 
 
 def test_weights_that_begin_to_learn_are_held_once_and_a_copy_stands_alone() -> None:
     group = layers(adapted=(False, False, False))
-    joined = Joined(*group)
-    prepare([joined], torch.float64)
-    other = copy.deepcopy(joined)
-    storage = weakref.ref(joined._storage)
+    fused = FusedLinear(*group)
+    refresh([fused], torch.float64)
+    other = copy.deepcopy(fused)
+    storage = weakref.ref(fused._storage)
     for layer in group:
         layer.weight.data = layer.weight.data.clone()
         layer.requires_grad_(True)
     assert storage() is not None
-    prepare([joined], torch.float64)
-    assert storage() is None and not joined.ready
+    refresh([fused], torch.float64)
+    assert storage() is None and not fused.ready
     x = torch.randn(9, INPUTS, dtype=torch.float64)
     # A copy whose weights happen to lie where the original's once lay is told apart by its own storage.
     other._laid_out = (0, *other._layout([])[1:])
     other.layers[0].weight.data.fill_(1.0)
-    prepare([other], torch.float64)
+    refresh([other], torch.float64)
     assert relative_error(other(x, None)[0], other.layers[0](x)) < 1e-10
