@@ -393,11 +393,14 @@ def test_lists_that_repeat_lists_that_repeat_lists(tmp_path: Path) -> None:
     lines = ["- &x0", "  - text", "  - text"]
     for level in range(60):
         lines += [f"- &x{level + 1}", f"  - *x{level}", f"  - *x{level}"]
-    (tmp_path / "q.yaml").write_text("\n".join([*lines, "- id: q", "  paraphrases: *x60"]))
-    refused(lambda: load_asked(str(tmp_path / "q.yaml")), str(tmp_path), "is no object")
-    hidden = ["- id: _", "  x:", *(f"    {line}" for line in lines), "- id: q", "  paraphrases: *x60"]
-    (tmp_path / "q.yaml").write_text("\n".join(hidden))
-    refused(lambda: load_asked(str(tmp_path / "q.yaml")), str(tmp_path), "question 2 (q)", "is no question")
+    hidden = ["- id: _", "  x:", *(f"    {line}" for line in lines)]
+    merged = ["- &x0 {a: b}", *(f"- &x{level + 1} {{<<: [*x{level}, *x{level}]}}" for level in range(60))]
+    for begin in (lines, hidden, merged):
+        (tmp_path / "q.yaml").write_text("\n".join([*begin, "- id: q", "  paraphrases: *x60"]))
+        refused(lambda: load_asked(str(tmp_path / "q.yaml")), str(tmp_path), "more than 30,000 values", "aliases")
+    few = ["- &d {id: _d, meta: {x: y}}", *(f"- {{<<: *d, id: q{n}, question: How}}" for n in range(500))]
+    (tmp_path / "q.yaml").write_text("\n".join(few))
+    assert len(load_asked(str(tmp_path / "q.yaml")).questions) == 500  # the control
 
 
 def test_configs_are_bounded(tmp_path: Path) -> None:
