@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from minipersona.files import read_json
 from minipersona.report.blocks import (
@@ -30,7 +29,11 @@ from minipersona.report.tables import (
     seed_table,
     sweep_table,
 )
+from minipersona.verdict.findings import Finding as VerdictFinding
+from minipersona.verdict.hypotheses import Hypothesis
+from minipersona.verdict.phase_five import Question
 from minipersona.verdict.results import StudyResults
+from minipersona.verdict.verdict import Passers, Verdict
 
 VERDICTS: dict[str, tuple[str, Tone, str]] = {
     "positive": (
@@ -71,7 +74,7 @@ QUESTIONS = {
 
 
 def document(
-    results: StudyResults, verdict: Row, series: Iterable[Series], missing: Mapping[str, str], drawn: bool
+    results: StudyResults, verdict: Verdict, series: Iterable[Series], missing: Mapping[str, str], drawn: bool
 ) -> Document:
     """The whole report; `series` are the figures that have their data, and `drawn` says whether they were drawn."""
     images: dict[str, Block] = {
@@ -84,17 +87,17 @@ def document(
     sections = [
         Section("Verdict", "verdict", [*_verdict(results, verdict), *([] if drawn else [NOT_DRAWN])]),
         Section("What was measured", "measured", [Facts(_facts(results))]),
-        Section("Declared deviations", "deviations", _list(verdict.get("deviations"), "None.")),
+        Section("Declared deviations", "deviations", _list(verdict.deviations, "None.")),
         Section(
             "All recipes",
             "all-recipes",
             [recipe_table(results, verdict), images["m1_against_learned"], images["m1_by_step"]],
         ),
-        Section("Hypotheses", "hypotheses", list(_findings(verdict.get("hypotheses") or {}, {}))),
+        Section("Hypotheses", "hypotheses", list(_findings(verdict.hypotheses, {}))),
         Section(
             "Phase 5: three questions",
             "phase-5",
-            [*_findings(verdict.get("phase5") or {}, QUESTIONS), images["mixture"]],
+            [*_findings(verdict.phase5, QUESTIONS), images["mixture"]],
         ),
         Section("Geometry", "geometry", [images["cosines"], images["decomposition"]]),
         Section("Doing less", "doing-less", [frontier_table(verdict) or Paragraph("Nothing to compare yet.")]),
@@ -107,7 +110,7 @@ def document(
     sweep = sweep_table(results)
     if sweep is not None:
         sections.insert(7, Section("Every layer", "every-layer", [sweep]))
-    model = results.protocol.get("model", "no model measured yet")
+    model = "no model measured yet" if results.protocol is None else results.protocol.model
     return Document(f"Persona geometry under fine-tuning: {model}", sections)
 
 
@@ -120,41 +123,42 @@ NOT_DRAWN = Paragraph(
 # ---------------------------------------------------------------- the verdict
 
 
-def _verdict(results: StudyResults, verdict: Row) -> Iterator[Block]:
-    title, tone, framing = VERDICTS[verdict["verdict"]]
-    yield Callout(title, verdict["sentence"], tone)
+def _verdict(results: StudyResults, verdict: Verdict) -> Iterator[Block]:
+    title, tone, framing = VERDICTS[verdict.verdict]
+    yield Callout(title, verdict.sentence, tone)
     yield Paragraph(framing)
     counts = {status: sum(cell.status == status for cell in results.cells) for status in ("done", "failed", "missing")}
-    gpu_hours = verdict.get("gpu_hours")
+    gpu_hours, config = verdict.gpu_hours, results.config
     facts = [
         ("Cells", ", ".join(f"{count} {status}" for status, count in counts.items())),
-        ("Stop rule", f"{results.stop_rule}" + (", every phase run whatever passes" if results.exhaustive else "")),
-        *((f"Passers, {rule} rule", _passers(verdict.get(rule))) for rule in ("registered", "substantive")),
+        ("Stop rule", f"{config.stop_rule}" + (", every phase run whatever passes" if config.exhaustive else "")),
+        ("Passers, registered rule", _passers(verdict.registered)),
+        ("Passers, substantive rule", _passers(verdict.substantive)),
         ("GPU hours of the cells", "not on a GPU, or not recorded" if gpu_hours is None else f"{gpu_hours:.2f}"),
     ]
     yield Facts(facts)
     close: dict[str, list[str]] = {}
-    for row in verdict.get("close") or []:
-        close.setdefault(row["why"], []).append(row["cell"])
+    for row in verdict.close:
+        close.setdefault(row.why, []).append(row.cell)
     if close:
         yield Paragraph("Recipes that decide nothing by themselves:")
         yield Bullets([f"{why}: {', '.join(cells)}" for why, cells in close.items()])
 
 
-def _passers(found: Row | None) -> str:
-    return ", ".join(row["cell"] for row in (found or {}).get("passers", [])) or "none"
+def _passers(found: Passers) -> str:
+    return ", ".join(recipe.cell for recipe in found.passers) or "none"
 
 
-def _findings(found: Mapping[str, Row], titles: Mapping[str, str]) -> Iterator[Block]:
-    if not found:
-        yield Paragraph("Nothing is judged yet.")
+def _findings(
+    found: Mapping[Hypothesis, VerdictFinding] | Mapping[Question, VerdictFinding], titles: Mapping[str, str]
+) -> Iterator[Block]:
     for name, row in found.items():
-        claim = f"{titles.get(name, name)} {row['claim']}" if name in titles else f"{name}: {row['claim']}"
-        tone = FINDING_TONES.get(row["verdict"], "open")
-        yield Finding(claim, row["verdict"], tone, row["evidence"], row["implication"])
+        claim = f"{titles[name]} {row.claim}" if name in titles else f"{name}: {row.claim}"
+        tone = FINDING_TONES.get(row.verdict, "open")
+        yield Finding(claim, row.verdict, tone, row.evidence, row.implication)
 
 
-def _list(items: list[str] | None, otherwise: str) -> list[Block]:
+def _list(items: Sequence[str], otherwise: str) -> list[Block]:
     return [Bullets(items)] if items else [Paragraph(otherwise)]
 
 
@@ -163,24 +167,23 @@ def _list(items: list[str] | None, otherwise: str) -> list[Block]:
 
 def _facts(results: StudyResults) -> list[tuple[str, str]]:
     protocol = results.protocol
-    if not protocol:
+    if protocol is None or results.base is None:
         return [("Measured", "nothing yet")]
     made = _provenance(results)
-    base = results.base["eval_loss"]
-    last = results.baseline.final["eval_loss"] if results.baseline else None
+    base = results.base.eval_loss
+    last = results.baseline.final.eval_loss if results.baseline else None
     return [
         (
             "Model",
-            f"{protocol['model']}, revision {protocol.get('revision') or 'none'}, computed in "
-            f"{protocol.get('compute_dtype')}",
+            f"{protocol.model}, revision {protocol.revision or 'none'}, computed in {protocol.compute_dtype}",
         ),
-        ("M1", f"mean raw cosine of persona vectors at layer {protocol['layer']}, Method {protocol['method']}"),
-        ("Layer", f"{protocol['layer']}: {protocol.get('layer_convention')}"),
-        ("Personas", f"{protocol['persona_set']}, SHA-256 {protocol['persona_digest']}"),
-        ("Questions", f"{protocol['question_set']}, SHA-256 {protocol['question_digest']}"),
-        ("Held-out rows", f"{protocol.get('heldout')}, SHA-256 {protocol.get('heldout_digest')}"),
+        ("M1", f"mean raw cosine of persona vectors at layer {protocol.layer}, Method {protocol.method}"),
+        ("Layer", f"{protocol.layer}: {protocol.layer_convention}"),
+        ("Personas", f"{protocol.persona_set}, SHA-256 {protocol.persona_digest}"),
+        ("Questions", f"{protocol.question_set}, SHA-256 {protocol.question_digest}"),
+        ("Held-out rows", f"{protocol.heldout}, SHA-256 {protocol.heldout_digest}"),
         ("Held-out loss", f"{number(base)} nats per supervised token untrained, {number(last)} after the baseline"),
-        ("Narrow data of phase 5", NARROW.get(results.narrow, results.narrow)),
+        ("Narrow data of phase 5", NARROW[results.config.narrow]),
         ("Data", _distinct(_source(row) for one in made for row in one.get("data", []))),
         ("Hardware", _distinct(_hardware(one.get("hardware", {})) for one in made)),
         ("Versions", _distinct(_versions(one) for one in made)),
@@ -226,10 +229,10 @@ def _suites(results: StudyResults) -> Iterator[Section]:
     behaviour, instructions = behaviour_table(results), instruction_table(results)
     if behaviour is not None:
         suites = [results.base_behaviour, *(cell.behaviour for cell in results.cells)]
-        judges = _distinct(_named(suite.get("judge")) for suite in suites if suite)
+        judges = _distinct(_named(suite.judge) for suite in suites if suite)
         blocks: list[Block] = [behaviour, Paragraph(f"Judge: {judges}.")]
-        rows = [row for suite in suites if suite for row in suite["sets"].values()]
-        scored, answers = (sum(row[key] for row in rows) for key in ("scored", "answers"))
+        rows = [row for suite in suites if suite for row in suite.sets.values()]
+        scored, answers = sum(row.scored for row in rows), sum(row.answers for row in rows)
         if 2 * scored < answers:
             blocks.append(Paragraph(UNSCORED.format(scored=scored, answers=answers)))
         yield Section("Emergent and hidden misalignment", "misalignment", blocks)
@@ -237,21 +240,19 @@ def _suites(results: StudyResults) -> Iterator[Section]:
         yield Section("Instruction following", "instruction-following", [instructions])
 
 
-def _named(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {_named(item)}" for key, item in value.items() if item not in (None, ""))
-    return str(value)
+def _named(judge: Mapping[str, str | None]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in judge.items() if value not in (None, ""))
 
 
 def _calibration(results: StudyResults) -> list[Block]:
     found = results.calibration
-    if not found:
+    if found is None:
         return [Paragraph("No calibration is recorded.")]
-    said = {True: "Passed", False: "Failed", None: "Not decided"}[found.get("passed")]
-    if found.get("due") is False:
+    said = {True: "Passed", False: "Failed", None: "Not decided"}[found.passed]
+    if not found.due:
         said = "Not due"
     table = calibration_table(results)
-    return [Paragraph(f"{said}: {found.get('reason', 'no reason is recorded')}."), *([table] if table else [])]
+    return [Paragraph(f"{said}: {found.reason}."), *([table] if table else [])]
 
 
 def _seeds(results: StudyResults) -> list[Block]:
@@ -267,11 +268,9 @@ def _seeds(results: StudyResults) -> list[Block]:
     ]
 
 
-def _not_run(results: StudyResults, verdict: Row) -> list[Block]:
+def _not_run(results: StudyResults, verdict: Verdict) -> list[Block]:
     blocks: list[Block] = []
-    skipped = {row["phase"] for row in verdict.get("phases") or [] if row["status"] == "skipped"} | set(
-        results.skipped_phases
-    )
+    skipped = {row.phase for row in verdict.phases if row.status == "skipped"} | set(results.skipped_phases)
     if skipped:
         names = "; ".join(phase_title(phase) for phase in sorted(skipped))
         blocks.append(Paragraph(f"Skipped, because an earlier phase has a passer: {names}."))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from minipersona.report.blocks import one_line
+from minipersona.verdict.files import Knobs
 
 Row = dict[str, Any]
 
@@ -38,7 +39,7 @@ def interval(bounds: Sequence[float] | None, form: str = ".4f") -> str:
     return "-" if not bounds else f"[{format(bounds[0], form)}, {format(bounds[1], form)}]"
 
 
-def knob_text(knobs: Row) -> str:
+def knob_text(knobs: Knobs) -> str:
     """The knobs of a recipe, one after another."""
     pairs = ((name.replace("_", " "), value) for name, value in knobs.items())
     return ", ".join(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in pairs)

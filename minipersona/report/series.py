@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from minipersona.errors import UserError
@@ -14,10 +14,13 @@ from minipersona.geometry.vectors import load_vectors
 from minipersona.report.blocks import plain
 from minipersona.report.names import Row
 from minipersona.run.judgement import PASS_M1
+from minipersona.run.result import Checkpoint
 from minipersona.run.train import vectors_file
-from minipersona.verdict.mixture_threshold import Fit, broad_fraction
+from minipersona.verdict.files import step_of
+from minipersona.verdict.mixture_threshold import broad_fraction
 from minipersona.verdict.recipe_results import RecipeResult, bare_name, mixtures_reference, recipe_results
-from minipersona.verdict.results import CellResult, StudyResults
+from minipersona.verdict.results import CellResult, JudgedPoint, StudyResults
+from minipersona.verdict.verdict import Verdict
 
 CURVE_POINTS = 101
 
@@ -45,9 +48,9 @@ class Missing(Exception):
     """A figure that cannot be drawn, and why; the report says so in its place."""
 
 
-def all_series(results: StudyResults, verdict: Row) -> tuple[list[Series], dict[str, str]]:
+def all_series(results: StudyResults, verdict: Verdict) -> tuple[list[Series], dict[str, str]]:
     """The series of every figure that has its data, and by name the reason of every one that has not."""
-    builders: dict[str, Callable[[StudyResults, Row], Series]] = {
+    builders: dict[str, Callable[[StudyResults, Verdict], Series]] = {
         "m1_against_learned": m1_against_learned,
         "m1_by_step": m1_by_step,
         "cosines": cosine_matrices,
@@ -67,13 +70,12 @@ def all_series(results: StudyResults, verdict: Row) -> tuple[list[Series], dict[
 # ---------------------------------------------------------------- M1
 
 
-def m1_by_step(results: StudyResults, verdict: Row) -> Series:
+def m1_by_step(results: StudyResults, verdict: Verdict) -> Series:
     """M1 at every checkpoint of every cell; step 0 is the base."""
     rows = [
-        {**_name(cell), "step": row["step"], "m1": row["m1"], **_interval(row)}
+        {**_name(cell), "step": row.step, "m1": row.m1, **_interval(row)}
         for cell in results.cells
-        if cell.result is not None
-        for row in [{**cell.result["base"], "step": 0}, *cell.checkpoints]
+        for row in cell.curve
     ]
     if not rows:
         raise Missing("no cell is done")
@@ -88,26 +90,26 @@ def m1_by_step(results: StudyResults, verdict: Row) -> Series:
     )
 
 
-def m1_against_learned(results: StudyResults, verdict: Row) -> Series:
+def m1_against_learned(results: StudyResults, verdict: Verdict) -> Series:
     """Every recipe at its last step, every dose on the way, and the baseline's own update scaled down."""
     rows = []
 
-    def add(kind: str, names: Row, dose: float, row: Row) -> None:
-        if row.get("learned") is not None:
-            passes = {"registered": row.get("registered_pass"), "substantive": row.get("substantive_pass")}
-            place = {"dose": dose, "learned": row["learned"], "m1": row["m1"], **_interval(row)}
+    def add(kind: str, names: Row, dose: float, row: Checkpoint | JudgedPoint) -> None:
+        if row.learned is not None:
+            passes = {"registered": row.registered_pass, "substantive": row.substantive_pass}
+            place = {"dose": dose, "learned": row.learned, "m1": row.m1, **_interval(row)}
             rows.append({"kind": kind, **names, **place, **passes})
 
-    if results.base:
-        base = {**results.base, "learned": 0.0 if results.baseline else None}
+    if results.base is not None:
+        base = replace(results.base, learned=0.0 if results.baseline else None)
         add("base", {"phase": "", "recipe": "base", "seed": None}, 0, base)
     for cell in results.cells:
         for row in cell.checkpoints:
             final = row is cell.checkpoints[-1]
             kind = "baseline" if cell.id == "1 baseline" else "recipe"
-            add(kind if final else f"{kind} on the way", _name(cell), row["step"], row)
+            add(kind if final else f"{kind} on the way", _name(cell), step_of(row), row)
     for point in results.frontier:
-        add("scaled baseline", {"phase": "1", "recipe": "scaled baseline", "seed": None}, point["scale"], point)
+        add("scaled baseline", {"phase": "1", "recipe": "scaled baseline", "seed": None}, point.scale, point)
     if not any(row["kind"] in ("baseline", "recipe") for row in rows):
         raise Missing("no recipe has a learned share, which needs a baseline and held-out losses")
     return Series(
@@ -127,42 +129,42 @@ def _name(cell: CellResult) -> Row:
     return {"phase": cell.phase, "recipe": bare_name(cell), "seed": cell.seed}
 
 
-def _interval(row: Row) -> Row:
-    low, high = row.get("m1_ci95") or (None, None)
+def _interval(row: Checkpoint | JudgedPoint) -> Row:
+    low, high = row.m1_ci95
     return {"m1_low": low, "m1_high": high}
 
 
 # ---------------------------------------------------------------- geometry
 
 
-def shown_recipe(results: StudyResults, verdict: Row) -> RecipeResult | None:
+def shown_recipe(results: StudyResults, verdict: Verdict) -> RecipeResult | None:
     """The recipe that stands for the search: the verdict's, or of those that learned enough the one with lowest M1."""
     found = [c for c in recipe_results(results) if c.rows[0] is not (results.baseline and results.baseline.final)]
-    named = (verdict.get("recipe") or {}).get("cell")
-    learned = [c for c in found if c.teaches()]
+    named = None if verdict.recipe is None else verdict.recipe.cell
+    learned = [c for c in found if c.teaches]
     return next((c for c in found if c.id == named), min(learned, key=lambda c: c.m1, default=None))
 
 
-def cosine_matrices(results: StudyResults, verdict: Row) -> Series:
+def cosine_matrices(results: StudyResults, verdict: Verdict) -> Series:
     """The cosine of every pair of personas, for the base, the baseline and the recipe that is shown."""
-    baseline = results.baseline
-    if baseline is None or baseline.result is None:
+    baseline, protocol = results.baseline, results.protocol
+    if baseline is None or protocol is None:
         raise Missing("the baseline is not done")
-    models = [("base", baseline, results.base, 0), ("baseline", baseline, baseline.final, baseline.final["step"])]
+    models = [("base", baseline, baseline.curve[0]), ("baseline", baseline, baseline.final)]
     shown = shown_recipe(results, verdict)
     if shown is not None:
-        models.append((shown.id, shown.cells[0], shown.rows[0], shown.rows[0]["step"]))
+        models.append((shown.id, shown.cells[0], shown.rows[0]))
     rows = []
-    for name, cell, judged, step in models:
-        for a, b, value in _pairs(cell, results.protocol["layer"], step):
-            rows.append({"model": name, "m1": judged["m1"], "persona": a, "other": b, "cosine": value})
-    passer = "the recipe that the verdict names" if verdict.get("recipe") else (
+    for name, cell, judged in models:
+        for a, b, value in _pairs(cell, protocol.layer, step_of(judged)):
+            rows.append({"model": name, "m1": judged.m1, "persona": a, "other": b, "cosine": value})
+    passer = "the recipe that the verdict names" if verdict.recipe else (
         "the recipe with the lowest M1 of those that learned at least 0.5"
     )  # fmt: skip
     return Series(
         "cosines",
         "Cosines between persona vectors",
-        f"Raw cosines at layer {results.protocol['layer']} on one scale: the untrained base, the baseline after its "
+        f"Raw cosines at layer {protocol.layer} on one scale: the untrained base, the baseline after its "
         "last step" + (f", and {passer}." if shown else ". No recipe learned enough to stand beside them."),
         ("model", "m1", "persona", "other", "cosine"),
         rows,
@@ -183,18 +185,23 @@ def _pairs(cell: CellResult, layer: int, step: int) -> list[tuple[str, str, floa
     return [(a, b, matrix[i][j]) for i, a in enumerate(names) for j, b in enumerate(names)]
 
 
-def decomposition(results: StudyResults, verdict: Row) -> Series:
+def decomposition(results: StudyResults, verdict: Verdict) -> Series:
     """The shared mean's share, and the variances as multiples of the base's, of the base and of every recipe."""
-    keys = ("shared_mean_share", "between_variance", "within_variance")
-    rows = []
-    judged = [("", "base", results.base)] if results.base else []
+    base, rows = results.base, list[Row]()
+    judged = [] if base is None else [("", "base", base)]
     judged += [(cell.phase, cell.name, cell.final) for cell in results.cells if cell.result is not None]
     for phase, name, row in judged:
-        values = {key: row.get(key) for key in keys}
-        for key in ("between", "within"):
-            own, base = row.get(f"{key}_variance"), results.base.get(f"{key}_variance")
-            values[f"{key}_of_base"] = own / base if own is not None and base else None
-        rows.append({"phase": phase, "recipe": name, **values})
+        rows.append(
+            {
+                "phase": phase,
+                "recipe": name,
+                "shared_mean_share": row.shared_mean_share,
+                "between_variance": row.between_variance,
+                "within_variance": row.within_variance,
+                "between_of_base": _multiple(row.between_variance, None if base is None else base.between_variance),
+                "within_of_base": _multiple(row.within_variance, None if base is None else base.within_variance),
+            }
+        )
     if len(rows) < 2 or all(row["shared_mean_share"] is None for row in rows):
         raise Missing("no recipe has the measures that it shows")
     return Series(
@@ -204,19 +211,23 @@ def decomposition(results: StudyResults, verdict: Row) -> Series:
         "or where they move together (middle; variance between personas, as a multiple of the base's). Right: how far "
         "one persona's vector moves from question to question, as a multiple of the base's. Vertical lines: the base "
         "(grey) and the baseline (black). Each recipe at its last step.",
-        ("phase", "recipe", *keys, "between_of_base", "within_of_base"),
+        tuple(rows[0]),
         rows,
     )
+
+
+def _multiple(own: float | None, base: float | None) -> float | None:
+    return own / base if own is not None and base else None
 
 
 # ---------------------------------------------------------------- mixtures
 
 
-def mixture(results: StudyResults, verdict: Row) -> Series:
+def mixture(results: StudyResults, verdict: Verdict) -> Series:
     """M1 against the broad fraction, with the fitted curve and where it crosses 0.95."""
     reference = mixtures_reference(results)
-    thresholds = {phase: found for phase, found in (verdict.get("threshold") or {}).items() if found.get("points")}
-    mixtures = [candidate for candidate in recipe_results(results) if candidate.phase in thresholds]
+    thresholds = {phase: found for phase, found in verdict.threshold.items() if found.points}
+    mixtures = [recipe for recipe in recipe_results(results) if recipe.phase in thresholds]
     if reference is None or not mixtures:
         raise Missing("no mixture is done, or not what it is compared with")
     columns = (
@@ -237,21 +248,21 @@ def mixture(results: StudyResults, verdict: Row) -> Series:
         rows.append(dict.fromkeys(columns) | {"kind": kind, "fraction": fraction, "m1": m1, **more})
 
     def measured(fraction: float, cell: CellResult, **names: str) -> None:
-        add("measured", fraction, cell.final["m1"], **(_name(cell) | names), **_interval(cell.final))
+        add("measured", fraction, cell.final.m1, **(_name(cell) | names), **_interval(cell.final))
 
     for phase, found in thresholds.items():
         measured(0.0, reference, phase=phase, recipe="nothing mixed in")
         for mixed in mixtures:
             for cell in mixed.cells if mixed.phase == phase else ():
                 measured(broad_fraction(mixed), cell)
-        if found.get("fit"):
-            fit, (low, high) = Fit(**found["fit"]), found["range"]
+        if found.fit is not None and found.range is not None:
+            low, high = found.range
             for k in range(CURVE_POINTS):
                 fraction = low + (high - low) * k / (CURVE_POINTS - 1)
-                add("fit", fraction, fit.at(fraction), phase=phase)
-        if found.get("fraction") is not None:
-            low, high = found.get("ci95") or (None, None)
-            add("threshold", found["fraction"], PASS_M1, phase=phase, fraction_low=low, fraction_high=high)
+                add("fit", fraction, found.fit.at(fraction), phase=phase)
+        if found.fraction is not None:
+            ends = found.ci95 or (None, None)
+            add("threshold", found.fraction, PASS_M1, phase=phase, fraction_low=ends[0], fraction_high=ends[1])
     return Series(
         "mixture",
         "How much broad data it takes",
