@@ -49,8 +49,8 @@ def test_the_csvs_hold_what_the_results_say(whole: Any) -> None:
     assert {(row["phase"], row["recipe"]) for row in rows} == finals.keys()
     for row in rows:
         final = finals[row["phase"], row["recipe"]]
-        assert float(row["m1"]) == final["m1"] and float(row["learned"]) == final["learned"]
-        assert [float(row["m1_low"]), float(row["m1_high"])] == final["m1_ci95"]
+        assert float(row["m1"]) == final.m1 and float(row["learned"]) == final.learned
+        assert (float(row["m1_low"]), float(row["m1_high"])) == final.m1_ci95
 
 
 def test_every_number_of_the_trade_off_is_plotted(series: dict[str, Series]) -> None:
