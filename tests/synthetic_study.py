@@ -104,11 +104,9 @@ class SyntheticStudy:
 
     def event(self, phase: str, name: str, event: str, **more: Any) -> None:
         """A planned cell of which the ledger says something, and which has no directory."""
-        line = {"time": len(self.plan), "runner": "r", "cell": self._planned(phase, name, 42), "phase": phase,
-                "name": name, "event": event, "attempt": 1, **more}  # fmt: skip
-        path = self.directory / "ledger" / "r.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a") as file:
+        line = {"time": len(self.plan), "cell": self._planned(phase, name, 42), "phase": phase, "name": name,
+                "event": event, "attempt": 1, **more}  # fmt: skip
+        with open(self.directory / "ledger.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
 
     def frontier(self, points: list[tuple[float, float, float]], vectors: bool = True) -> None:

@@ -16,36 +16,36 @@ from minipersona.model.network import Qwen2
 from minipersona.run.judgement import learned_share
 from minipersona.run.measurement import measure
 from minipersona.run.train import link_or_copy, stored_probe, vectors_file
-from minipersona.study.cells import placed_config, trained_model
-from minipersona.study.runner import Runner
+from minipersona.study.cell import Study
+from minipersona.study.worker import Worker
 from minipersona.verdict.files import frontier_vectors
 
 SCALES = tuple(step / 10 for step in range(11))
 
 
-def measure_frontier(runner: Runner) -> None:
+def measure_frontier(study: Study, worker: Worker) -> None:
     """Write frontier.json and the vectors of its points. The two ends are the baseline's own measurements."""
-    config, directory = placed_config(runner, runner.baseline), runner.cell_directory(runner.baseline)
-    instruments = runner.bench.instruments(config)
-    protocol = digest(instruments.protocol(runner.bench.model(config)))
+    config, directory = study.placed_config(study.baseline), study.cell_directory(study.baseline)
+    instruments = worker.resources.instruments(config)
+    protocol = digest(instruments.protocol(worker.resources.model(config)))
     last = config.training.steps
     base, baseline = (stored_probe(directory, step, protocol) for step in (0, last))
     assert base is not None and baseline is not None, "the baseline is published"
     points = []
     for scale in SCALES:
-        target = frontier_vectors(runner.directory, scale)
+        target = frontier_vectors(study.directory, scale)
         if scale in (0.0, 1.0):
             row = base if scale == 0 else baseline
             with explained(target):
                 link_or_copy(vectors_file(directory, 0 if scale == 0 else last), target)
         else:
-            runner.console.say(f"frontier: the baseline's update, scaled by {scale}")
-            model = trained_model(runner, config, directory, last)
-            scale_update(model, None if config.training.method == "lora" else runner.bench.model(config), scale)
-            row, vectors = measure(model, instruments, runner.console)
+            worker.console.say(f"frontier: the baseline's update, scaled by {scale}")
+            model = worker.trained_model(config, directory, last)
+            scale_update(model, None if config.training.method == "lora" else worker.resources.model(config), scale)
+            row, vectors = measure(model, instruments, worker.console)
             vectors.save(target)
         points.append(_point(row, scale, base["eval_loss"], baseline["eval_loss"], baseline["delta_norm"]))
-    write_json(runner.directory / "frontier.json", {"baseline": runner.baseline.hash, "points": points})
+    write_json(study.directory / "frontier.json", {"baseline": study.baseline.hash, "points": points})
 
 
 @torch.no_grad()

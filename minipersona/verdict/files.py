@@ -8,21 +8,16 @@ from reprlib import repr as brief
 from typing import Any
 
 from minipersona.errors import UserError
-from minipersona.files import read_json, read_jsonl
-from minipersona.verdict.ledger import merged
+from minipersona.files import read_json
+from minipersona.records import to_dict
+from minipersona.verdict.ledger import read_ledger
 
 Table = dict[str, Any]
 
 
-def read_ledger(directory: Path) -> dict[str, Table]:
-    """The newest event of each cell, over all runners."""
-    paths = sorted((directory / "ledger").glob("*.jsonl"))
-    files = [read_jsonl(path) for path in paths]
-    for path, lines in zip(paths, files, strict=True):
-        for line in lines:
-            if not isinstance(line, dict) or not {"time", "runner", "cell", "phase", "name", "event"} <= line.keys():
-                raise UserError(f"{path}: {str(line)[:80]} is no line of a ledger; delete that line")
-    return {line["cell"]: line for line in merged(files)}
+def newest_events(directory: Path) -> dict[str, Table]:
+    """The newest event of each cell."""
+    return {entry.cell: to_dict(entry) for entry in read_ledger(directory)}
 
 
 def read_result(path: Path) -> Table:

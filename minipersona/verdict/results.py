@@ -2,7 +2,7 @@
 
     plan.json            what the study wants: {"cells": [{"phase", "name", "seed", "knobs", "cell": id}]}
     cells/<id>/          one published cell: cell.json, result.json, vectors/, perhaps behaviour.json, instructions.json
-    ledger/*.jsonl       what happened to each cell: claimed, done, failed, skipped
+    ledger.jsonl         what happened to each cell: started, done, failed, skipped
 
 A cell that is planned and neither published nor failed is missing, and so is any file that has not been written
 yet. What is there and cannot be right is a UserError. The flags that a cell's own result.json carries are not
@@ -23,10 +23,10 @@ from minipersona.settings import read_toml
 from minipersona.study_config import PHASES
 from minipersona.verdict.files import (
     Table,
+    newest_events,
     read_behaviour,
     read_frontier,
     read_instructions,
-    read_ledger,
     read_optional,
     read_result,
     read_sweep,
@@ -132,7 +132,7 @@ def read_study(directory: Path, planned: Sequence[tuple[str, str]] | None = None
         raise UserError(
             f"{directory / 'study.toml'}: stop_rule = {brief(stop_rule)}; must be one of {', '.join(STOP_RULES)}"
         )
-    events = read_ledger(directory)
+    events = newest_events(directory)
     cells, skipped = _cells(directory, _entries(directory, events, planned), events)
     _check_protocols(cells)
     current = next((cell.hash for cell in cells if (cell.phase, cell.name) == ("1", "baseline")), "")

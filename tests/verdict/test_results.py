@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from synthetic_study import SyntheticStudy, behaviour
 
 from minipersona.errors import UserError
 from minipersona.study_config import PHASES, STAGES
+from minipersona.verdict.ledger import LedgerEntry, append
 from minipersona.verdict.results import CellResult, read_study
 from minipersona.verdict.verdict import judge_study
 
@@ -22,7 +24,7 @@ def test_cells_come_in_the_order_of_the_phases_with_what_became_of_them(tmp_path
     study = SyntheticStudy(tmp_path, narrow="em", exhaustive=True)
     study.cell("5A", "95:5", 0.97, 0.9, answers=behaviour(0.0))
     study.event("3", "r=4", "failed", error="loss is not finite")
-    study.event("3", "r=8", "claimed")
+    study.event("3", "r=8", "started")
     study.missing("2A", "beta=0.1")
     study.baseline()
     results = study.read()
@@ -67,22 +69,22 @@ def test_without_a_baseline_learned_is_undefined(tmp_path: Path) -> None:
     assert results.cells[0].final["registered_pass"] is None
 
 
-def test_the_newest_word_of_any_runner_counts(tmp_path: Path) -> None:
+def test_the_newest_event_of_a_cell_counts(tmp_path: Path) -> None:
     study = SyntheticStudy(tmp_path)
     study.event("3", "r=4", "failed", error="first attempt")
-    cell = study.plan[0]["cell"]
-    again = {"time": 99, "runner": "a", "cell": cell, "phase": "3", "name": "r=4", "event": "claimed", "attempt": 2}
-    study.file("ledger/a.jsonl", json.dumps(again) + "\n")
-    assert study.read().cells[0].status == "missing"
-    study.file("ledger/a.jsonl", json.dumps({**again, "time": -1}) + "\n")
     assert study.read().cells[0].status == "failed"
+    entry = LedgerEntry(99, study.plan[0]["cell"], "3", "r=4", "started", attempt=2)
+    append(tmp_path, entry)
+    assert study.read().cells[0].status == "missing"
+    append(tmp_path, replace(entry, event="failed", error="no luck"))
+    assert (study.read().cells[0].status, study.read().cells[0].error) == ("failed", "no luck")
 
 
 def test_a_torn_ledger_line_and_an_attempt_under_way_are_passed_over(tmp_path: Path) -> None:
     study = SyntheticStudy(tmp_path)
     study.baseline()
     study.event("3", "r=4", "failed")
-    with open(tmp_path / "ledger" / "r.jsonl", "a") as file:
+    with open(tmp_path / "ledger.jsonl", "a") as file:
         file.write('{"time": 5, "cel')
     (tmp_path / "cells" / ".attempts" / "x").mkdir(parents=True)
     assert [cell.status for cell in study.read().cells] == ["done", "failed"]
@@ -160,7 +162,7 @@ CELL = "cells/2A-*"
         (edit("frontier.json", lambda f: f["points"][0].pop("m1")), "frontier.json"),
         (edit("frontier.json", lambda f: f.pop("points")), "frontier.json"),
         (lambda d: (d / "calibration.json").write_text("3"), "calibration.json"),
-        (lambda d: (d / "ledger" / "r.jsonl").write_text('{"time": 3}\n'), "r.jsonl"),
+        (lambda d: (d / "ledger.jsonl").write_text('{"time": 3}\n'), "ledger.jsonl"),
     ],
 )
 def test_what_is_wrong_is_one_line_that_names_the_culprit_and_a_mend(
@@ -210,7 +212,7 @@ def test_any_part_may_be_missing(tmp_path: Path) -> None:
             verdicts[name] = judge_study(read_study(copy))["verdict"]
     assert verdicts == {
         "plan.json": "positive",
-        "ledger": "positive",  # what failed is now merely missing, and of another phase than the passer
+        "ledger.jsonl": "positive",  # what failed is now merely missing, and of another phase than the passer
         "frontier": "positive",
         "frontier.json": "positive",
         "base": "incomplete",
