@@ -19,7 +19,7 @@ from typing import Literal
 
 from minipersona.errors import UserError
 from minipersona.files import digest
-from minipersona.objective.noise import NoiseCheck
+from minipersona.objective.noise_check import NoiseCheck
 from minipersona.records import read_record, to_dict
 from minipersona.run.judgement import judge
 from minipersona.run.result import Checkpoint, Protocol, RunResult

@@ -204,17 +204,14 @@ class FakeStudy:
 
     def _ledger(self, number: int, event: str, **more: Any) -> None:
         phase, name = self.recipes[number][:2]
-        path = self.directory / "ledger" / "host-1.jsonl"
-        path.parent.mkdir(exist_ok=True)
         line = {
             "time": 1.0 + number,
-            "runner": "host-1",
             "cell": self.identity(number),
             "phase": phase,
             "name": name,
             "event": event,
         }
-        with open(path, "a") as file:
+        with open(self.directory / "ledger.jsonl", "a") as file:
             file.write(json.dumps({**line, "attempt": 2, **more}) + "\n")
 
     def _json(self, name: str, value: Any) -> None:
