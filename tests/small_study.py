@@ -21,6 +21,8 @@ from minipersona.config import (
 )
 from minipersona.console import Console
 from minipersona.files import data_dir
+from minipersona.records import to_dict
+from minipersona.report import write_report
 from minipersona.study.search import study
 from minipersona.study_config import (
     InstructionsSection,
@@ -74,8 +76,10 @@ def small_study(directory: Path) -> StudyConfig:
 
 
 def run(config: StudyConfig, stages: tuple[str, ...] = ("1", "2", "3", "4", "5"), **more: Any) -> dict[str, Any]:
-    """Carry a study out in this process; its verdict."""
-    return study(config, CPU, QUIET, stages=stages, **more)
+    """Carry a study out in this process, with its report; its verdict, as verdict.json has it."""
+    verdict: dict[str, Any] = json.loads(json.dumps(to_dict(study(config, CPU, QUIET, stages=stages, **more))))
+    write_report(Path(config.out), QUIET)
+    return verdict
 
 
 def start(config: StudyConfig, stages: tuple[str, ...]) -> ForkProcess:

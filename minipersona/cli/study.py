@@ -64,7 +64,7 @@ def study(options: argparse.Namespace) -> None:
     except Interrupted as interrupted:
         console.say(f"{interrupted}; the same command continues")
         raise
-    print(f"{verdict['verdict']}: {printable(verdict['sentence'])}\n{Path(config.out) / 'report.html'}")
+    print(f"{verdict.verdict}: {printable(verdict.sentence)}\n{Path(config.out) / 'report.html'}")
 
 
 def parse_stages(text: str) -> list[str]:

@@ -12,7 +12,6 @@ import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from minipersona.config import RunConfig
 from minipersona.console import Console
@@ -20,6 +19,8 @@ from minipersona.files import explained, read_json, read_jsonl, write_json
 from minipersona.model.adapter_files import load_adapter
 from minipersona.model.load import load_model
 from minipersona.model.network import Qwen2
+from minipersona.objective.noise import NoiseCheck
+from minipersona.records import write_record
 from minipersona.run.evaluate import evaluate_run
 from minipersona.run.resources import DTYPES
 from minipersona.run.train import carry_out, link_or_copy, step_name
@@ -28,6 +29,7 @@ from minipersona.study.claims import Claim
 from minipersona.study.recipes import BASELINE, RESPONSES
 from minipersona.study.runner import Job, Runner
 from minipersona.training.objectives import OBJECTIVE_CHECK
+from minipersona.verdict.files import CellRecord, read_optional
 from minipersona.verdict.recipe_results import INEFFECTIVE
 
 
@@ -55,7 +57,7 @@ def run_cell(runner: Runner, cell: Cell, claim: Claim) -> None:
     )
     write_json(private / "result.json", evaluate_run(private, runner.world.device, Console(quiet=True)))
     seconds = before + time.monotonic() - started
-    write_json(private / "cell.json", _record(runner, cell, private, notes, seconds))
+    write_record(private / "cell.json", _record(runner, cell, private, notes, seconds))
     claim.check()
     with explained(runner.cell_directory(cell)):
         publish(private, runner.cell_directory(cell))
@@ -149,22 +151,21 @@ def _step(attempt: Path) -> int:
 # ---------------------------------------------------------------- the record
 
 
-def _record(runner: Runner, cell: Cell, directory: Path, notes: list[str], seconds: float) -> dict[str, Any]:
+def _record(runner: Runner, cell: Cell, directory: Path, notes: list[str], seconds: float) -> CellRecord:
     """The content of cell.json."""
-    check = directory / OBJECTIVE_CHECK
-    found = read_json(check) if check.is_file() else None
+    check = read_optional(directory / OBJECTIVE_CHECK, NoiseCheck)
     skipped = sum("skipped" in row for row in read_jsonl(directory / "metrics.jsonl"))
     if skipped:
         notes = [*notes, f"{skipped} steps were skipped; metrics.jsonl says why"]
-    return {
-        "phase": cell.recipe.phase,
-        "name": cell.recipe.name,
-        "hash": cell.hash,
-        "seed": cell.recipe.config.seed,
-        "knobs": cell.recipe.knobs,
-        "notes": notes,
-        "labels": [INEFFECTIVE] if found is not None and not found["effective"] else [],
-        "objective_check": found,
-        "gpu_seconds": seconds if runner.world.device.type == "cuda" else None,
-        "seconds": seconds,
-    }
+    return CellRecord(
+        phase=cell.recipe.phase,
+        name=cell.recipe.name,
+        hash=cell.hash,
+        seed=cell.recipe.config.seed,
+        knobs=cell.recipe.knobs,
+        notes=tuple(notes),
+        labels=(INEFFECTIVE,) if check is not None and not check.effective else (),
+        objective_check=check,
+        gpu_seconds=seconds if runner.world.device.type == "cuda" else None,
+        seconds=seconds,
+    )

@@ -10,15 +10,16 @@ from typing import Any
 
 import torch
 
-from minipersona.files import digest, explained, write_json
+from minipersona.files import digest, explained
 from minipersona.model.lora import adapters
 from minipersona.model.network import Qwen2
+from minipersona.records import write_record
 from minipersona.run.judgement import learned_share
 from minipersona.run.measurement import measure
 from minipersona.run.train import link_or_copy, stored_probe, vectors_file
 from minipersona.study.cells import placed_config, trained_model
 from minipersona.study.runner import Runner
-from minipersona.verdict.files import frontier_vectors
+from minipersona.verdict.files import Frontier, FrontierPoint, frontier_vectors
 
 SCALES = tuple(step / 10 for step in range(11))
 
@@ -45,7 +46,7 @@ def measure_frontier(runner: Runner) -> None:
             row, vectors = measure(model, instruments, runner.console)
             vectors.save(target)
         points.append(_point(row, scale, base["eval_loss"], baseline["eval_loss"], baseline["delta_norm"]))
-    write_json(runner.directory / "frontier.json", {"baseline": runner.baseline.hash, "points": points})
+    write_record(runner.directory / "frontier.json", Frontier(runner.baseline.hash, tuple(points)))
 
 
 @torch.no_grad()
@@ -65,12 +66,12 @@ def scale_update(model: Qwen2, base: Qwen2 | None, scale: float) -> None:
 
 def _point(
     row: dict[str, Any], scale: float, base: float | None, baseline: float | None, delta_norm: float
-) -> dict[str, Any]:
-    return {
-        "scale": scale,
-        "m1": row["m1"],
-        "m1_ci95": [row["m1_low"], row["m1_high"]],
-        "eval_loss": row["eval_loss"],
-        "learned": learned_share(row["eval_loss"], base, baseline),
-        "delta_norm": scale * delta_norm,
-    }
+) -> FrontierPoint:
+    return FrontierPoint(
+        scale=scale,
+        m1=row["m1"],
+        m1_ci95=(row["m1_low"], row["m1_high"]),
+        eval_loss=row["eval_loss"],
+        learned=learned_share(row["eval_loss"], base, baseline),
+        delta_norm=scale * delta_norm,
+    )

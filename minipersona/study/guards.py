@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from minipersona.behaviour.instructions.suite import instruction_suite
 from minipersona.behaviour.roleplay import write_roleplay
@@ -20,15 +19,17 @@ from minipersona.files import append_jsonl, digest, read_json, write_json
 from minipersona.geometry.extraction import extract
 from minipersona.geometry.measures import m1
 from minipersona.model.network import Qwen2
-from minipersona.records import to_dict
+from minipersona.records import from_dict, to_dict, write_record
 from minipersona.run.measurement import Instruments, measure
+from minipersona.run.result import Protocol
 from minipersona.run.train import vectors_file
 from minipersona.study.cell import Cell
 from minipersona.study.cells import placed_config, responses_file, trained_model
 from minipersona.study.frontier import measure_frontier
 from minipersona.study.runner import Job, Runner
 from minipersona.verdict.calibration import calibrate
-from minipersona.verdict.recipe_results import RecipeResult
+from minipersona.verdict.files import Sweep, SweptLayer, SweptRecipe, read_optional
+from minipersona.verdict.recipe_results import RecipeResult, RecipeSummary
 
 MUCH_RAW_TEXT = 0.25  # of the rows; from here on a cell reports how well it follows instructions
 
@@ -61,8 +62,8 @@ def measure_base(runner: Runner) -> None:
     vectors.save(vectors_file(directory, 0))
     row = {"step": 0, **row, "learned": None, "delta_norm": 0.0, "protocol": digest(protocol)}
     append_jsonl(directory / "probes.jsonl", row)
-    calibration = calibrate(protocol, row["m1_by_layer"])
-    write_json(runner.directory / "calibration.json", {**calibration, "baseline": runner.baseline.hash})
+    calibration = calibrate(from_dict(Protocol, protocol), row["m1_by_layer"], runner.baseline.hash)
+    write_record(runner.directory / "calibration.json", calibration)
 
 
 def role_play_job(runner: Runner, cell: Cell) -> Job:
@@ -100,16 +101,16 @@ def frontier_job(runner: Runner) -> Job:
     return study_job(runner, "frontier.json", "frontier", lambda: measure_frontier(runner))
 
 
-def behaviour_jobs(runner: Runner, found: Sequence[RecipeResult]) -> list[Job]:
-    """The suite of answers for these candidates and for what they are compared with: the base, the unmixed EM cell."""
-    if not found:
+def behaviour_jobs(runner: Runner, recipes: Sequence[RecipeResult]) -> list[Job]:
+    """The suite of answers for these recipes and for what they are compared with: the base, the unmixed EM cell."""
+    if not recipes:
         return []
     by_hash = {cell.hash: cell for cell in runner.cells}
     steps: dict[str, int | None] = {
         cell.hash: None for cell in runner.cells if cell.recipe.phase == "EM" and runner.published(cell)
     }
-    for candidate in sorted(found, key=lambda candidate: candidate.merit):  # of several steps the best is asked
-        steps |= {result.hash: candidate.step for result in candidate.cells}
+    for recipe in sorted(recipes, key=lambda recipe: recipe.merit):  # of several steps the best is asked
+        steps |= {result.hash: recipe.step for result in recipe.cells}
     return [
         _base_suite(runner, "behaviour"),
         *[_cell_suite(runner, by_hash[key], step, "behaviour") for key, step in steps.items()],
@@ -183,28 +184,31 @@ def _ask(runner: Runner, suite: str, model: Qwen2, directory: Path) -> None:
         )
 
 
-def sweep_job(runner: Runner, recipe: dict[str, Any]) -> Job:
-    """M1 of a positive recipe at every layer, beside base and baseline. `recipe` is verdict.json's."""
-    cell = next(cell for cell in runner.cells if cell.hash == recipe["hashes"][0])
-    step = recipe["step"]
+def sweep_job(runner: Runner, recipe: RecipeSummary) -> Job:
+    """M1 of a positive recipe at every layer, beside base and baseline."""
+    cell = next(cell for cell in runner.cells if cell.hash == recipe.hashes[0])
     path = runner.directory / "sweep.json"
-    which = {"cell": cell.id, "phase": recipe["phase"], "name": recipe["name"], "step": step}
+    which = SweptRecipe(cell.id, recipe.phase, recipe.name, recipe.step)
 
     def sweep() -> None:
         config, last = runner.baseline.recipe.config, runner.baseline.recipe.config.training.steps
         instruments = runner.bench.instruments(config)
-        columns = {"base": every_layer(instruments, runner.bench.model(config))}
-        for name, one, at in (("baseline", runner.baseline, last), ("recipe", cell, step or last)):
-            model = trained_model(runner, placed_config(runner, one), runner.cell_directory(one), at)
-            columns[name] = every_layer(instruments, model)
-        layers = {layer: {name: column[layer] for name, column in columns.items()} for layer in columns["base"]}
-        write_json(path, {"recipe": which, "layers": layers})
+
+        def trained(one: Cell, step: int) -> dict[str, float]:
+            placed, directory = placed_config(runner, one), runner.cell_directory(one)
+            return every_layer(instruments, trained_model(runner, placed, directory, step))
+
+        base = every_layer(instruments, runner.bench.model(config))
+        baseline, swept = trained(runner.baseline, last), trained(cell, recipe.step or last)
+        layers = {layer: SweptLayer(base[layer], baseline[layer], swept[layer]) for layer in base}
+        write_record(path, Sweep(which, layers))
 
     def done() -> bool:
-        return path.is_file() and read_json(path)["recipe"] == which
+        stored = read_optional(path, Sweep)
+        return stored is not None and stored.recipe == which
 
-    name = f"every layer of {recipe['cell']}"
-    return Job(f"sweep-{cell.id}-{step or 'last'}", cell.recipe.phase, name, done, lambda claim: sweep())
+    name = f"every layer of {recipe.cell}"
+    return Job(f"sweep-{cell.id}-{recipe.step or 'last'}", cell.recipe.phase, name, done, lambda claim: sweep())
 
 
 def every_layer(instruments: Instruments, model: Qwen2) -> dict[str, float]:

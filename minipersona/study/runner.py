@@ -6,6 +6,10 @@ other has claimed; how many there are, and on which machines, changes nothing bu
 
 from __future__ import annotations
 
+import fcntl
+import os
+import secrets
+import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,9 +25,15 @@ from minipersona.study.claims import Claim, Claims, Lost
 from minipersona.study_config import StudyConfig
 from minipersona.training.memory import OUT_OF_MEMORY
 from minipersona.training.world import World
-from minipersona.verdict.ledger import Ledger, runner_name
+from minipersona.verdict import ledger
+from minipersona.verdict.ledger import LedgerEntry
 
 WAIT = 2.0  # seconds between two looks for work, where all of it is claimed
+
+
+def runner_name() -> str:
+    """A name that no other process has had."""
+    return f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
 
 
 @dataclass(frozen=True)
@@ -51,7 +61,6 @@ class Runner:
 
     def __post_init__(self) -> None:
         self.bench = Resources(self.world.device)
-        self.ledger = Ledger(self.directory / "ledger", self.name)
         self.claims = Claims(self.directory / "cells" / ".claims", self.name)
         self._started = time.time()
 
@@ -70,7 +79,20 @@ class Runner:
 
     def failed(self) -> dict[str, str]:
         """Jobs that have failed since this runner began, with their errors. What failed earlier is tried once more."""
-        return self.ledger.failures(since=self._started)
+        newest = ledger.read_ledger(self.directory)
+        return {
+            cell: entry.error or ""
+            for cell, entry in newest.items()
+            if entry.event == "failed" and entry.time >= self._started
+        }
+
+    def note(
+        self, cell: str, phase: str, name: str, event: ledger.Event, attempt: int = 0, error: str | None = None
+    ) -> None:
+        """Add an entry to the study's ledger, one runner at a time."""
+        with open(self.directory / ".ledger.lock", "a") as turn:
+            fcntl.flock(turn, fcntl.LOCK_EX)  # until it is closed
+            ledger.append(self.directory, LedgerEntry(time.time(), cell, phase, name, event, attempt, error))
 
     def complete(self, jobs: Sequence[Job]) -> None:
         """Work until every job is done or has failed, whoever does it."""
@@ -103,13 +125,13 @@ class Runner:
     def _do(self, job: Job, claim: Claim) -> None:
         about = (job.id, job.phase, job.name)
         self.console.say(f"{job.phase} {job.name}")
-        self.ledger.note(*about, "claimed", claim.attempt)
+        self.note(*about, "started", claim.attempt)
         error = self._error(job, claim)
         if error is None:
-            self.ledger.note(*about, "done", claim.attempt)
+            self.note(*about, "done", claim.attempt)
         elif error:
             self.console.say(f"{job.phase} {job.name} failed: {error}")
-            self.ledger.note(*about, "failed", claim.attempt, error)
+            self.note(*about, "failed", claim.attempt, error)
 
     def _error(self, job: Job, claim: Claim) -> str | None:
         """Do the job; None where it is done, else what went wrong, empty where it was only lost to another runner."""
@@ -134,7 +156,7 @@ class Runner:
             message = OUT_OF_MEMORY
         except Exception as error:
             # A defect, not a result: it is recorded, and this runner ends with its traceback.
-            self.ledger.note(job.id, job.phase, job.name, "failed", claim.attempt, f"{type(error).__name__}: {error}")
+            self.note(job.id, job.phase, job.name, "failed", claim.attempt, f"{type(error).__name__}: {error}")
             raise
         self.bench.discard_model()  # here, where no traceback holds its tensors any more
         torch.cuda.empty_cache()

@@ -10,13 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from minipersona.config import RunConfig
 from minipersona.console import Console
 from minipersona.errors import UserError
-from minipersona.files import read_json, write_json, write_text
-from minipersona.records import from_dict
+from minipersona.files import write_text
+from minipersona.records import from_dict, write_record
 from minipersona.run.train import resolve
 from minipersona.settings import read_toml, to_toml
 from minipersona.study.cell import Cell, identify
@@ -26,12 +25,12 @@ from minipersona.study.recipes import planned
 from minipersona.study.runner import Job, Runner
 from minipersona.study_config import STAGES, StudyConfig, changes
 from minipersona.training.world import World
-from minipersona.verdict.calibration import check_layers_measured
+from minipersona.verdict.calibration import Calibration, check_layers_measured
+from minipersona.verdict.files import Plan, PlanEntry, read_optional
+from minipersona.verdict.ledger import read_ledger
 from minipersona.verdict.recipe_results import recipe_results
 from minipersona.verdict.results import read_study
-from minipersona.verdict.verdict import current_verdict, decide
-
-Verdict = dict[str, Any]
+from minipersona.verdict.verdict import Verdict, current_verdict, decide
 
 ENDS = ("positive", "not_reproduced")  # verdicts after which no further phase is run
 
@@ -78,23 +77,17 @@ def prepare(config: StudyConfig, world: World, console: Console, share: tuple[in
 
 
 def _write_plan(directory: Path, cells: Sequence[Cell], console: Console) -> None:
-    rows = [
-        {
-            "phase": cell.recipe.phase,
-            "name": cell.recipe.name,
-            "seed": cell.recipe.config.seed,
-            "knobs": cell.recipe.knobs,
-            "cell": cell.id,
-        }
+    entries = [
+        PlanEntry(cell.recipe.phase, cell.recipe.name, cell.recipe.config.seed, cell.recipe.knobs, cell.id)
         for cell in cells
     ]
     file = directory / "plan.json"
-    if file.is_file():
-        stale = {row["cell"] for row in read_json(file)["cells"]} - {cell.id for cell in cells}
+    if earlier := read_optional(file, Plan):
+        stale = {entry.cell for entry in earlier.cells} - {cell.id for cell in cells}
         made = [name for name in stale if (directory / "cells" / name).is_dir()]
         if made:
             console.say(f"{len(made)} cells are of another version of the code or the data, and will be made again")
-    write_json(file, {"cells": rows})
+    write_record(file, Plan(tuple(entries)))
 
 
 # ---------------------------------------------------------------- the phases
@@ -103,9 +96,9 @@ def _write_plan(directory: Path, cells: Sequence[Cell], console: Console) -> Non
 def search(runner: Runner, stages: Sequence[str]) -> None:
     """Run the phases in order as far as they are due; the baseline is always one of them."""
     runner.complete([base_job(runner)])
-    calibration = runner.directory / "calibration.json"
-    if calibration.is_file() and read_json(calibration)["passed"] is False:
-        runner.console.say(f"calibration failed: {read_json(calibration)['reason']}")
+    calibration = read_optional(runner.directory / "calibration.json", Calibration)
+    if calibration is not None and calibration.passed is False:
+        runner.console.say(f"calibration failed: {calibration.reason}")
         if not runner.config.exhaustive:
             return
     runner.complete([cell_job(runner, runner.baseline)])
@@ -118,7 +111,7 @@ def search(runner: Runner, stages: Sequence[str]) -> None:
             _skip(runner, cells)
         elif stage in ("1", *stages):
             run_stage(runner, cells)
-            ended = not runner.config.exhaustive and decide(read_study(runner.directory))["verdict"] in ENDS
+            ended = not runner.config.exhaustive and decide(read_study(runner.directory)).verdict in ENDS
 
 
 def run_stage(runner: Runner, cells: Sequence[Cell]) -> None:
@@ -131,10 +124,10 @@ def run_stage(runner: Runner, cells: Sequence[Cell]) -> None:
 
 def _skip(runner: Runner, cells: Sequence[Cell]) -> None:
     """Say in the ledger that these are not run, because an earlier phase ended the search."""
-    settled = {line["cell"] for line in runner.ledger.lines()}
+    known = read_ledger(runner.directory)
     for cell in cells:
-        if cell.id not in settled:
-            runner.ledger.note(*cell.about, "skipped")
+        if cell.id not in known:
+            runner.note(*cell.about, "skipped")
 
 
 # ---------------------------------------------------------------- the end
@@ -157,6 +150,6 @@ def due_guards(runner: Runner) -> list[Job]:
     rule = runner.config.stop_rule
     asked = [c for c in recipe_results(results) if c.passes(rule) or c.needs_answers]
     jobs = [frontier_job(runner), *behaviour_jobs(runner, asked), *instruction_jobs(runner)]
-    if recipe := decide(results)["recipe"]:
+    if recipe := decide(results).recipe:
         jobs.append(sweep_job(runner, recipe))
     return jobs

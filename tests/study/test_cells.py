@@ -14,6 +14,7 @@ from small_study import CPU, QUIET, small_study
 
 from minipersona.errors import DiskFull, UserError
 from minipersona.files import append_jsonl, read_jsonl, write_json
+from minipersona.records import write_record
 from minipersona.study import search as search_module
 from minipersona.study.cell import identify
 from minipersona.study.cells import adopt, publish
@@ -22,7 +23,10 @@ from minipersona.study.recipes import planned
 from minipersona.study.runner import Job, Runner
 from minipersona.study.search import prepare, search
 from minipersona.study_config import STAGES, StudyConfig
-from minipersona.verdict.calibration import PREDECESSOR, calibrate
+from minipersona.verdict.calibration import Calibration
+from minipersona.verdict.findings import VerdictKind
+from minipersona.verdict.ledger import read_entries
+from minipersona.verdict.verdict import Decision
 
 
 @pytest.fixture
@@ -137,9 +141,9 @@ def test_a_failed_job_is_recorded_and_the_rest_goes_on(config: StudyConfig, tmp_
     runner.complete(jobs())
     assert (tmp_path / "one").exists() and (tmp_path / "two").exists() and tries == [1]
     assert runner.failed() == {"bad": "this cannot be done"}
-    events = [(line["cell"], line["event"]) for line in runner.ledger.lines()]
+    events = [(entry.cell, entry.event) for entry in read_entries(runner.directory)]
     assert events == [(name, event) for name in ("one", "bad", "two")
-                      for event in ("claimed", "failed" if name == "bad" else "done")]  # fmt: skip
+                      for event in ("started", "failed" if name == "bad" else "done")]  # fmt: skip
     again = runner_of(config)  # the next command tries it once more
     again.complete(jobs())
     assert tries == [1, 2]
@@ -174,9 +178,9 @@ def test_a_full_disk_is_no_verdict_on_a_job_and_the_next_command_does_it(config:
     assert runner.failed() == {} and not (tmp_path / "next").exists()
     again = runner_of(config)
     again.complete([file_job(tmp_path, "large"), file_job(tmp_path, "next")])
-    events = [(line["cell"], line["event"], line["attempt"]) for line in again.ledger.lines()]
-    assert events == [("large", "claimed", 1), ("large", "claimed", 2), ("large", "done", 2),
-                      ("next", "claimed", 1), ("next", "done", 1)]  # fmt: skip
+    events = [(entry.cell, entry.event, entry.attempt) for entry in read_entries(again.directory)]
+    assert events == [("large", "started", 1), ("large", "started", 2), ("large", "done", 2),
+                      ("next", "started", 1), ("next", "done", 1)]  # fmt: skip
 
 
 def test_an_owner_that_wakes_up_after_a_takeover_publishes_nothing(config: StudyConfig, tmp_path: Path) -> None:
@@ -199,9 +203,8 @@ def test_an_owner_that_wakes_up_after_a_takeover_publishes_nothing(config: Study
 
     runners[0].complete([Job("job", "3", "job", target.exists, work("sleepy"))])
     assert (target / "cell.json").read_text() == "awake"
-    events = [(line["runner"], line["event"], line["attempt"]) for line in runners[0].ledger.lines()]
-    names = [runner.name for runner in runners]
-    assert events == [(names[0], "claimed", 1), (names[1], "claimed", 2), (names[1], "done", 2)]
+    events = [(entry.event, entry.attempt) for entry in read_entries(runners[0].directory)]
+    assert events == [("started", 1), ("started", 2), ("done", 2)]
     assert runners[0].failed() == {}
 
 
@@ -242,12 +245,12 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return phases
 
 
-def run_search(config: StudyConfig, stages: tuple[str, ...], verdicts: dict[str, str]) -> Runner:
+def run_search(config: StudyConfig, stages: tuple[str, ...], verdicts: dict[str, VerdictKind]) -> Runner:
     """A search in which the verdict is the one named for the last phase that has been run."""
 
-    def decide(directory: Path) -> dict[str, Any]:
+    def decide(directory: Path) -> Decision:
         there = {path.parent.name.split("-")[0][0] for path in directory.glob("cells/*/cell.json")}
-        return {"verdict": verdicts.get(max(there), "incomplete")}
+        return Decision(verdicts.get(max(there), "incomplete"), None)
 
     runner = prepare(config, CPU, QUIET)
     with pytest.MonkeyPatch.context() as patch:
@@ -260,7 +263,7 @@ def run_search(config: StudyConfig, stages: tuple[str, ...], verdicts: dict[str,
 def test_the_search_stops_after_the_phase_with_a_recipe_that_passes(config: StudyConfig, ran: list[str]) -> None:
     runner = run_search(replace(config, exhaustive=False), tuple(STAGES), {"2": "positive"})
     assert ran == ["1", "2A", "2B"]
-    skipped = [line["phase"] for line in runner.ledger.lines() if line["event"] == "skipped"]
+    skipped = [entry.phase for entry in read_entries(runner.directory) if entry.event == "skipped"]
     assert skipped == ["3", "4A", "4B", "5A", "5B", "5C", "5C"]
 
 
@@ -271,7 +274,7 @@ def test_control_without_a_pass_it_goes_on(config: StudyConfig, ran: list[str]) 
 
 def test_an_exhaustive_search_goes_on_after_a_pass(config: StudyConfig, ran: list[str]) -> None:
     runner = run_search(config, tuple(STAGES), {"1": "positive"})
-    assert len(ran) == 10 and not [line for line in runner.ledger.lines() if line["event"] == "skipped"]
+    assert len(ran) == 10 and not [entry for entry in read_entries(runner.directory) if entry.event == "skipped"]
 
 
 def test_what_a_stopped_search_skipped_an_exhaustive_one_runs(config: StudyConfig, ran: list[str]) -> None:
@@ -288,7 +291,7 @@ def test_chosen_phases_bring_the_baseline_with_them(config: StudyConfig, ran: li
 
 def test_a_failed_calibration_ends_the_search_before_anything_is_trained(config: StudyConfig, ran: list[str]) -> None:
     directory = Path(config.out)
-    write_json(directory / "calibration.json", {"due": True, "passed": False, "reason": "off", "layers": {}})
+    write_record(directory / "calibration.json", Calibration(True, False, "off", {}, "hash"))
     run_search(replace(config, exhaustive=False), tuple(STAGES), {})
     assert ran == []
     run_search(config, ("1",), {})
@@ -304,30 +307,3 @@ def test_the_directory_of_another_study_is_refused(config: StudyConfig, ran: lis
         prepare(replace(config, low_rank=replace(config.low_rank, rank=(3,))), CPU, QUIET)
     shutil.rmtree(config.out)
     prepare(replace(config, low_rank=replace(config.low_rank, rank=(3,))), CPU, QUIET)
-
-
-# ---------------------------------------------------------------- calibration
-
-PROTOCOL = {
-    "model": "Qwen/Qwen2.5-7B-Instruct", "revision": "a09a35458c702b33eeacc393d103063234e8bc28", "method": "A",
-    "persona_set": "registered", "question_set": "registered",
-}  # fmt: skip
-BASE = {str(layer): m1 for layer, m1 in PREDECESSOR.items()}
-
-
-def test_the_calibration_passes_on_the_predecessor_s_numbers_and_fails_one_layer_off() -> None:
-    assert calibrate(PROTOCOL, {layer: m1 + 0.0029 for layer, m1 in BASE.items()})["passed"] is True
-    found = calibrate(PROTOCOL, {**BASE, "27": BASE["27"] - 0.0031})
-    assert found["passed"] is False and "at layers 27" in found["reason"]
-    assert [layer for layer, row in found["layers"].items() if not row["within"]] == ["27"]
-    # Layers counted one too high: layer 20 alone would not have noticed.
-    shifted = calibrate(PROTOCOL, {**BASE, "20": BASE["21"], "14": 0.945})
-    assert shifted["layers"]["20"]["within"] and shifted["passed"] is False
-
-
-@pytest.mark.parametrize(
-    "key, value", [("model", "tiny"), ("method", "B"), ("question_set", "shipped"), ("revision", "x")]
-)
-def test_the_calibration_is_due_only_where_the_predecessor_measured(key: str, value: str) -> None:
-    found = calibrate({**PROTOCOL, key: value}, {"6": 0.9})
-    assert (found["due"], found["passed"], found["layers"]) == (False, None, {})

@@ -1,4 +1,4 @@
-"""Claims and the ledger: one owner a job, expired owners are outbid, and a kill anywhere leaves readable files."""
+"""Claims: one owner a job, and expired owners are outbid."""
 
 from __future__ import annotations
 
@@ -10,12 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from minipersona.study import claims as module
 from minipersona.study.claims import Claims, Lost
-from minipersona.verdict.ledger import Ledger, merged, runner_name
+from minipersona.study.runner import runner_name
 
 
 def test_one_of_two_runners_gets_a_job_and_the_other_gets_it_when_it_is_released(tmp_path: Path) -> None:
@@ -115,48 +113,7 @@ def _dead_pid() -> int:
     return process.pid
 
 
-# ---------------------------------------------------------------- the ledger
-
-
-def test_every_runner_has_a_file_and_everyone_reads_them_all(tmp_path: Path) -> None:
-    a, b = Ledger(tmp_path, "a"), Ledger(tmp_path, "b")
-    a.note("1-x", "1", "x", "claimed", 1)
-    b.note("2-y", "2A", "y", "claimed", 1)
-    a.note("1-x", "1", "x", "failed", 1, "no luck")
-    assert [(line["cell"], line["event"]) for line in a.lines()] == [
-        ("1-x", "claimed"), ("2-y", "claimed"), ("1-x", "failed"),
-    ]  # fmt: skip
-    assert a.lines() == b.lines() and a.failures() == {"1-x": "no luck"}
-    assert a.failures(since=time.time() + 1) == {}  # what failed in an earlier command is tried again
-    b.note("1-x", "1", "x", "claimed", 2)
-    assert a.failures() == {"1-x": "no luck"}
-    b.note("1-x", "1", "x", "done", 2)
-    assert a.failures() == {}
-
-
-@given(cut=st.integers(1, 200))
-def test_a_torn_last_line_of_any_file_is_left_out(tmp_path_factory: pytest.TempPathFactory, cut: int) -> None:
-    directory = tmp_path_factory.mktemp("ledger")
-    whole, torn = Ledger(directory, "whole"), Ledger(directory, "torn")
-    for ledger in (whole, torn):
-        for number in range(3):
-            ledger.note(f"{ledger.runner}-{number}", "3", "é", "claimed", 1)
-    file = directory / "torn.jsonl"
-    before = file.read_bytes()
-    file.write_bytes(before[: max(0, len(before) - cut)])
-    found = {line["cell"] for line in whole.lines()}
-    kept = before[: max(0, len(before) - cut)].count(b"\n")
-    assert found == {f"whole-{n}" for n in range(3)} | {f"torn-{n}" for n in range(kept)}
-    torn.note("torn-after", "3", "z", "claimed", 2)  # and the next line does not run into it
-    assert {line["cell"] for line in whole.lines()} >= {"torn-after", *(f"whole-{n}" for n in range(3))}
-
-
-def test_lines_of_one_moment_keep_their_order() -> None:
-    rows = [
-        [{"time": 1.0, "runner": "b", "n": 0}, {"time": 1.0, "runner": "b", "n": 1}],
-        [{"time": 0.5, "runner": "c"}],
-    ]
-    assert merged(rows) == merged(reversed(rows)) == [rows[1][0], *rows[0]]
+# ---------------------------------------------------------------- names
 
 
 def test_no_two_runners_have_one_name() -> None:

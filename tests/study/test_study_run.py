@@ -25,7 +25,7 @@ from minipersona.geometry.measures import m1
 from minipersona.geometry.vectors import load_vectors
 from minipersona.settings import read_toml
 from minipersona.study_config import StudyConfig
-from minipersona.verdict.ledger import Ledger
+from minipersona.verdict.ledger import read_entries
 
 STAGES = ("1", "5")  # with suites of answers, steering and mixtures
 SECRETS = ("HF_TOKEN", "MINIPERSONA_JUDGE_KEY", "OPENAI_API_KEY", "AWS_SECRET_ACCESS_KEY")
@@ -195,8 +195,8 @@ def test_a_failed_baseline_is_said_and_tried_again_by_the_next_command(quick: St
             run(config, ("1",))
         directory = Path(config.out)
         assert read_json(directory / "verdict.json")["verdict"] == "incomplete" and not cells_of(directory)
-        failures = [line for line in Ledger(directory / "ledger", "me").lines() if line["event"] == "failed"]
-        assert [line["attempt"] for line in failures] == list(range(1, attempt + 1))
+        failures = [entry.attempt for entry in read_entries(directory) if entry.event == "failed"]
+        assert failures == list(range(1, attempt + 1))
 
 
 # ---------------------------------------------------------------- several runners, and kills
@@ -221,7 +221,7 @@ def test_two_runners_share_the_work_and_come_to_the_same_verdict(
         assert process.exitcode == 0
     directory = Path(config.out)
     assert timeless(read_json(directory / "verdict.json")) == timeless(uninterrupted)
-    done = Counter(line["cell"] for line in Ledger(directory / "ledger", "me").lines() if line["event"] == "done")
+    done = Counter(entry.cell for entry in read_entries(directory) if entry.event == "done")
     assert set(done.values()) == {1} and set(done) >= {cell.name for cell in cells_of(directory)}
 
 
@@ -238,7 +238,7 @@ def test_killed_at_random_moments_a_study_ends_in_the_same_verdict(
     killed = len(list((directory / "cells" / ".attempts").glob("*"))), len(cells_of(directory))
     verdict = run(config, FEW)
     assert timeless(verdict) == timeless(uninterrupted) == timeless(read_json(directory / "verdict.json"))
-    attempts = max(line["attempt"] for line in Ledger(directory / "ledger", "me").lines())
+    attempts = max(entry.attempt for entry in read_entries(directory))
     assert attempts > 1, killed  # control: a kill did hit a job at work
     for cell in cells_of(directory):
         rows = read_jsonl(cell / "metrics.jsonl")
