@@ -1,7 +1,7 @@
-"""The calibration gate: does this tool find on the untouched 7B what the predecessor found?
+"""The calibration gate: does this tool measure on the untouched 7B what the predecessor measured?
 
-Its code, its attention and its precision are others; only if the base's M1 agrees do later numbers mean the same.
-Layers 20 and 21 differ by 0.0003, so they could not tell a layer counted one too high; 14 and 27 do.
+The predecessor's code, attention and precision differ from ours; only where the base's M1 agrees are later numbers
+comparable. Layers 20 and 21 differ by 0.0003, so they would not reveal a layer counted one too high; 14 and 27 do.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def is_due(protocol: Protocol) -> bool:
 def calibrate(protocol: Protocol, m1_by_layer: dict[str, float], baseline: str) -> Calibration:
     """Compare the base's M1 at each layer with the predecessor's; `baseline` is the hash that the record carries."""
     if not is_due(protocol):
-        reason = "not due: there are numbers of the pinned 7B with the registered sets only"
+        reason = "not due: the predecessor measured only the pinned 7B with the registered sets"
         return Calibration(False, None, reason, {}, baseline)
     layers = {}
     for layer, reference in PREDECESSOR.items():
@@ -75,7 +75,7 @@ def calibrate(protocol: Protocol, m1_by_layer: dict[str, float], baseline: str) 
 
 
 def check_layers_measured(study: StudyConfig) -> None:
-    """UserError where the calibration would be due and could not be made."""
+    """UserError where the calibration will be due and a layer that it needs is not measured."""
     missing = sorted(set(PREDECESSOR) - set(study.probe.layers))
     sets = (study.probe.personas, study.probe.questions)
     if missing and study.model.name == DEFAULT_MODEL and sets == (REGISTERED, REGISTERED):

@@ -1,4 +1,4 @@
-"""What a study did otherwise than registered, for its verdict and report."""
+"""Where a study departs from its registration, for its verdict and report."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from minipersona.study_config import STAGES, StudyConfig
 from minipersona.verdict.results import StudyResults
 from minipersona.verdict.summary import without_folders
 
-# What has a sentence of its own or is left to whoever runs the search.
+# Settings with a sentence of their own, and those that are left to whoever runs the search.
 TOLD_OTHERWISE = ("out", "narrow", "stop_rule", "exhaustive", "seeds", "model.", "execution.", "probe.personas",
                   "probe.questions", "rehearsal.em")  # fmt: skip
 
@@ -25,7 +25,7 @@ def deviations(results: StudyResults) -> list[str]:
         hollow = ": the untrained base passes it" if results.base is not None and results.base.registered_pass else ""
         said.append(
             f"The search stops at a substantive pass, which asks for learned >= {LEAST_LEARNED:g} besides the "
-            f"registered rule. That rule alone shows no recipe that teaches{hollow}."
+            f"registered rule. A pass by that rule alone does not show that a recipe teaches{hollow}."
         )
     if protocol is not None and protocol.model != DEFAULT_MODEL:
         said.append(f"The model is {without_folders(str(protocol.model))}; {DEFAULT_MODEL} is registered.")

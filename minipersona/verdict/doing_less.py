@@ -1,9 +1,9 @@
-"""Is a recipe better than simply doing less? Its M1 against that of the baseline at equal `learned`.
+"""Is a recipe better than simply doing less? Its M1 is compared with the baseline's at equal `learned`.
 
-Anything that learns less keeps more of the geometry, so a low M1 alone is no merit. Two curves say what doing less
+Any recipe that learns less keeps more of the geometry, so a low M1 alone is not a merit. Two curves say what doing less
 gives: the frontier, the baseline's own update scaled by 0, 0.1 ... 1, and the dose curve, the baseline's
 checkpoints. On each, M1 is interpolated linearly in `learned` between two neighbouring points, and a recipe is
-better where its M1 lies below the curve by more than the questions' noise: the 95% interval of the difference,
+better where its M1 lies below the curve by more than the noise of the questions: the 95% interval of the difference,
 from a bootstrap in which recipe and curve see the same resampled questions, excludes zero.
 
 Shapes: P = personas, Q = questions, D = width, R = resamples. A vectors file is read once, and what is kept of it
@@ -62,7 +62,7 @@ class Bootstrap:
         self._read: dict[Path, Resampled] = {}
 
     def of_file(self, path: Path, expected: float) -> Resampled | None:
-        """Of a vectors file, None where there is none. UserError where its M1 is not the `expected` one of its row."""
+        """M1 of a vectors file, None where there is none. UserError where it is not the `expected` M1 of its row."""
         if not path.is_file():
             return None
         if path not in self._read:
@@ -73,7 +73,7 @@ class Bootstrap:
         return resampled
 
     def of_checkpoint(self, cell: CellResult, row: Checkpoint) -> Resampled | None:
-        """Of a checkpoint of a cell, or of the base (step 0) as that cell measured it."""
+        """M1 of a checkpoint of a cell, or of the base (step 0) as that cell measured it."""
         assert cell.directory is not None
         return self.of_file(vectors_file(cell.directory, step_of(row)), row.m1)
 
@@ -114,9 +114,9 @@ class Curve:
     points: Sequence[Point] = ()
 
     def bracket(self, learned: float) -> tuple[Point, Point, float] | None:
-        """The neighbours between which `learned` lies, and how far; None outside of the curve.
+        """The neighbours between which `learned` lies, and its share of the way between them; None beyond the ends.
 
-        Where the curve reaches a value twice, the first time counts: the least that has to be done for it.
+        Where the curve reaches a value twice, the first time counts: it takes the least training.
         """
         for low, high in zip(self.points, self.points[1:], strict=False):
             if min(low.learned, high.learned) <= learned <= max(low.learned, high.learned):

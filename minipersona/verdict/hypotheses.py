@@ -112,7 +112,7 @@ FAMILIES: dict[Hypothesis, Family] = {
         "A lower rank keeps M1 below 0.95 while the recipe still teaches the task.",
         ("3",),
         "low-rank",
-        "The collapse needs no more than a few directions a matrix, so a small adapter is no protection.",
+        "The collapse needs only a few directions of each matrix, so a small adapter does not prevent it.",
     ),
     "H4": Family(
         "Training on persona-conditioned data keeps M1 below 0.95 while the recipe still teaches the task.",
@@ -124,7 +124,7 @@ FAMILIES: dict[Hypothesis, Family] = {
         "Rehearsal, broad data mixed into the narrow, keeps M1 below 0.95 while the recipe still teaches the task.",
         ("5A", "5B"),
         "rehearsal",
-        "Broad data in these shares does not hold the personas apart; more of it is another, dearer recipe.",
+        "Broad data in these shares does not hold the personas apart; more of it is another, more expensive recipe.",
     ),
 }
 
@@ -136,7 +136,7 @@ def _family(
     measured = [recipe for recipe in recipes if recipe.phase in family.phases]
     counted = [recipe for recipe in measured if not recipe.ineffective]
     if not measured and not any(cell.status == "failed" for cell in cells):
-        return Finding(family.claim, "not tested", "No cell of it is done.", "None yet.")
+        return Finding(family.claim, "not tested", "None of its cells is done.", "None yet.")
     passers = [recipe for recipe in counted if recipe.passes("substantive")]
     untested = [phase for phase in family.phases if not any(recipe.phase == phase for recipe in counted)]
     lacking = [cell.id for cell in cells if cell.status != "done"]

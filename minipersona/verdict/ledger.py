@@ -1,4 +1,4 @@
-"""What happened in a study, in the order of time: ledger.jsonl, of which the driver of the study is the only writer."""
+"""The ledger of a study, ledger.jsonl: what happened to each cell, in order. Only the driver of the study writes it."""
 
 from __future__ import annotations
 

@@ -7,8 +7,8 @@ M1 as a function of the broad fraction f is fitted with the saturating form
 by least squares over the fractions of one phase and f = 0, the recipe with nothing mixed in. The form is
 linear in m_inf and m_0 once f_0 is given (variable projection, Golub and Pereyra 1973), so that only log f_0 is
 searched. The threshold is where the curve crosses 0.95, if it does so between 0 and the largest measured
-fraction; nothing is said beyond that. Its interval comes from a bootstrap over questions in which all cells see the
-same ones: each resample is fitted anew.
+fraction; nothing is said beyond that. Its interval comes from a bootstrap over questions, the same ones for all cells,
+and a fit to each resample.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def fit_saturating(fractions: Array, values: Array) -> Fit:
         solution = np.linalg.lstsq(design, values, rcond=None)[0]
         return float(np.square(design @ solution - values).sum()), solution
 
-    # Faster than a third of the smallest step nothing between two fractions could be told apart; beyond ten times
-    # the largest fraction the curve is a straight line within the range.
+    # With f_0 below a third of the smallest step, curves differ only between two fractions; beyond ten times the
+    # largest fraction the curve is a straight line within the range.
     steps = np.diff(np.unique(fractions))
     bounds = (math.log(float(steps.min()) / 3), math.log(10 * float(fractions.max())))
     found = minimize_scalar(lambda x: projected(x)[0], bounds=bounds, method="bounded", options={"xatol": 1e-4})
@@ -149,7 +149,7 @@ def _interval(
     draws = np.stack([r.values.numpy() - float(r.values.mean()) for r in resampled]) + values[:, None]  # (n, R)
     crossings = [fit_saturating(fractions, draw).crossing(most) for draw in draws.T]
     finite = np.array([math.inf if crossing is None else crossing for crossing in crossings])
-    low, high = np.quantile(finite, [0.025, 0.975], method="inverted_cdf")  # takes no mean of a number and infinity
+    low, high = np.quantile(finite, [0.025, 0.975], method="inverted_cdf")  # does not average a number with infinity
     share = float(np.isfinite(finite).mean())
     if math.isinf(low):
         return None, share

@@ -5,7 +5,7 @@
     mixin_beats_none   is any mixture's M1 below that of the same recipe with nothing mixed in, where both pass on loss?
 
 Two recipes are compared by a paired bootstrap over questions. Each question asks for any of n mixtures, so each
-interval is at the level 1 - 0.05 / n (Bonferroni), and one exception among n is not found by looking n times.
+interval is at the level 1 - 0.05 / n (Bonferroni): n looks must not find an exception by chance.
 """
 
 from __future__ import annotations
@@ -48,16 +48,16 @@ def _recovers(mixtures: Sequence[RecipeResult], results: StudyResults, complete:
     claim = "Some mixture that learns at least half of what the baseline does brings M1 back to 0.90."
     if not mixtures or results.base is None:
         return _not_tested(claim)
-    target = max(RECOVERED, results.base.m1)  # no recipe is asked for more than the base has
+    target = max(RECOVERED, results.base.m1)  # no recipe is expected to fall below the base
     recovered = [c.id for c in mixtures if c.teaches and min(row.m1_ci95[0] for row in c.rows) <= target]
     lowest = min(mixtures, key=lambda c: c.m1)
     evidence = f"The lowest M1 of {len(mixtures)} mixtures is {lowest.m1:.4f}, {lowest.id}; {_learned(lowest)}"
     evidence += f"; the base's is {results.base.m1:.4f}."
     if recovered:
-        evidence += f" Down to {target:.4f}, or not to be told from it: {', '.join(recovered)}."
+        evidence += f" At {target:.4f} or below, or not distinguishable from it: {', '.join(recovered)}."
     numbers = RecoveryNumbers(target=target, lowest=lowest.id, lowest_m1=lowest.m1, recovered=tuple(recovered))
     complete = complete and any(c.teaches for c in mixtures)
-    yes, no = "Mixing restores the geometry of the base.", "What is lost is at best partly kept by mixing."
+    yes, no = "Mixing restores the geometry of the base.", "Mixing preserves at best a part of what is lost."
     return _answer(claim, bool(recovered), complete, evidence, yes, no, numbers)
 
 
@@ -74,7 +74,7 @@ def _beats_steering(
     if not mixtures or not steering:
         return _not_tested(claim)
     complete = complete and all(cell.status == "done" for cell in results.of_phase("5C"))
-    complete = complete and any(c.teaches for c in steering)  # to lose against what learns nothing says nothing
+    complete = complete and any(c.teaches for c in steering)  # steering that learned nothing is not a rival
     rival = min([c for c in steering if c.teaches] or steering, key=lambda c: c.m1)
     able = [c for c in mixtures if c.teaches]
     rows = [_difference(c, rival.cells, bootstrap, 1 - 0.05 / len(able)) for c in able]
@@ -105,8 +105,8 @@ def _beats_none(
         rows,
         f"nothing mixed in, {reference.id}, with M1 {reference.final.m1:.4f}",
         complete,
-        "Mixing lowers M1 also among recipes that the bound on the loss does not tell apart.",
-        "Where both pass on loss, mixing does not change the geometry for the better.",
+        "Mixing lowers M1 also among recipes that the bound on the loss does not distinguish.",
+        "Where both pass on loss, mixing does not improve the geometry.",
     )
 
 
@@ -116,10 +116,10 @@ def _comparison(
     lower = [row for row in rows if row.lower]
     if rows:
         best = min(rows, key=lambda row: row.difference)
-        evidence = f"{len(lower)} of {len(rows)} mixtures lie below {rival}; the largest difference is "
+        evidence = f"{len(lower)} of {len(rows)} mixtures lie below {rival}; the lowest difference is "
         evidence += f"{best.difference:+.4f}{_interval(best)}, {best.cell}."
     else:
-        evidence = f"No mixture can be compared with {rival}: none learns or passes on loss."
+        evidence = f"No mixture can be compared with {rival}: none learned enough or passes on loss."
     complete = complete and bool(rows) and all(row.lower is not None for row in rows)
     return _answer(claim, bool(lower), complete, evidence, yes, no, DifferenceNumbers(tuple(rows)))
 
@@ -158,7 +158,7 @@ def _loss_bound(results: StudyResults) -> float | None:
 
 
 def _answer(claim: str, yes: bool, complete: bool, evidence: str, if_yes: str, if_no: str, numbers: Numbers) -> Finding:
-    """One instance is enough for a yes; a no needs every cell, and something to compare."""
+    """One mixture is enough for a yes; a no needs every cell, and something to compare."""
     if yes:
         return Finding(claim, "supported", evidence, if_yes, numbers)
     if complete:
@@ -168,7 +168,7 @@ def _answer(claim: str, yes: bool, complete: bool, evidence: str, if_yes: str, i
 
 
 def _not_tested(claim: str) -> Finding:
-    return Finding(claim, "not tested", "The cells that it compares are not done.", "None yet.", Nothing())
+    return Finding(claim, "not tested", "The cells that it would compare are not done.", "None yet.", Nothing())
 
 
 def _learned(recipe: RecipeResult) -> str:

@@ -1,4 +1,4 @@
-"""What the search judges: the recipes, each with its rows, whether it passes, and what is still open about it.
+"""The recipes that the search judges: the rows of each, whether it passes, and what is still open about it.
 
 A recipe stands over all of its seeds. In phase 1 every checkpoint of the baseline is one; elsewhere a cell is judged
 at its last step. A recipe passes where every seed passes, and fails where one fails. The unmixed EM cell is a
@@ -25,8 +25,8 @@ from minipersona.verdict.files import step_of
 from minipersona.verdict.results import CellResult, StudyResults
 
 REHEARSAL = ("5A", "5B", "5C")
-FULLY_LEARNED = 0.9  # from here on a recipe bears witness for or against H_null
-INEFFECTIVE = "ineffective"  # the label of an R3F cell whose noise drowns in the rounding of the embeddings
+FULLY_LEARNED = 0.9  # a recipe that learned this share is evidence for or against H_null
+INEFFECTIVE = "ineffective"  # the label of an R3F cell whose noise is lost in the rounding of the embeddings
 Rule = Literal["registered", "substantive"]
 
 
@@ -94,7 +94,7 @@ class RecipeResult:
 
     @property
     def ineffective(self) -> bool:
-        """Whether the recipe's own ingredient was not really there, in one seed or more."""
+        """Whether the recipe's own ingredient had no effect in one seed or more."""
         return any(INEFFECTIVE in cell.labels for cell in self.cells)
 
     def passes_by_numbers(self, rule: Rule) -> bool | None:
@@ -112,7 +112,7 @@ class RecipeResult:
 
     @property
     def needs_answers(self) -> bool:
-        """Whether its numbers pass, in a phase whose passes need the answers of the multi-prompt evaluation besides."""
+        """Whether its numbers pass in a phase that also asks for the answers of the multi-prompt evaluation."""
         return self.phase in REHEARSAL and self.passes_by_numbers("registered") is True
 
     def awaits_behaviour(self, rule: Rule) -> bool:
@@ -129,7 +129,7 @@ class RecipeResult:
 
     @property
     def merit(self) -> tuple[float, float]:
-        """By which passers are ranked: the higher learned, then the lower M1."""
+        """The key that ranks passers: the higher learned, then the lower M1."""
         return (-math.inf if self.learned is None else self.learned, -self.m1)
 
     @property

@@ -85,7 +85,7 @@ class CellResult:
 
     @property
     def final(self) -> Checkpoint:
-        """The judged last checkpoint, by which a cell stands or falls."""
+        """The judged last checkpoint, by which the cell is judged."""
         assert self.result is not None, f"{self.id} is {self.status}"
         return self.result.checkpoints[-1]
 
@@ -222,8 +222,8 @@ def _cell_record(directory: Path) -> CellRecord:
 def _published(directory: Path, entry: PlanEntry) -> CellResult:
     cell = _cell_record(directory)
     if (cell.phase, cell.name) != (entry.phase, entry.name):
-        found, planned = f"{cell.phase} {cell.name}"[:200], f"{entry.phase} {entry.name}"
-        raise UserError(f"{directory}: is {found}, planned as {planned}; delete it and continue the study")
+        stored, planned = f"{cell.phase} {cell.name}"[:200], f"{entry.phase} {entry.name}"
+        raise UserError(f"{directory}: is {stored}, but was planned as {planned}; delete it and continue the study")
     return CellResult(
         phase=cell.phase,
         name=cell.name,
@@ -257,7 +257,7 @@ def _check_unique(cells: Iterable[CellResult]) -> None:
 
 
 def _check_protocols(cells: Iterable[CellResult]) -> None:
-    """M1 and losses compare only where the same was measured with the same."""
+    """M1 and losses are comparable only where they were measured in the same way."""
     done = [(cell, cell.result.protocol) for cell in cells if cell.result is not None]
     for cell, protocol in done[1:]:
         first, reference = done[0]

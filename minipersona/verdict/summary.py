@@ -38,10 +38,11 @@ def _positive(recipes: Sequence[RecipeResult], best: RecipeResult, results: Stud
     rule = results.config.stop_rule
     learned = "an undefined share" if best.learned is None else f"{best.learned:.2f}"
     passers = sum(recipe.passes(rule) is True for recipe in recipes)
+    passing = "1 passes" if passers == 1 else f"{passers} pass"
     return (
         f"There is a recipe that passes {_setting(results)}: {best.id} keeps M1 at {best.m1:.4f}, below "
         f"{PASS_M1:g}, and learns {learned} of what the baseline learns ({_anchors(results)}); of {len(recipes)} "
-        f"recipes tested ({_phases(recipes)}), {passers} pass the {rule} rule and this one learned the most."
+        f"recipes tested ({_phases(recipes)}), {passing} the {rule} rule and this one learned the most."
     )
 
 
@@ -67,9 +68,9 @@ def _misalignment(best: RecipeResult, results: StudyResults) -> str:
     if any(compared.consistent is False for compared in known):
         return " Under the multi-prompt evaluation it is more often misaligned than the base."
     if reasons := [compared.reason for compared in known if compared.consistent is None]:
-        return f" Whether misalignment hides in it is not known: {reasons[0]}."
+        return f" Whether it hides misalignment is not known: {reasons[0]}."
     if len(known) < len(answers):
-        return " Whether misalignment hides in it is not known: its answers or the base's are not in."
+        return " Whether it hides misalignment is not known: its answers or the base's are not in."
     return ""
 
 
@@ -96,7 +97,7 @@ def _inconclusive(recipes: Sequence[RecipeResult], results: StudyResults) -> str
         f"M1 lies between {PASS_M1:g} and {COLLAPSED_M1:g}: {_listed(between)}" if between else "",
         f"M1 is below {PASS_M1:g}, but too little was learned: {_listed(hollow)}" if hollow else "",
         f"M1 is below {PASS_M1:g}, but loss, consistency or a seed fails: {_listed(unstable)}" if unstable else "",
-        f"the multi-prompt evaluation leaves the pass open of {_listed([name for name, _ in undecided])}, since "
+        f"the multi-prompt evaluation leaves the pass of {_listed([name for name, _ in undecided])} open, since "
         f"{undecided[0][1]}"
         if undecided
         else "",
@@ -121,7 +122,7 @@ def _incomplete(recipes: Sequence[RecipeResult], results: StudyResults) -> str:
         "the calibration is not in" if uncalibrated else "",
     ]
     said = "; ".join(lack for lack in lacks if lack) or "nothing is measured"
-    return f"Incomplete: nothing is concluded yet {_setting(results)}, since {said}. Run the study again to go on."
+    return f"Incomplete: nothing is concluded yet {_setting(results)}, since {said}. Run the study again to continue."
 
 
 # ---------------------------------------------------------------- its parts
@@ -169,7 +170,7 @@ def _anchors(results: StudyResults) -> str:
 
 def _caveat(results: StudyResults) -> str:
     if results.protocol is not None and str(results.protocol.model).startswith(("tiny", "random:")):
-        return "This model stands in for a real one: it tests the tool and is no evidence about large models."
+        return "This model stands in for a real one: it tests the tool and is not evidence about large models."
     return ""
 
 

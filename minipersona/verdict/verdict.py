@@ -2,16 +2,16 @@
 
     not_reproduced   the calibration was due and failed: no number of the study is to be trusted
     positive         a recipe passes by the stop rule, in a phase all of whose cells are done or failed
-    incomplete       a planned cell of a phase that was reached is missing, or the baseline is; or a calibration that
-                     is due; or a pass waits for the answers of the multi-prompt evaluation
+    incomplete       the baseline is missing, or a planned cell of a phase that was reached; or the calibration is due
+                     and not in; or a pass waits for the answers of the multi-prompt evaluation
     h_null           every recipe with learned >= 0.9 has M1 >= 0.97, there is one, no cell failed and no pass is open
     inconclusive     everything else
 
-A pass is open where its answers are in and decide nothing, such as those that the judge could not score. A failed cell
-is a recipe that was tried and has no result. It might have been the exception, so it forbids h_null, and
-running the study again tries it again; a failed baseline leaves nothing to judge by and the study incomplete. An
-ineffective cell bears no witness for h_null, but against it: its M1 and its loss are those of a recipe all the same.
-Once a phase has a passer the later phases are skipped, unless the search is exhaustive.
+A pass is open where the answers are in but do not decide it, for example because the judge could not score them. A
+failed cell is a recipe that was tried and has no result. It might have been the exception, so it rules h_null out, and
+the next run of the study tries it again; where the baseline failed, nothing can be judged and the study is incomplete.
+An ineffective cell is not evidence for h_null but can be evidence against it: its M1 and its loss are those of a
+recipe all the same. Once a phase has a passer, the later phases are skipped, unless the search is exhaustive.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class PhaseResult:
 
 @dataclass(frozen=True)
 class Indecisive:
-    """A recipe that decides nothing, and why."""
+    """A recipe that is evidence neither for a positive verdict nor for H_null, and why."""
 
     cell: str
     m1: float
@@ -101,7 +101,7 @@ class Decision:
 
 @dataclass(frozen=True)
 class Verdict(Decision):
-    """verdict.json. Of the fields that name cells and recipes, `cell` is their id."""
+    """verdict.json. Cells and recipes are named by their ids."""
 
     results_digest: str  # of the results that it is about
     stop_rule: Rule
@@ -195,7 +195,7 @@ def overall(recipes: Sequence[RecipeResult], results: StudyResults) -> VerdictKi
             return "incomplete" if passed is None else "not_reproduced"
     if passers_of_whole_phases(recipes, results):
         return "positive"
-    if results.baseline is None or results.skipped_phases:  # skipped for a passer that is one no longer
+    if results.baseline is None or results.skipped_phases:  # skipped because of a passer that no longer passes
         return "incomplete"
     if any(cell.status == "missing" for cell in results.cells):
         return "incomplete"
@@ -216,7 +216,7 @@ def best_passer(recipes: Sequence[RecipeResult], results: StudyResults) -> Recip
 
 
 def due_cells(recipes: Sequence[RecipeResult], results: StudyResults) -> list[CellResult]:
-    """The planned cells but for those that a passer in an earlier phase made unnecessary."""
+    """The planned cells except those that a passer in an earlier phase made unnecessary."""
     skipped = _skipped(recipes, results)
     return [cell for cell in results.cells if cell.phase not in skipped]
 
@@ -286,7 +286,7 @@ def _phase_result(phase: str, recipes: Sequence[RecipeResult], results: StudyRes
 
 
 def _indecisive(recipe: RecipeResult) -> Indecisive | None:
-    """Whether a recipe lies between pass and collapse, or kept M1 low by learning too little."""
+    """A recipe between pass and collapse, or one that kept M1 low by learning too little; None for any other."""
     if PASS_M1 <= recipe.m1 < COLLAPSED_M1:
         why = "M1 lies between 0.95 and 0.97"
     elif recipe.m1 < PASS_M1 and recipe.learned is not None and recipe.learned < LEAST_LEARNED:
@@ -297,7 +297,7 @@ def _indecisive(recipe: RecipeResult) -> Indecisive | None:
 
 
 def _is_end_of_dose(recipe: RecipeResult, results: StudyResults) -> bool:
-    """Whether it is the baseline's last step, which both curves end in."""
+    """Whether it is the baseline's last step, in which both curves end."""
     return recipe.phase == "1" and results.baseline is not None and recipe.step == results.baseline.final.step
 
 

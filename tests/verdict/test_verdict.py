@@ -81,7 +81,7 @@ def test_the_sentence_names_what_was_tested_and_on_what(tmp_path: Path) -> None:
     tiny.configure("data.train=jsonl:/somewhere/rows.jsonl[0:9]")
     said = verdict_of(tiny).sentence
     assert "the shipped personas and the questions of mine.jsonl, fine-tuned on rows.jsonl[0:9])" in said
-    assert "no evidence about large models" in said
+    assert "not evidence about large models" in said
 
 
 def test_no_folder_of_a_user_is_published(tmp_path: Path) -> None:
@@ -380,11 +380,11 @@ def test_a_judge_that_cannot_score_leaves_a_pass_open_and_the_verdict_says_so(tm
     judged = verdict_of(study)
     assert judged.verdict == "inconclusive" and judged.pending == ()
     assert [row.cell for row in judged.undecided] == ["5A 75:25", "5B 1:1"]
-    assert "leaves the pass open of 5A 75:25, 5B 1:1, since the judge could score too few" in judged.sentence
+    assert "leaves the pass of 5A 75:25, 5B 1:1 open, since the judge could score too few" in judged.sentence
     assert judged.hypotheses["H5"].verdict == "undecided"
     study.cell("2A", "beta=0.1", 0.94, 0.99, answers=mute)
     judged = verdict_of(study)
-    assert judged.verdict == "positive" and "Whether misalignment hides in it is not known" in judged.sentence
+    assert judged.verdict == "positive" and "Whether it hides misalignment is not known" in judged.sentence
 
 
 def test_a_pass_that_is_open_forbids_h_null_and_one_that_is_none_does_not(tmp_path: Path) -> None:
