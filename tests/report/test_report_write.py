@@ -16,8 +16,9 @@ from faults.test_full_disk import no_room
 from report.conftest import PROTOCOL, answers
 
 from minipersona.errors import DiskFull, UserError
-from minipersona.records import to_dict
+from minipersona.records import from_dict, to_dict
 from minipersona.report import write, write_report
+from minipersona.run.result import Protocol
 from minipersona.verdict.calibration import calibrate
 from minipersona.verdict.results import read_study
 from minipersona.verdict.verdict import VERDICTS, judge_study
@@ -243,8 +244,8 @@ def test_a_directory_that_is_no_study_is_refused(tmp_path: Path) -> None:
 
 def test_a_calibration_that_is_not_due_says_so_once(new_study: Callable[..., Any], undrawn: None) -> None:
     study = new_study(recipes=SMALL, with_vectors=False).write()
-    reason = calibrate({**PROTOCOL, "model": "tiny"}, {})
-    (study / "calibration.json").write_text(json.dumps(reason))
+    not_due = calibrate(from_dict(Protocol, {**PROTOCOL, "model": "tiny"}), {}, "")
+    (study / "calibration.json").write_text(json.dumps(to_dict(not_due)))
     write_report(study)
     text = (study / "report.md").read_text()
     assert len(re.findall("not due", text, re.IGNORECASE)) == 1 and "Not due: " in text
