@@ -179,13 +179,15 @@ def patiently(call: Callable[[], Result]) -> Result:
 
 def _asked_to_wait(error: BaseException) -> float | None:
     """The seconds that a busy server asks for (0 where it names none); None where waiting is no help."""
+    from huggingface_hub.utils import parse_ratelimit_headers
+
     response = getattr(_root(error), "response", None)
-    if getattr(response, "status_code", None) not in BUSY:
+    if response is None or response.status_code not in BUSY:
         return None
-    headers = response.headers  # type: ignore[union-attr]
-    window = re.search(r"\bt=(\d+)", headers.get("RateLimit", ""))
-    seconds = headers.get("Retry-After") or (window[1] if window else "")
-    return float(seconds) if seconds.isdigit() else 0.0
+    if (seconds := response.headers.get("Retry-After", "")).isdigit():
+        return float(seconds)
+    limit = parse_ratelimit_headers(response.headers)
+    return 0.0 if limit is None else float(limit.reset_in_seconds)
 
 
 @contextlib.contextmanager
