@@ -27,6 +27,7 @@ def test_the_wheel_carries_data_and_configs(wheel: Path) -> None:
     data = ("data/personas.json", "data/questions.jsonl", "data/tiny/model.safetensors", "data/tiny/tokenizer.json")
     for shipped in (*data, "configs/tiny_phase1.toml"):
         assert f"minipersona/shipped/{shipped}" in names
+    assert {f"minipersona/report/page.{kind}" for kind in ("html.j2", "css", "js")} <= names
     assert not [name for name in names if name.startswith(("tests", "benchmarks")) or "__pycache__" in name]
     assert wheel.stat().st_size < 10_000_000
 

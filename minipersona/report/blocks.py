@@ -1,13 +1,13 @@
-"""What a report is made of. The blocks hold plain text; each renderer escapes it in its own way, in one place.
+"""What a report is made of: blocks of plain text. Each renderer escapes them in its own way, in one place.
 
-Names, errors and model text come from elsewhere and may hold anything: markup, control characters, half a
-surrogate pair. `plain` is what both renderers apply first.
+Names, errors and model text come from elsewhere and may hold anything: markup, control characters, a lone
+surrogate. Both renderers apply `plain` or `one_line` first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from minipersona.console import printable
@@ -21,7 +21,7 @@ def plain(text: object) -> str:
 
 
 def one_line(text: object) -> str:
-    """The same with every run of white space one space."""
+    """The same with every run of white space replaced by one space."""
     return " ".join(plain(text).split())
 
 
@@ -34,7 +34,7 @@ class Paragraph:
 
 @dataclass(frozen=True)
 class Callout:
-    """The one thing that a reader takes away."""
+    """The main result."""
 
     title: str
     text: str
@@ -57,7 +57,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Finding:
-    """A claim and what became of it."""
+    """A claim, the verdict on it, and the reasons."""
 
     claim: str
     verdict: str
@@ -68,14 +68,14 @@ class Finding:
 
 @dataclass(frozen=True)
 class Verbatim:
-    """Text shown letter by letter: commands, settings, what a model or a traceback said."""
+    """Text shown character by character: commands, settings, a traceback."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell of a table; `key` is what it sorts by, where that is not its text. An empty text sorts last."""
+    """A cell of a table. `key` is the number to sort by, None where the text is; an empty text sorts last."""
 
     text: str
     key: float | None = None
@@ -86,7 +86,7 @@ class Cell:
 class Table:
     """A table whose first column names its rows. The first `pinned` rows stay on top however it is sorted."""
 
-    name: str  # its anchor, and what an address sorts it by
+    name: str  # its anchor, which the page's address sorts it by
     columns: Sequence[str]
     rows: Sequence[Sequence[Cell]]
     caption: str = ""
@@ -95,10 +95,15 @@ class Table:
     def __post_init__(self) -> None:
         assert all(len(row) == len(self.columns) for row in self.rows), self.name
 
+    @property
+    def numeric(self) -> list[bool]:
+        """Whether each column holds numbers."""
+        return [any(row[i].key is not None for row in self.rows) for i in range(len(self.columns))]
+
 
 @dataclass(frozen=True)
 class Image:
-    """A figure of the report, `figures/<name>.png`, its numbers beside it in `figures/<name>.csv`."""
+    """A figure: `figures/<name>.png`, with its numbers in `figures/<name>.csv`."""
 
     name: str
     title: str
@@ -110,11 +115,11 @@ Block = Paragraph | Callout | Bullets | Facts | Finding | Verbatim | Table | Ima
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what stands below it."""
+    """A heading and the blocks below it."""
 
     title: str
     anchor: str
-    blocks: Sequence[Block] = field(default_factory=list)
+    blocks: Sequence[Block]
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
-"""What the report says, in its order: the verdict first, then what it rests on, then how to make it again."""
+"""What the report says, in its order: the verdict, then the evidence for it, then how to reproduce it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from minipersona.files import read_json
 from minipersona.report.blocks import (
@@ -15,38 +16,42 @@ from minipersona.report.blocks import (
     Image,
     Paragraph,
     Section,
+    Table,
     Tone,
     Verbatim,
 )
-from minipersona.report.names import Row, number, phase_title
+from minipersona.report.figures import phase_title
 from minipersona.report.series import Series
 from minipersona.report.tables import (
     behaviour_table,
     calibration_table,
-    frontier_table,
+    doing_less_table,
     instruction_table,
+    layer_table,
+    number,
     recipe_table,
     seed_table,
-    sweep_table,
 )
-from minipersona.verdict.findings import Finding as VerdictFinding
+from minipersona.verdict.findings import Answer, VerdictKind
+from minipersona.verdict.findings import Finding as Judged
 from minipersona.verdict.hypotheses import Hypothesis
 from minipersona.verdict.phase_five import Question
+from minipersona.verdict.recipe_results import recipe_results
 from minipersona.verdict.results import StudyResults
 from minipersona.verdict.verdict import Passers, Verdict
 
-VERDICTS: dict[str, tuple[str, Tone, str]] = {
+VERDICTS: Mapping[VerdictKind, tuple[str, Tone, str]] = {
     "positive": (
         "Positive: a recipe passes",
         "good",
-        "The verdict is about this model, these data and this measure. Whether the recipe is more than doing less is "
-        "a question of its own, answered under Doing less.",
+        "The verdict holds for this model, these data and this measure. The section Doing less says whether the recipe "
+        "does more than a smaller dose of the baseline.",
     ),
     "h_null": (
         "H_null: no tested recipe keeps the personas apart",
         "bad",
-        "H_null speaks of the tested space: the recipes in the table below, on one model, its data and its measure. "
-        "It says that whatever learned there collapsed, not that no recipe exists.",
+        "H_null holds for the tested space: the recipes in the table below, on one model, its data and its measure. "
+        "It says that every recipe that learned enough collapsed. It does not say that no recipe exists.",
     ),
     "inconclusive": (
         "Inconclusive",
@@ -56,21 +61,26 @@ VERDICTS: dict[str, tuple[str, Tone, str]] = {
     "not_reproduced": (
         "Not reproduced",
         "bad",
-        "The untouched model does not measure as it did for the predecessor, so no number below decides anything.",
+        "M1 of the untrained model differs from the predecessor's, so nothing can be concluded from the numbers below.",
     ),
     "incomplete": (
         "Incomplete",
         "open",
-        "The search is not over. Everything below is what has been measured so far and may change.",
+        "The search is not finished. The numbers below are those measured so far, and they may change.",
     ),
 }
 NARROW = {"tulu": "the rows of phase 1", "em": "the emergent-misalignment rows"}
-FINDING_TONES: Mapping[str, Tone] = {"supported": "good", "refuted": "bad"}
+FINDING_TONES: Mapping[Answer, Tone] = {"supported": "good", "refuted": "bad"}
 QUESTIONS = {
     "recovers_0.90": "Does any mixture recover 0.90?",
     "beats_steering": "Does any mixture beat preventative steering?",
     "mixin_beats_none": "Does mixing beat no mixing, where both pass on loss?",
 }
+NOT_DRAWN = Paragraph(
+    "The figures are left out because matplotlib is not installed. Install it with pip install 'minipersona[report]' "
+    "and run python study.py report DIR again; their numbers are in figures/*.csv."
+)
+REPRODUCE = "pip install -e '.[data,report]'\npython study.py --config study.toml --out DIR\npython study.py report DIR"
 
 
 def document(
@@ -78,46 +88,36 @@ def document(
 ) -> Document:
     """The whole report; `series` are the figures that have their data, and `drawn` says whether they were drawn."""
     images: dict[str, Block] = {
-        one.name: Image(one.name, one.title, one.caption)
-        if drawn
-        else Paragraph(f"{one.title}: not drawn; its numbers are in figures/{one.name}.csv.")
-        for one in series
+        name: Paragraph(f"The figure {name} is left out: {reason}.") for name, reason in missing.items()
     }
-    images |= {name: Paragraph(f"The figure {name} is left out: {reason}.") for name, reason in missing.items()}
+    for one in series:
+        undrawn = Paragraph(f"{one.title}: not drawn; its numbers are in figures/{one.name}.csv.")
+        images[one.name] = Image(one.name, one.title, one.caption) if drawn else undrawn
     sections = [
         Section("Verdict", "verdict", [*_verdict(results, verdict), *([] if drawn else [NOT_DRAWN])]),
-        Section("What was measured", "measured", [Facts(_facts(results))]),
-        Section("Declared deviations", "deviations", _list(verdict.deviations, "None.")),
-        Section(
-            "All recipes",
-            "all-recipes",
-            [recipe_table(results, verdict), images["m1_against_learned"], images["m1_by_step"]],
-        ),
-        Section("Hypotheses", "hypotheses", list(_findings(verdict.hypotheses, {}))),
-        Section(
-            "Phase 5: three questions",
-            "phase-5",
-            [*_findings(verdict.phase5, QUESTIONS), images["mixture"]],
-        ),
+        Section("What was measured", "measured", [Facts(_measured(results))]),
+        Section("Declared deviations", "deviations",
+                [Bullets(verdict.deviations) if verdict.deviations else Paragraph("None.")]),
+        Section("All recipes", "all-recipes",
+                [recipe_table(results, verdict), images["m1_against_learned"], images["m1_by_step"]]),
+        Section("Hypotheses", "hypotheses", [*_findings(verdict.hypotheses)]),
+        Section("Phase 5: three questions", "phase-5", [*_findings(verdict.phase5), images["mixture"]]),
         Section("Geometry", "geometry", [images["cosines"], images["decomposition"]]),
-        Section("Doing less", "doing-less", [frontier_table(verdict) or Paragraph("Nothing to compare yet.")]),
-        *_suites(results),
-        Section("Calibration", "calibration-check", _calibration(results)),
-        Section("Spread over seeds", "spread", _seeds(results)),
+        *_optional("Every layer", "every-layer", layer_table(results)),
+        Section("Doing less", "doing-less", [doing_less_table(verdict) or Paragraph("Nothing to compare yet.")]),
+        *_behaviour(results),
+        *_optional("Instruction following", "instruction-following", instruction_table(results)),
+        Section("Calibration", "calibration-check", [*_calibration(results)]),
+        Section("Spread over seeds", "spread", [seed_table(results) or Paragraph(_one_seed(results))]),
         Section("What was not run, and why", "not-run", _not_run(results, verdict)),
-        Section("How to reproduce", "reproduce", _reproduce(results)),
-    ]
-    sweep = sweep_table(results)
-    if sweep is not None:
-        sections.insert(7, Section("Every layer", "every-layer", [sweep]))
+        Section("How to reproduce", "reproduce", [*_reproduce(results)]),
+    ]  # fmt: skip
     model = "no model measured yet" if results.protocol is None else results.protocol.model
     return Document(f"Persona geometry under fine-tuning: {model}", sections)
 
 
-NOT_DRAWN = Paragraph(
-    "The figures are left out because matplotlib is not installed. Install it with pip install 'minipersona[report]' "
-    "and run python study.py report DIR again; their numbers are in figures/*.csv."
-)
+def _optional(title: str, anchor: str, table: Table | None) -> list[Section]:
+    return [] if table is None else [Section(title, anchor, [table])]
 
 
 # ---------------------------------------------------------------- the verdict
@@ -128,15 +128,17 @@ def _verdict(results: StudyResults, verdict: Verdict) -> Iterator[Block]:
     yield Callout(title, verdict.sentence, tone)
     yield Paragraph(framing)
     counts = {status: sum(cell.status == status for cell in results.cells) for status in ("done", "failed", "missing")}
-    gpu_hours, config = verdict.gpu_hours, results.config
-    facts = [
-        ("Cells", ", ".join(f"{count} {status}" for status, count in counts.items())),
-        ("Stop rule", f"{config.stop_rule}" + (", every phase run whatever passes" if config.exhaustive else "")),
-        ("Passers, registered rule", _passers(verdict.registered)),
-        ("Passers, substantive rule", _passers(verdict.substantive)),
-        ("GPU hours of the cells", "not on a GPU, or not recorded" if gpu_hours is None else f"{gpu_hours:.2f}"),
-    ]
-    yield Facts(facts)
+    gpu_hours, rule = verdict.gpu_hours, results.config.stop_rule
+    yield Facts(
+        [
+            ("Cells", ", ".join(f"{count} {status}" for status, count in counts.items())),
+            ("Recipes judged", _judged(results)),
+            ("Stop rule", rule + (", but every phase is run" if results.config.exhaustive else "")),
+            ("Passing the registered rule", _passers(verdict.registered)),
+            ("Passing the substantive rule", _passers(verdict.substantive)),
+            ("GPU hours of the cells", "not on a GPU, or not recorded" if gpu_hours is None else f"{gpu_hours:.2f}"),
+        ]
+    )
     close: dict[str, list[str]] = {}
     for row in verdict.close:
         close.setdefault(row.why, []).append(row.cell)
@@ -145,45 +147,56 @@ def _verdict(results: StudyResults, verdict: Verdict) -> Iterator[Block]:
         yield Bullets([f"{why}: {', '.join(cells)}" for why, cells in close.items()])
 
 
+def _judged(results: StudyResults) -> str:
+    """Why there are more recipes than cells: each checkpoint of phase 1 is one."""
+    found = recipe_results(results)
+    doses = sum(recipe.phase == "1" for recipe in found)
+    if not found:
+        return "none yet"
+    others = f" and {len(found) - doses} other recipes at their last step" if doses < len(found) else ""
+    return f"{len(found)}: the baseline at each of its {doses} checkpoints{others}"
+
+
 def _passers(found: Passers) -> str:
     return ", ".join(recipe.cell for recipe in found.passers) or "none"
 
 
-def _findings(
-    found: Mapping[Hypothesis, VerdictFinding] | Mapping[Question, VerdictFinding], titles: Mapping[str, str]
-) -> Iterator[Block]:
-    for name, row in found.items():
-        claim = f"{titles[name]} {row.claim}" if name in titles else f"{name}: {row.claim}"
-        tone = FINDING_TONES.get(row.verdict, "open")
-        yield Finding(claim, row.verdict, tone, row.evidence, row.implication)
-
-
-def _list(items: Sequence[str], otherwise: str) -> list[Block]:
-    return [Bullets(items)] if items else [Paragraph(otherwise)]
+def _findings(found: Mapping[Hypothesis, Judged] | Mapping[Question, Judged]) -> Iterator[Block]:
+    for name, judged in found.items():
+        claim = f"{QUESTIONS.get(name, name + ':')} {judged.claim}"
+        tone = FINDING_TONES.get(judged.verdict, "open")
+        yield Finding(claim, judged.verdict, tone, judged.evidence, judged.implication)
 
 
 # ---------------------------------------------------------------- what was measured, and with what
 
 
-def _facts(results: StudyResults) -> list[tuple[str, str]]:
+def _measured(results: StudyResults) -> list[tuple[str, str]]:
     protocol = results.protocol
     if protocol is None or results.base is None:
         return [("Measured", "nothing yet")]
-    made = _provenance(results)
-    base = results.base.eval_loss
-    last = results.baseline.final.eval_loss if results.baseline else None
+    loss = None if results.baseline is None else results.baseline.final.eval_loss
     return [
-        (
-            "Model",
-            f"{protocol.model}, revision {protocol.revision or 'none'}, computed in {protocol.compute_dtype}",
-        ),
+        ("Model", f"{protocol.model}, revision {protocol.revision or 'none'}, computed in {protocol.compute_dtype}"),
         ("M1", f"mean raw cosine of persona vectors at layer {protocol.layer}, Method {protocol.method}"),
         ("Layer", f"{protocol.layer}: {protocol.layer_convention}"),
         ("Personas", f"{protocol.persona_set}, SHA-256 {protocol.persona_digest}"),
         ("Questions", f"{protocol.question_set}, SHA-256 {protocol.question_digest}"),
         ("Held-out rows", f"{protocol.heldout}, SHA-256 {protocol.heldout_digest}"),
-        ("Held-out loss", f"{number(base)} nats per supervised token untrained, {number(last)} after the baseline"),
+        (
+            "Held-out loss",
+            f"{number(results.base.eval_loss)} nats per supervised token untrained, {number(loss)} after the baseline",
+        ),
         ("Narrow data of phase 5", NARROW[results.config.narrow]),
+        *_provenance(results),
+    ]
+
+
+def _provenance(results: StudyResults) -> list[tuple[str, str]]:
+    """What made the cells, each value once."""
+    files = [cell.directory / "provenance.json" for cell in results.cells if cell.directory is not None]
+    made = [read_json(file) for file in files if file.is_file()]
+    return [
         ("Data", _distinct(_source(row) for one in made for row in one.get("data", []))),
         ("Hardware", _distinct(_hardware(one.get("hardware", {})) for one in made)),
         ("Versions", _distinct(_versions(one) for one in made)),
@@ -192,26 +205,21 @@ def _facts(results: StudyResults) -> list[tuple[str, str]]:
     ]
 
 
-def _provenance(results: StudyResults) -> list[Row]:
-    files = [cell.directory / "provenance.json" for cell in results.cells if cell.directory is not None]
-    return [read_json(file) for file in files if file.is_file()]
-
-
 def _distinct(texts: Iterable[str]) -> str:
     return "; ".join(dict.fromkeys(texts)) or "not recorded"
 
 
-def _source(row: Row) -> str:
+def _source(row: dict[str, Any]) -> str:
     digest = row.get("digest") or row.get("sha256")
     return f"{row.get('source')}" + (f", SHA-256 {digest}" if digest else "")
 
 
-def _hardware(row: Row) -> str:
+def _hardware(row: dict[str, Any]) -> str:
     device = row.get("cuda_device") or f"CPU ({row.get('machine')})"
     return f"{row.get('processes')} x {device}" + (f", CUDA {row['cuda']}" if row.get("cuda_device") else "")
 
 
-def _versions(made: Row) -> str:
+def _versions(made: dict[str, Any]) -> str:
     versions = {"minipersona": made.get("minipersona"), **made.get("versions", {})}
     return ", ".join(f"{name} {version}" for name, version in versions.items())
 
@@ -219,76 +227,69 @@ def _versions(made: Row) -> str:
 # ---------------------------------------------------------------- checks
 
 UNSCORED = (
-    "The judge gave a score to {scored:,} of {answers:,} answers, which decides nothing. Name another judge in the "
-    'section [behaviour] of the study\'s config, such as judge = "endpoint", and run the same command again: the '
-    "answers are kept, and only they are judged anew."
+    "The judge scored {scored} of {answers:,} answers of {models} models, which decides nothing. Name another judge in "
+    'the section [behaviour] of the study\'s config, such as judge = "endpoint", and run the same command again: the '
+    "answers are kept, and only the judging is repeated."
 )
 
 
-def _suites(results: StudyResults) -> Iterator[Section]:
-    behaviour, instructions = behaviour_table(results), instruction_table(results)
-    if behaviour is not None:
-        suites = [results.base_behaviour, *(cell.behaviour for cell in results.cells)]
-        judges = _distinct(_named(suite.judge) for suite in suites if suite)
-        blocks: list[Block] = [behaviour, Paragraph(f"Judge: {judges}.")]
-        rows = [row for suite in suites if suite for row in suite.sets.values()]
-        scored, answers = sum(row.scored for row in rows), sum(row.answers for row in rows)
-        if 2 * scored < answers:
-            blocks.append(Paragraph(UNSCORED.format(scored=scored, answers=answers)))
-        yield Section("Emergent and hidden misalignment", "misalignment", blocks)
-    if instructions is not None:
-        yield Section("Instruction following", "instruction-following", [instructions])
+def _behaviour(results: StudyResults) -> Iterator[Section]:
+    """The table of misaligned answers; a sentence in its place where the judge scored none."""
+    suites = [suite for suite in (results.base_behaviour, *(cell.behaviour for cell in results.cells)) if suite]
+    rows = [row for suite in suites for row in suite.sets.values()]
+    scored, answers = sum(row.scored for row in rows), sum(row.answers for row in rows)
+    table = behaviour_table(results)
+    if table is None:
+        return
+    blocks: list[Block] = [table] if scored else []
+    if 2 * scored < answers or not scored:
+        said = UNSCORED.format(scored=f"{scored:,}" if scored else "none", answers=answers, models=len(suites))
+        blocks.append(Paragraph(said))
+    blocks.append(Paragraph(f"Judge: {_distinct(_judge(suite.judge) for suite in suites)}."))
+    yield Section("Emergent and hidden misalignment", "misalignment", blocks)
 
 
-def _named(judge: Mapping[str, str | None]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in judge.items() if value not in (None, ""))
+def _judge(judge: Mapping[str, str | None]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in judge.items() if value)
 
 
-def _calibration(results: StudyResults) -> list[Block]:
+def _calibration(results: StudyResults) -> Iterator[Block]:
     found = results.calibration
     if found is None:
-        return [Paragraph("No calibration is recorded.")]
-    said = {True: "Passed", False: "Failed", None: "Not decided"}[found.passed]
-    if not found.due:
-        said = "Not due"
-    table = calibration_table(results)
-    return [Paragraph(f"{said}: {found.reason}."), *([table] if table else [])]
+        yield Paragraph("No calibration is recorded.")
+        return
+    said = {True: "Passed", False: "Failed", None: "Not decided"}[found.passed] if found.due else "Not due"
+    yield Paragraph(f"{said}: {found.reason.removeprefix('not due: ')}.")
+    if table := calibration_table(results):
+        yield table
 
 
-def _seeds(results: StudyResults) -> list[Block]:
-    table = seed_table(results)
-    if table is not None:
-        return [table]
+def _one_seed(results: StudyResults) -> str:
     seeds = ", ".join(sorted({str(cell.seed) for cell in results.cells}))
-    return [
-        Paragraph(
-            f"Every finished recipe ran with one seed ({seeds or 'none yet'}), so how far another seed would move it "
-            "is not known. The intervals of this report are over questions."
-        )
-    ]
+    return (
+        f"Every finished recipe ran with one seed ({seeds or 'none yet'}), so how much the seed matters is not known. "
+        "The intervals of this report are over questions."
+    )
 
 
 def _not_run(results: StudyResults, verdict: Verdict) -> list[Block]:
     blocks: list[Block] = []
-    skipped = {row.phase for row in verdict.phases if row.status == "skipped"} | set(results.skipped_phases)
+    skipped = {row.phase for row in verdict.phases if row.status == "skipped"}
+    skipped |= set(results.skipped_phases)
     if skipped:
         names = "; ".join(phase_title(phase) for phase in sorted(skipped))
-        blocks.append(Paragraph(f"Skipped, because an earlier phase has a passer: {names}."))
+        blocks.append(Paragraph(f"Skipped, because a recipe of an earlier phase passes: {names}."))
     missing = [cell.id for cell in results.cells if cell.status == "missing" and cell.phase not in skipped]
     if missing:
-        blocks.append(Paragraph(f"Planned and not there yet: {', '.join(missing)}."))
+        blocks.append(Paragraph(f"Planned, but not done yet: {', '.join(missing)}."))
     for cell in results.cells:
         if cell.status == "failed":
             blocks += [Paragraph(f"{cell.id} failed:"), Verbatim(cell.error or "no reason was recorded")]
     return blocks or [Paragraph("Every planned cell is done.")]
 
 
-def _reproduce(results: StudyResults) -> list[Block]:
-    config = (results.directory / "study.toml").read_text(encoding="utf-8", errors="backslashreplace")
-    return [
-        Paragraph("The search is its config, below in full. The same command continues a study that was interrupted."),
-        Verbatim(
-            "pip install -e '.[data,report]'\npython study.py --config study.toml --out DIR\npython study.py report DIR"
-        ),
-        Verbatim(config),
-    ]
+def _reproduce(results: StudyResults) -> Iterator[Block]:
+    yield Paragraph("The config below describes the whole search. The same command continues an interrupted study.")
+    yield Verbatim(REPRODUCE)
+    config = results.directory / "study.toml"
+    yield Verbatim(config.read_text(encoding="utf-8", errors="backslashreplace"))

@@ -1,4 +1,4 @@
-"""A study that never was: its directory, file by file, with numbers of the size that a real one would have."""
+"""A made-up study: its directory, file by file, with numbers of the size that a real one would have."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from jinja2 import Environment
 
 from minipersona.geometry.measures import m1
 from minipersona.geometry.vectors import PersonaVectors
@@ -147,7 +148,7 @@ class FakeStudy:
     sudden: bool = False
     verdict: dict[str, Any] | None = None
 
-    def identity(self, number: int) -> str:
+    def cell_id(self, number: int) -> str:
         """The id of a planned cell."""
         phase, name = self.recipes[number][:2]
         slug = "".join(c if c.isalnum() else "-" for c in name.lower())
@@ -162,7 +163,7 @@ class FakeStudy:
         plan = []
         for number, (phase, name, knobs, value, learned) in enumerate(self.recipes):
             seed = int(name.rsplit("=", 1)[1]) if " seed=" in name else 42
-            plan.append({"phase": phase, "name": name, "seed": seed, "knobs": knobs, "cell": self.identity(number)})
+            plan.append({"phase": phase, "name": name, "seed": seed, "knobs": knobs, "cell": self.cell_id(number)})
             if f"{phase} {name}" in self.failed:
                 self._ledger(number, "failed", error=self.failed[f"{phase} {name}"])
             elif f"{phase} {name}" not in self.missing:
@@ -187,7 +188,7 @@ class FakeStudy:
 
     def _cell(self, number: int, seed: int, knobs: dict[str, Any], value: float, learned: float) -> None:
         phase, name = self.recipes[number][:2]
-        key, where = f"{phase} {name}", f"cells/{self.identity(number)}"
+        key, where = f"{phase} {name}", f"cells/{self.cell_id(number)}"
         steps = STEPS if self.every_step or phase == "1" else STEPS[-1:]
         result = {"protocol": PROTOCOL, "base": measured(0, BASE_M1, 0), "baseline": None, "best": None,
                   "checkpoints": checkpoints(value, learned, steps, self.sudden), "gpu_seconds": 180.0}  # fmt: skip
@@ -208,7 +209,7 @@ class FakeStudy:
 
     def _ledger(self, number: int, event: str, **more: Any) -> None:
         phase, name = self.recipes[number][:2]
-        line = {"time": 1.0 + number, "cell": self.identity(number), "phase": phase, "name": name, "event": event}
+        line = {"time": 1.0 + number, "cell": self.cell_id(number), "phase": phase, "name": name, "event": event}
         with open(self.directory / "ledger.jsonl", "a") as file:
             file.write(json.dumps({**line, "attempt": 2, **more}) + "\n")
 
@@ -256,3 +257,8 @@ def followed(share: float) -> dict[str, Any]:
     how = {"empty": 0, "cut": 0, "skipped": 3, "skipped_kinds": {}, "set": "shipped", "digest": "i",
            "max_new_tokens": 1280}  # fmt: skip
     return {"prompts": 541, "instructions": 834, **rates, "by_kind": {}, **how}
+
+
+def unescaping(**options: Any) -> Environment:
+    """Jinja2's environment without its escaping, for controls."""
+    return Environment(**options | {"autoescape": False})

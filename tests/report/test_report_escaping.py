@@ -7,8 +7,9 @@ from html.parser import HTMLParser
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from report.conftest import unescaping
 
-from minipersona.report import html, markdown
+from minipersona.report import render
 from minipersona.report.blocks import (
     Block,
     Bullets,
@@ -36,6 +37,9 @@ HOSTILE = [
     "```\nout of the fence\n````\n",
     "half a pair \ud800 and \u202eback\u202c and \x00\x1b[31m",
 ]
+
+
+LONG = 24  # characters; the page lets longer cells break into lines
 
 
 def every_block(text: str) -> Document:
@@ -72,23 +76,23 @@ class Elements(HTMLParser):
 
 
 def page(text: str) -> Elements:
-    return Elements(html.render(every_block(text), {"figure": b"PNG"}))
+    return Elements(render.html(every_block(text), {"figure": b"PNG"}))
 
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_a_page_has_the_same_elements_whatever_its_text(text: str) -> None:
     hostile = page(text)
-    assert hostile.tags == page("harmless, but long enough to wrap" if len(text) > html.LONG else "x").tags
+    assert hostile.tags == page("harmless, but long enough to wrap" if len(text) > LONG else "x").tags
 
 
 @settings(deadline=None)
-@given(st.text(min_size=html.LONG + 1))
+@given(st.text(min_size=LONG + 1))
 def test_no_text_at_all_makes_an_element(text: str) -> None:
     assert page(text).tags == page("harmless, but long enough to wrap").tags
 
 
 def test_control_unescaped_text_makes_elements(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(html, "escape", str)
+    monkeypatch.setattr(render, "Environment", unescaping)
     assert ("img", ("src", "onerror")) in page("<img src=x onerror=alert(1)>").tags
 
 
@@ -112,30 +116,30 @@ def structure(text: str) -> list[str]:
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_markdown_has_the_same_structure_whatever_its_text(text: str) -> None:
-    assert structure(markdown.render(every_block(text))) == structure(markdown.render(every_block("harmless")))
+    assert structure(render.markdown(every_block(text))) == structure(render.markdown(every_block("harmless")))
 
 
 @settings(deadline=None)
 @given(st.text(alphabet="ab1 <>&|\\`*_{}[]()#+-.!~:/@\n'\"=", min_size=1).map(lambda text: text + "z"))
 def test_no_text_at_all_makes_markup(text: str) -> None:
-    assert structure(markdown.render(every_block(text))) == structure(markdown.render(every_block("harmless")))
+    assert structure(render.markdown(every_block(text))) == structure(render.markdown(every_block("harmless")))
 
 
 @pytest.mark.parametrize("text", HOSTILE[:2] + HOSTILE[5:8])
 def test_control_unescaped_text_makes_markup(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(markdown, "escape", str)
-    monkeypatch.setattr(markdown, "line", str)
-    assert structure(markdown.render(every_block(text))) != structure(markdown.render(every_block("harmless")))
+    monkeypatch.setattr(render, "inline", str)
+    monkeypatch.setattr(render, "line", str)
+    assert structure(render.markdown(every_block(text))) != structure(render.markdown(every_block("harmless")))
 
 
 @settings(deadline=None)
 @given(st.text(alphabet="`~a\n", min_size=1))
 def test_a_fence_holds_any_text(text: str) -> None:
     reader = pytest.importorskip("markdown_it").MarkdownIt("commonmark")
-    (token,) = reader.parse(markdown.fenced(text))
+    (token,) = reader.parse(render.fenced(text))
     assert token.type == "fence" and token.content.rstrip("\n") == text.rstrip("\n")
 
 
 def test_ordinary_text_is_left_as_it_is() -> None:
     text = "M1 < 0.95 and learned >= 0.5 [0.9719, 0.9737] for eval_loss at step-000375 (tulu[0:6000]); -0.0157 +0.2%"
-    assert markdown.escape(text) == text
+    assert render.inline(text) == text

@@ -13,10 +13,13 @@ from typing import Any
 
 import pytest
 from faults.test_full_disk import no_room
+from report.conftest import PROTOCOL, answers
 
 from minipersona.errors import DiskFull, UserError
-from minipersona.records import to_dict
+from minipersona.records import from_dict, to_dict
 from minipersona.report import write, write_report
+from minipersona.run.result import Protocol
+from minipersona.verdict.calibration import calibrate
 from minipersona.verdict.results import read_study
 from minipersona.verdict.verdict import VERDICTS, judge_study
 
@@ -116,6 +119,33 @@ def test_the_page_holds_its_figures_and_asks_for_nothing(whole: Any) -> None:
     assert not re.search(r'(?:src|href)="(?!data:|#)', page)
 
 
+def test_more_recipes_than_cells_are_explained(whole: Any) -> None:
+    """A checkpoint of phase 1 is a recipe; 28 cells are planned, one failed and one is missing."""
+    facts = dict(rows((whole.directory / "report.md").read_text(), "Verdict"))
+    assert facts["Cells"] == "26 done, 1 failed, 1 missing"
+    assert (
+        facts["Recipes judged"]
+        == "31: the baseline at each of its 6 checkpoints and 25 other recipes at their last step"
+    )
+    assert "of 31 recipes tested" in (whole.directory / "report.md").read_text()
+
+
+@pytest.mark.parametrize("scored, said", [(0, "none of 3,200"), (300, "1,200 of 3,200"), (796, "")])
+def test_answers_that_the_judge_did_not_score_are_one_sentence(
+    new_study: Callable[..., Any], undrawn: None, scored: int, said: str
+) -> None:
+    suite = answers(0)
+    counts = {"scored": scored, "coherent": scored}
+    suites = {key: suite | {"sets": {name: row | counts for name, row in suite["sets"].items()}}
+              for key in ("base", "2A beta=0.1")}  # fmt: skip
+    write_report(new_study(recipes=SMALL, with_vectors=False, behaviour=suites).write())
+    text = (new_study().directory / "report.md").read_text()
+    section = text.split("## Emergent and hidden misalignment")[1].split("\n## ")[0]
+    assert "Judge: kind local." in section
+    assert ("| untrained base |" in section) is (scored > 0)
+    assert re.findall(r"The judge scored (.*) answers of 2 models", section) == [said][: bool(said)]
+
+
 # ---------------------------------------------------------------- verdicts
 
 
@@ -170,7 +200,7 @@ def test_a_passer_says_which_phases_were_skipped(new_study: Callable[..., Any], 
     write_report(study.write())
     text = (study.directory / "report.md").read_text()
     assert "**Positive: a recipe passes**" in text
-    assert "Skipped, because an earlier phase has a passer: 2A KL to the base; 5A raw text mixed in." in text
+    assert "Skipped, because a recipe of an earlier phase passes: 2A KL to the base; 5A raw text mixed in." in text
 
 
 # ---------------------------------------------------------------- what is not there
@@ -210,6 +240,15 @@ def test_a_directory_that_is_no_study_is_refused(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------- hostile content
+
+
+def test_a_calibration_that_is_not_due_says_so_once(new_study: Callable[..., Any], undrawn: None) -> None:
+    study = new_study(recipes=SMALL, with_vectors=False).write()
+    not_due = calibrate(from_dict(Protocol, {**PROTOCOL, "model": "tiny"}), {}, "")
+    (study / "calibration.json").write_text(json.dumps(to_dict(not_due)))
+    write_report(study)
+    text = (study / "report.md").read_text()
+    assert len(re.findall("not due", text, re.IGNORECASE)) == 1 and "Not due: " in text
 
 
 def test_hostile_names_errors_and_notes_stay_text(new_study: Callable[..., Any]) -> None:
