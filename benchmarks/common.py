@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from minipersona.chat import Document
+from minipersona.model.acceleration.compiler import compile_blocks
 from minipersona.model.load import load_model
 from minipersona.model.network import Qwen2
 
@@ -69,7 +70,7 @@ def options(description: str | None, defaults: Mapping[str, Any]) -> argparse.Na
 def our_model(name: str) -> Qwen2:
     """The model on the GPU in bf16, its blocks compiled."""
     model = load_model(name, device="cuda", dtype=torch.bfloat16)
-    model.compile_blocks()
+    compile_blocks(model)
     return model
 
 

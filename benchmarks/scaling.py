@@ -32,7 +32,7 @@ import torch
 from benchmarks.common import GIB, documents, options, our_model, report, seconds, table
 from benchmarks.sft import BATCH, ours
 from minipersona.run.train import make_deterministic
-from minipersona.training.world import World, join_world, leave_world
+from minipersona.training.distributed import Distributed, join_process_group, leave_process_group
 
 FULL = "random:Qwen/Qwen2.5-3B-Instruct"  # its full-parameter training fits one GPU of 80 GB
 KINDS = ("lora", "cells", "ranks", "full", "shards", "deterministic")
@@ -45,28 +45,28 @@ def worker(given: Any) -> None:
     """One process of a case: measure, and leave what was found."""
     deterministic = given.worker == "deterministic"
     make_deterministic(deterministic)
-    world = join_world("cuda")
+    distributed = join_process_group("cuda")
     full = given.worker in ("full", "shards")
     model = our_model(given.full_model if full else given.model)
     docs = documents(given.steps * given.batch, model.config.vocab_size)
     method: Literal["lora", "full"] = "full" if full else "lora"
-    found = ours(model, docs, given.steps, True, method=method, batch=given.batch, world=world)
-    if world.size > 1:
-        found["link_gb_per_s"] = link(world)
-    if world.first:
+    found = ours(model, docs, given.steps, True, method=method, batch=given.batch, distributed=distributed)
+    if distributed.size > 1:
+        found["link_gb_per_s"] = link(distributed)
+    if distributed.first:
         Path(given.result).write_text(json.dumps(found))
-    leave_world(world)
+    leave_process_group()
 
 
-def link(world: World) -> float:
+def link(distributed: Distributed) -> float:
     """GB/s that a GPU sends, and receives, while a GiB is summed over all of them.
 
     Counted as a ring sums: 2 (n-1)/n of the tensor.
     """
-    summed = torch.zeros(int(GIB) // 4, device=world.device)
-    world.sum(summed)
-    took = min(seconds(world.sum, summed) for _ in range(5))
-    return 2 * (world.size - 1) / world.size * GIB / took / 1e9
+    summed = torch.zeros(int(GIB) // 4, device=distributed.device)
+    distributed.sum(summed)
+    took = min(seconds(distributed.sum, summed) for _ in range(5))
+    return 2 * (distributed.size - 1) / distributed.size * GIB / took / 1e9
 
 
 def start(case: str, rows: int, given: Any, scratch: Path) -> list[dict[str, Any]]:

@@ -23,8 +23,8 @@ from minipersona.chat import Document
 from minipersona.config import DataSection, ExecutionSection, LoraConfig, ObjectiveSection, RunConfig, TrainingSection
 from minipersona.model.lora import remove_lora
 from minipersona.model.network import Qwen2
+from minipersona.training.distributed import Distributed
 from minipersona.training.loop import Hooks, train
-from minipersona.training.world import World
 
 BATCH = 16
 PROFILED = 4
@@ -41,7 +41,7 @@ def ours(
     *,
     method: Literal["lora", "full"] = "lora",
     batch: int = BATCH,
-    world: World | None = None,
+    distributed: Distributed | None = None,
 ) -> dict[str, Any]:
     """The loop itself, `steps` times. The last four are profiled; timed is what else the second half has, one at least.
 
@@ -66,8 +66,8 @@ def ours(
     free()
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
-        world = world or World(0, 1, model.device)
-        train(model, docs, config, Path(scratch), world, Hooks(logged=logged), compiled=True, steering=steering)
+        distributed = distributed or Distributed(0, 1, model.device)
+        train(model, docs, config, Path(scratch), distributed, Hooks(logged=logged), compiled=True, steering=steering)
     shares = measured.stop()
     trained = hashlib.sha256()
     for parameter in model.parameters():

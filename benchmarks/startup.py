@@ -21,6 +21,7 @@ import torch
 
 from benchmarks.common import documents, options, report, table
 from benchmarks.sft import BATCH, ours
+from minipersona.model.acceleration.compiler import compile_blocks
 from minipersona.model.load import load_model
 from minipersona.model.save import save_model
 
@@ -40,7 +41,7 @@ def measure(directory: Path, steps: int, began: float) -> dict[str, float]:
     model = load_model(str(directory), device="cuda", dtype=torch.bfloat16)
     torch.cuda.synchronize()
     loaded = time.time()
-    model.compile_blocks()
+    compile_blocks(model)
     trained = ours(model, documents(steps * BATCH, model.config.vocab_size), steps, True)
     compiling = trained["first_step"] - trained["median_step"]
     return {"import": started - began, "load": loaded - started, "compile": compiling}

@@ -26,6 +26,7 @@ class ModelSection:
     name: str = DEFAULT_MODEL  # a directory, a hub id, tiny, or random:<hub id or directory>
     revision: str = ""  # a hub revision; empty is the pinned one, or the newest where none is pinned
     tokenizer: str = ""  # empty is the model's own
+    template: str = ""  # a chat template by name; empty is the tokenizer's own, where that is known
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"  # auto: bfloat16 on CUDA, else float32
 
 
@@ -263,12 +264,18 @@ class ExecutionSection:
     # all weights 16,384 with checkpointed activations, adapters 10,240 without them, and otherwise 8,192
     checkpoint_activations: bool = True  # recompute blocks in the backward pass: less memory, a third slower
     compile: Literal["auto", "on", "off"] = "auto"  # auto: on CUDA
+    fused: bool = True  # false: the plain path, with a product a layer, nothing compiled, portable attention of new
+    # tokens and no CUDA graph; slower, easy to follow in a debugger, and equal to rounding
     save_minutes: float = 5.0  # between rolling checkpoints
-    timeout_minutes: float = 30.0  # that ranks wait for one that hangs; longer than the first one's measurements take
+    timeout_minutes: float = 30.0  # that ranks wait for each other; the first one's measurements must take less
     deterministic: bool = False  # bit-equal runs on CUDA too, slower
 
     def __post_init__(self) -> None:
         require(self.pack_tokens >= 0, f"execution.pack_tokens = {self.pack_tokens}: must not be negative")
+        require(
+            self.fused or self.compile != "on",
+            'execution.compile = "on": the plain path is not compiled; leave execution.fused = false out',
+        )
         require(self.save_minutes >= 0, f"execution.save_minutes = {self.save_minutes}: must not be negative")
         require(self.timeout_minutes > 0, f"execution.timeout_minutes = {self.timeout_minutes}: must be positive")
 

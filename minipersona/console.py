@@ -10,12 +10,14 @@ import time
 import traceback
 import unicodedata
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn, TextIO, TypeVar
 
 from minipersona.errors import Interrupted, UserError
 from minipersona.files import FULL
 
 LINE_SECONDS = 10.0  # between plain progress lines
+MOST = 10**12  # of anything that an option counts
+Number = TypeVar("Number", int, float)
 
 
 def printable(text: str) -> str:
@@ -36,7 +38,8 @@ class Console:
         """One line. Where it cannot be said, the work goes on in silence: a remark is not worth it."""
         if not self.quiet:
             try:
-                print(printable(text), file=self.stream, flush=True)
+                self.stream.write(printable(text) + "\n")  # at once, since several threads may say something
+                self.stream.flush()
             except OSError:  # the log's disk is full, or its reader has gone
                 self.quiet = True
                 _mute(self.stream)
@@ -96,6 +99,22 @@ def subcommand(commands: Any, name: str, summary: str, epilog: str) -> argparse.
         allow_abbrev=False,
     )
     return parser
+
+
+def positive(kind: type[Number]) -> Callable[[str], Number]:
+    """The type of an option that takes a positive number, whole ones only where `kind` is int."""
+    name = "whole number" if kind is int else "number"
+
+    def parse(text: str) -> Number:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = kind(0)
+        if not 0 < value < MOST:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a positive {name}")
+        return value
+
+    return parse
 
 
 def dispatch(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> None:

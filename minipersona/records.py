@@ -3,23 +3,32 @@
 An unknown or ill-typed key is an error that says which, and what was probably meant. Types of fields: bool, int, float,
 str, Literal, another dataclass, `X | None`, unions of those, `tuple[X, ...]`, `tuple[X, Y]`, `dict[str, X]` and
 `dict[Literal[...], X]`. A str may hold half of a surrogate pair, as the name of a file that is not UTF-8 does.
+A field that `may_be_missing` is left out of the file where it has its default.
 """
 
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 import types
 import typing
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, field, fields, is_dataclass
 from pathlib import Path
 from reprlib import repr as brief
 from typing import Any, Literal, TypeVar
 
 from minipersona.errors import UserError, require
-from minipersona.files import read_json, write_text
+from minipersona.files import append_jsonl, read_json, read_jsonl, write_text
 
 Record = TypeVar("Record")
+LEFT_OUT = "left out where it has its default"
+
+
+def may_be_missing(default: Any = None) -> Any:
+    """A field whose key the file lacks where its value is the default."""
+    return field(default=default, metadata={LEFT_OUT: True})
+
 
 # ---------------------------------------------------------------- from plain values
 
@@ -30,7 +39,7 @@ def from_dict(kind: type[Record], values: dict[str, Any], where: str = "", what:
     UserError where a key is unknown, missing without a default, or of another type.
     """
     assert is_dataclass(kind)
-    hints = typing.get_type_hints(kind)
+    hints = _types(kind)
     known = {f.name: f for f in fields(kind)}
     for key in values:
         if key not in known:
@@ -43,8 +52,13 @@ def from_dict(kind: type[Record], values: dict[str, Any], where: str = "", what:
             if is_dataclass(hints[name]):
                 built[name] = from_dict(hints[name], {}, f"{where}{name}.", what)  # names the first missing key
             else:
-                raise UserError(f"{where}{name} is missing; add it to the {what}")
+                raise UserError(f"{where}{name} is missing" + ("; add it to the config" if what == "config" else ""))
     return kind(**built)
+
+
+@functools.cache
+def _types(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
 
 
 def unknown_key(key: str, known: list[str], what: str = "config") -> str:
@@ -57,8 +71,8 @@ def unknown_key(key: str, known: list[str], what: str = "config") -> str:
 def _typed(value: Any, kind: Any, where: str, what: str) -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if is_dataclass(kind):
-        section = f"section, written [{where}]" if what == "config" else "table"
-        require(isinstance(value, dict), f"{where} must be a {section}")
+        form = f"a section, written [{where}]" if what == "config" else "a table"
+        require(isinstance(value, dict), f"{where} must be {form}")
         return from_dict(typing.cast(type, kind), value, f"{where}.", what)
     if origin is Literal:
         require(value in arguments, f"{where} = {brief(value)}: must be one of {', '.join(map(repr, arguments))}")
@@ -118,7 +132,9 @@ def _english(kind: type) -> str:
 
 def to_dict(record: Any) -> dict[str, Any]:
     """The nested plain values of a record."""
-    return {f.name: _plain(getattr(record, f.name)) for f in fields(record)}
+    values = {f.name: getattr(record, f.name) for f in fields(record)}
+    missing = {f.name for f in fields(record) if LEFT_OUT in f.metadata and values[f.name] == f.default}
+    return {name: _plain(value) for name, value in values.items() if name not in missing}
 
 
 def _plain(value: Any) -> Any:
@@ -136,15 +152,29 @@ def _plain(value: Any) -> Any:
 
 def read_record(path: Path, kind: type[Record], mend: str) -> Record:
     """The record in a JSON file. UserError, naming the file and the `mend`, where it is not one."""
-    value = read_json(path)
+    return _read(read_json(path), kind, str(path), path.name, mend)
+
+
+def read_records(path: Path, kind: type[Record], mend: str) -> list[Record]:
+    """The records in a file of JSON lines, none where there is no such file. UserError as from `read_record`."""
+    rows = enumerate(read_jsonl(path), 1)
+    return [_read(row, kind, f"{path}: line {number}", path.name, mend) for number, row in rows]
+
+
+def _read(value: Any, kind: type[Record], where: str, what: str, mend: str) -> Record:
     if not isinstance(value, dict):
-        raise UserError(f"{path}: must be a table; {mend}")
+        raise UserError(f"{where}: must be a table; {mend}")
     try:
-        return from_dict(kind, value, what=path.name)
+        return from_dict(kind, value, what=what)
     except UserError as error:
-        raise UserError(f"{path}: {error}; {mend}") from None
+        raise UserError(f"{where}: {error}; {mend}") from None
 
 
 def write_record(path: Path, record: Any) -> None:
     """Write a record as JSON, all or nothing. ASCII, since a name or an error may hold half of a surrogate pair."""
     write_text(path, json.dumps(to_dict(record), indent=2, allow_nan=False) + "\n")
+
+
+def append_record(path: Path, record: Any) -> None:
+    """Append a record to a file of JSON lines."""
+    append_jsonl(path, to_dict(record))

@@ -107,7 +107,10 @@ class SyntheticStudy:
                 save_samples(directory / "vectors" / f"step-{step:06}.safetensors", samples)
                 intervals[step] = bootstrap_m1(samples, resamples=100)
         base, *checkpoints = (checkpoint(*row, intervals.get(row[0])) for row in wanted)
-        write_record(directory / "result.json", RunResult(self.protocol, base, None, tuple(checkpoints), best=1))
+        write_record(
+            directory / "result.json",
+            RunResult(protocol=self.protocol, base=base, baseline=None, checkpoints=tuple(checkpoints), best=1),
+        )
         record = CellRecord(
             phase, name, HASH, seed, {}, notes=(), labels=labels, objective_check=None, gpu_seconds=None, seconds=1.0
         )

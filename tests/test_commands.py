@@ -143,7 +143,7 @@ def test_words_that_are_no_state_are_refused(
     copy = tmp_path / "copy"
     shutil.copytree(finished, copy)
     (copy / "latest" / "state.json").write_text(words)
-    refused(capsys, ["train", *settings, "--out", str(copy)], "state.json", "holds no state of a run", "delete")
+    refused(capsys, ["train", *settings, "--out", str(copy)], "state.json", "is not a run's state", "delete")
 
 
 def test_two_runs_are_equal_to_the_bit(finished: Path, settings: list[str], tmp_path: Path) -> None:
@@ -380,7 +380,7 @@ def test_odd_uses(capsys: pytest.CaptureFixture[str], finished: Path) -> None:
     refused(capsys, ["train"], "--config")
     refused(capsys, ["evaluate"], "--run")
     refused(capsys, ["evaluate", "--run", str(finished), "--model", "tiny"], "either")
-    refused(capsys, ["evaluate", "--run", str(finished / "latest")], "no run's directory")
+    refused(capsys, ["evaluate", "--run", str(finished / "latest")], "is not a run directory")
     refused(capsys, ["extract", "compare", "a"], "compare A B")
     refused(capsys, ["extract", "--layer", "x"], "--layer")
     refused(capsys, ["banana"], "banana")
@@ -445,7 +445,7 @@ def test_a_baseline_must_be_judged_at_its_last_step(
     (other / "result.json").write_text(json.dumps(result))
     refused(capsys, command, "judged at step 2, its last is 4")
     (other / "result.json").write_text("{}")
-    refused(capsys, command, "is no result of evaluate.py")
+    refused(capsys, command, "protocol.model is missing", "evaluate.py --run")
 
 
 def test_what_cannot_be_carried_out_claims_nothing(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import json
@@ -15,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minipersona.cli import main
-from minipersona.console import Console, answer, printable
+from minipersona.console import Console, answer, positive, printable
 from minipersona.corpus.__main__ import main as corpus_main
 from minipersona.errors import UserError
 
@@ -101,3 +102,14 @@ def test_no_command_passes_on_what_a_file_says(tmp_path: Path, capsys: pytest.Ca
     assert main(["train", "--config", str(tmp_path / "config.toml"), "--model", HOSTILE]) == 2
     shown = capsys.readouterr()
     assert "title" in shown.out and "title" in shown.err and not steers(shown.out + shown.err)
+
+
+# ---------------------------------------------------------------- numbers among the options
+
+
+def test_options_take_positive_numbers() -> None:
+    assert positive(int)("7") == 7 and positive(float)("0.5") == 0.5
+    for kind, texts in ((int, ("0", "-1", "1.5", "nan", "x", "")), (float, ("0", "-0.1", "nan", "inf", "x", ""))):
+        for text in texts:
+            with pytest.raises(argparse.ArgumentTypeError, match="is not a positive"):
+                positive(kind)(text)

@@ -74,7 +74,7 @@ def test_imports_go_down() -> None:
 
 
 def test_control_an_upward_import_is_seen() -> None:
-    assert violations({"model/load.py": ["minipersona.corpus.order"]})
+    assert violations({"model/load.py": ["minipersona.corpus.batch"]})
     assert violations({"training/loop.py": ["minipersona.geometry.measures"]})
     assert violations({"files.py": ["minipersona.model.load"]})
     assert violations({"verdict/results.py": ["minipersona.study.recipes"]})
@@ -106,6 +106,25 @@ def test_nothing_is_unpickled() -> None:
 )  # fmt: skip
 def test_control_what_unpickles_is_seen(line: str) -> None:
     assert UNPICKLES.search(line)
+
+
+# What torch may move without notice: names with an underscore, its operators, and how it calls a module.
+PRIVATE = re.compile(r"\btorch(\.\w+)*\._[a-z]|\btorch\.ops\b|\bfrom torch[\w.]* import .*\b_[a-z]|_call_impl\b")
+
+
+def test_private_interfaces_of_torch_stand_in_one_folder() -> None:
+    using = {path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py") if PRIVATE.search(path.read_text())}
+    assert {path.parent.as_posix() for path in using} == {"model/acceleration"}
+    assert {path.stem for path in using} == {"compiler", "foreach", "token_attention"}
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["torch._foreach_mul_(scaled, factor)", "torch.ops.aten.mm(a, b)", "from torch._inductor import config",
+     "from torch.nn import functional, _reduction", "torch.utils._pytree.tree_map(f, x)", "block._call_impl(h)"],
+)  # fmt: skip
+def test_control_a_private_interface_is_seen(line: str) -> None:
+    assert PRIVATE.search(line) and not PRIVATE.search("torch.__version__")
 
 
 @pytest.mark.parametrize("folder", ["minipersona", "configs", "docs", "benchmarks"])

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from minipersona.config import DEFAULT_MODEL, BehaviourSection
-from minipersona.console import Console, Parser, answer, dispatch, printable, subcommand
+from minipersona.console import Console, Parser, answer, dispatch, positive, printable, subcommand
 from minipersona.errors import UserError
 from minipersona.settings import override
 from minipersona.training.interruption import interruptible
@@ -65,12 +65,13 @@ def _roleplay_options(commands: Any) -> None:
     option("--model", default=DEFAULT_MODEL, metavar="M", help=f"who writes (default {DEFAULT_MODEL})")
     option("--revision", metavar="R", help="a hub revision (default: pinned for the 7B)")
     option("--tokenizer", metavar="DIR", help="another tokenizer than the model's")
+    option("--template", metavar="NAME", help="chat template by name; default the tokenizer's own")
     option("--source", required=True, metavar="SOURCE", help="the rows; see python -m minipersona.corpus")
     option("--out", required=True, metavar="FILE", help="the JSONL file that data.responses of a config names")
     option("--seed", type=_count, default=42, metavar="N", help="draws each row's persona and the samples (default 42)")
-    option("--max-new-tokens", type=_positive, default=1024, metavar="N", help="of a response (default 1024)")
+    option("--max-new-tokens", type=positive(int), default=1024, metavar="N", help="of a response (default 1024)")
     option("--temperature", type=_temperature, default=1.0, metavar="T", help="0 is greedy (default 1)")
-    option("--batch", type=_positive, default=256, metavar="N", help="responses in flight at once (default 256)")
+    option("--batch", type=positive(int), default=256, metavar="N", help="responses in flight at once (default 256)")
     option("--json", action="store_true", help="print JSON")
 
 
@@ -97,6 +98,7 @@ def _dry_run_options(commands: Any) -> None:
     summary = "Say how many requests and tokens the suite would take, without asking anyone."
     option = _command(commands, "dry-run", summary, _dry_run).add_argument
     option("--tokenizer", default="tiny", metavar="NAME", help="counts the tokens: directory, hub id or tiny (default)")
+    option("--template", metavar="NAME", help="chat template by name; default the tokenizer's own")
     option("--prompt-sets", choices=("all", "plain"), default="all", help="with the hidden sets, or without")
     option("--set", action="append", default=[], metavar="key=value", help="change one setting of the suite")
     option("--json", action="store_true", help="print JSON")
@@ -105,12 +107,6 @@ def _dry_run_options(commands: Any) -> None:
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) >= 2**63:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 up")
-    return int(text)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 up")
     return int(text)
 
 
@@ -137,7 +133,7 @@ def _roleplay(options: argparse.Namespace) -> None:
     console = Console()
     rows = read_source(options.source)
     console.say(f"loading {options.model}")
-    tokenizer = load_tokenizer(options.tokenizer or options.model, revision=options.revision)
+    tokenizer = load_tokenizer(options.tokenizer or options.model, revision=options.revision, template=options.template)
     report = write_roleplay(
         load_model(options.model, revision=options.revision),
         tokenizer,
@@ -191,7 +187,7 @@ def _dry_run(options: argparse.Namespace) -> None:
     from minipersona.chat import load_tokenizer
 
     section = override(BehaviourSection(), options.set)
-    counts = forecast(section, load_tokenizer(options.tokenizer), options.prompt_sets)
+    counts = forecast(section, load_tokenizer(options.tokenizer, template=options.template), options.prompt_sets)
     if options.json:
         print(json.dumps(counts, indent=2))
         return

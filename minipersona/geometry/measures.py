@@ -8,12 +8,13 @@ stands beside measures that do not see the shared mean: the centred cosine, the 
 and the accuracy of telling personas apart. Everything is computed in fp64.
 
 A vector that is zero or not finite is a `UserError`; a measure without a value (a centred cosine of identical
-personas) is nan here and null in `all_measures`.
+personas) is nan, and None in `all_measures`.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -141,20 +142,36 @@ def collapse_direction(base_vectors: Tensor, trained_vectors: Tensor) -> Tensor:
     return (trained_vectors.double() - base_vectors.double()).mean(0).float()
 
 
-def all_measures(samples: Tensor) -> dict[str, float | None]:
-    """Every measure of (P, Q, D) samples by name, ready for JSON: what is nan above is None here."""
+@dataclass(frozen=True, kw_only=True)
+class Measures:
+    """Every measure of one layer's samples, each as its function above defines it. None where it has no value."""
+
+    m1: float
+    centred_cosine: float | None
+    shared_mean_share: float | None
+    between_variance: float | None
+    within_variance: float | None
+    effective_rank: float | None
+    nearest_centroid_accuracy: float | None
+
+
+def all_measures(samples: Tensor) -> Measures:
+    """Every measure of (P, Q, D) samples. UserError as from the measures themselves."""
     vectors = persona_vectors(samples)
     between, within = variances(samples)
-    measures = {
-        "m1": m1(vectors),
-        "centred_cosine": centred_cosine(vectors),
-        "shared_mean_share": shared_mean_share(vectors),
-        "between_variance": between,
-        "within_variance": within,
-        "effective_rank": effective_rank(vectors),
-        "nearest_centroid_accuracy": nearest_centroid_accuracy(samples),
-    }
-    return {name: None if math.isnan(value) else value for name, value in measures.items()}
+    return Measures(
+        m1=m1(vectors),
+        centred_cosine=_none_if_nan(centred_cosine(vectors)),
+        shared_mean_share=_none_if_nan(shared_mean_share(vectors)),
+        between_variance=_none_if_nan(between),
+        within_variance=_none_if_nan(within),
+        effective_rank=_none_if_nan(effective_rank(vectors)),
+        nearest_centroid_accuracy=nearest_centroid_accuracy(samples),
+    )
+
+
+def _none_if_nan(value: float) -> float | None:
+    return None if math.isnan(value) else value
 
 
 def _mean_off_diagonal(matrix: Tensor) -> float:

@@ -1,1 +1,1 @@
-"""Qwen2.5 written out: sizes, network, attention, LoRA, loading and saving."""
+"""Qwen2.5 written out: sizes, network, attention, LoRA, loading and saving, generation; acceleration stands apart."""

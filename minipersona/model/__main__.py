@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from minipersona.console import Console, Parser, answer, dispatch
+from minipersona.console import Console, Parser, answer, dispatch, positive
 from minipersona.errors import UserError
 from minipersona.files import read_json
 
@@ -55,18 +55,8 @@ def _parser() -> argparse.ArgumentParser:
     option("--adapter", required=True, metavar="DIR", help="a PEFT adapter, such as a run's step-000375")
     option("--out", required=True, metavar="DIR", help="where to write; must not exist, or be empty")
     option("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights (default bfloat16)")
-    option("--shard-gb", type=_positive, default=5.0, metavar="G", help="most gigabytes of one file (default 5)")
+    option("--shard-gb", type=positive(float), default=5.0, metavar="G", help="most gigabytes of one file (default 5)")
     return parser
-
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1e6:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return value
 
 
 def _merge(options: argparse.Namespace) -> None:

@@ -1,7 +1,6 @@
 """Causal attention within documents: what a token sees, and two back ends that compute it.
 
-T = tokens, S = documents, H/K = query/key heads (H a multiple of K: grouped queries), d = channels of a head,
-B = slots of a key-value cache, L = tokens that a slot has room for
+T = tokens, S = documents, H/K = query/key heads (H a multiple of K: grouped queries), d = channels of a head
 """
 
 from __future__ import annotations
@@ -14,15 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if torch.cuda.is_available():  # it brings torch's compiler along, more than a second that nobody without CUDA needs
+if torch.cuda.is_available():  # it imports torch's compiler, which takes more than a second and is not needed on a CPU
     from torch.nn.attention.varlen import varlen_attn
 
-    # torch 2.11 takes fewer key heads than query heads silently; later versions want to be told.
+    # torch 2.11 accepts fewer key heads than query heads as it is; later versions need this argument.
     _GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 class Scope(Protocol):
-    """What the tokens of a pass see. A block hands it the pass's queries, keys and values, already rotated."""
+    """What the tokens of a pass see. A block gives it the pass's queries, keys and values, already rotated."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (T, H, d); k, v (T, K, d) -> (T, H, d)."""
@@ -52,7 +51,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans) -> T
     """softmax(q k^T / sqrt(d)) v, where a document's queries are its last tokens and see what precedes them.
 
     q (T, H, d) in spans `queries`; k, v (T', K, d) in spans `keys`, of which each document has at least as many.
-    Returns (T, H, d). Flash kernels want CUDA and half precision; everything else goes through `scaled_dot_product`.
+    Returns (T, H, d). Flash kernels need CUDA and half precision; everything else goes through `scaled_dot_product`.
     """
     if has_flash(q):
         # The default window is not causal: (-1, 0) is "everything before, nothing after", aligned at the last token.
@@ -65,29 +64,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans) -> T
 
 
 def has_flash(x: Tensor) -> bool:
-    """Whether the flash kernels take this tensor."""
+    """Whether the flash kernels can compute with this tensor."""
     return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
-
-
-def newest_token(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, queries: Tensor, slots: Tensor) -> Tensor:
-    """One query a slot over the first `lengths` (B,) int32 tokens that the slot keeps. Flash kernels only.
-
-    q (B, H, d); keys, values (B, L, K, d); queries, slots (B+1,) int32: where each slot's H / K queries, and its L
-    keys, begin. Returns (B, H, d).
-
-    The query heads that share a key head are laid out as so many queries of one head: then its keys are read once, and
-    no further than the slot is filled. Against `scaled_dot_product_attention` with a mask, 256 slots of 60 to 256
-    tokens take 61 microseconds in place of 142 (docs/log.md).
-    """
-    heads, room = keys.shape[2], keys.shape[1]
-    group = q.shape[1] // heads
-    rows = q.unflatten(1, (heads, group)).transpose(1, 2).flatten(0, 1)  # (B * H/K, K, d)
-    out, *_ = torch.ops.aten._flash_attention_forward(
-        rows, keys.flatten(0, 1), values.flatten(0, 1), queries, slots, group, room, 0.0, False, False,
-        seqused_k=lengths,
-    )  # fmt: skip
-    assert isinstance(out, Tensor)
-    return out.unflatten(0, (-1, group)).transpose(1, 2).flatten(1, 2)
 
 
 def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans) -> Tensor:

@@ -1,10 +1,10 @@
-"""The key-value cache: what tokens already computed are to those that follow, and the three ways to use it.
+"""The key-value cache: keys and values of the tokens computed so far, and three ways to use it.
 
 B = slots, L = tokens that a slot has room for, S = documents, T = tokens in the pack, K = key heads, d = their channels
 
 Filling computes documents from their beginning and keeps their keys and values; Continuing computes what follows a kept
 prefix, any number of documents a slot; Stepping computes one further token of every slot. Each is a scope
-(`attention.py`), so the network itself knows nothing of it. For inference: no gradient flows through a cache.
+(`attention.py`), so the network itself does not depend on the cache. For inference: no gradient flows through it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minipersona.model.attention import Spans, attention, has_flash, newest_token
+from minipersona.model.acceleration.token_attention import newest_token
+from minipersona.model.attention import Spans, attention, has_flash
 from minipersona.model.network import Qwen2
 from minipersona.model.pack import Pack
 
@@ -28,13 +29,13 @@ class Cache:
         shape = (slots, length, config.num_key_value_heads, config.head_dim)
 
         def empty() -> list[Tensor]:
-            # Zeros, since a masked score is multiplied with what lies there, and 0 times NaN is NaN.
+            # Zeros, because a masked score is multiplied with the value there, and 0 times NaN is NaN.
             return [
                 torch.zeros(shape, dtype=model.compute_dtype, device=model.device)
                 for _ in range(config.num_hidden_layers if blocks is None else blocks)
             ]
 
-        self.slots, self.length = slots, length
+        self.slots, self.length, self.fused = slots, length, model.fused
         self.group = config.num_attention_heads // config.num_key_value_heads
         self.keys, self.values = empty(), empty()
 
@@ -70,11 +71,14 @@ class Cache:
         return [Continuing(queries, keys, k, v, rows) for k, v in zip(self.keys, self.values, strict=True)]
 
     def stepping(self, lengths: Tensor, window: int) -> list[Stepping]:
-        """Scopes for one token a slot. lengths (B,) int64 count it; none of them exceeds `window`."""
+        """Scopes for one token a slot. lengths (B,) int64 include that token and do not exceed `window`."""
         each = torch.arange(self.slots + 1, device=lengths.device, dtype=torch.int32)
         edges = each * self.group, each * self.length
         used = lengths.int()
-        return [Stepping(k, v, lengths, window, used, *edges) for k, v in zip(self.keys, self.values, strict=True)]
+        return [
+            Stepping(k, v, lengths, window, self.fused, used, *edges)
+            for k, v in zip(self.keys, self.values, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
@@ -113,12 +117,13 @@ class Continuing:
 
 @dataclass(frozen=True)
 class Stepping:
-    """One token a slot: T = B. `window` bounds what the portable back end looks at; flash stops at each slot's end."""
+    """One token a slot: T = B. The portable back end reads `window` tokens of each slot; flash reads what is filled."""
 
     keys: Tensor  # (B, L, K, d)
     values: Tensor
     lengths: Tensor  # (B,)
     window: int
+    fused: bool  # False: never the flash kernel
     used: Tensor  # (B,) int32: lengths
     query_edges: Tensor  # (B+1,) int32: where each slot's H / K queries begin
     slot_edges: Tensor  # (B+1,) int32: where each slot's keys begin
@@ -128,7 +133,7 @@ class Stepping:
         slots = torch.arange(q.shape[0], device=q.device)
         self.keys[slots, self.lengths - 1] = k
         self.values[slots, self.lengths - 1] = v
-        if has_flash(q):
+        if self.fused and has_flash(q):
             return newest_token(q, self.keys, self.values, self.used, self.query_edges, self.slot_edges)
         # The query heads of a group read the same keys: laid out as rows of one product, the keys are read once.
         grouped = q.unflatten(1, (k.shape[1], -1))  # (B, K, H / K, d)

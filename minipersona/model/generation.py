@@ -21,8 +21,8 @@ from minipersona.model.cache import Cache
 from minipersona.model.network import Qwen2
 from minipersona.model.pack import Pack, make_pack, split
 
-STRIDE = 8  # token steps between two looks at the device; a finished row idles for less than that
-WINDOW = 128  # tokens by which the attended part of the cache grows, where a look at all of it would cost
+STRIDE = 8  # token steps between two reads from the device; a finished row waits for fewer than that
+WINDOW = 128  # tokens by which the attended part of the cache grows, where attending to all of it would cost time
 
 
 @dataclass(frozen=True)
@@ -92,15 +92,15 @@ class Slots:
 
     def __init__(self, model: Qwen2, requests: Sequence[Request], slots: int, stop: Sequence[int]) -> None:
         self.model, self.requests, self.stop = model, requests, set(stop)
-        self.replays = model.device.type == "cuda"  # the token step, as a CUDA graph
+        self.replays = model.fused and model.device.type == "cuda"  # the token step, as a CUDA graph
         most_new = max(request.max_new_tokens for request in requests)
         room = max(len(request.ids) + request.max_new_tokens for request in requests) + STRIDE
         room = -(-room // WINDOW) * WINDOW
         slots = min(slots, room_for(model, room))
         self.cache = Cache(model, slots, room)
         self.occupant: list[int | None] = [None] * slots  # which request a slot holds
-        self.filled = [0] * slots  # tokens of it in the cache or about to be; as `lengths`, known without a look
-        self.seen = [0] * slots  # new tokens of it that were looked at
+        self.filled = [0] * slots  # tokens of it in the cache or about to be; as `lengths`, known to the host
+        self.seen = [0] * slots  # new tokens of it that were read from the device
         self.draws = any(request.temperature > 0 for request in requests)
         self.nucleus = any(request.top_p < 1 for request in requests)
 
@@ -150,7 +150,7 @@ class Slots:
             self.uniforms[slot, : len(uniforms)] = torch.from_numpy(uniforms.astype(np.float32)).to(self.model.device)
 
     def advance(self) -> None:
-        """STRIDE token steps of every slot. Rows that finish within them go on, unheeded, into spare room."""
+        """STRIDE token steps of every slot. Rows that finish earlier go on into spare room; that is not read."""
         for _ in range(STRIDE):
             if self.replays:
                 self._replay()
@@ -165,7 +165,7 @@ class Slots:
         slots = torch.arange(len(self.occupant), device=self.model.device)
         one_each = torch.arange(len(self.occupant) + 1, device=self.model.device, dtype=torch.int32)
         pack = Pack(self.last, lengths - 1, self.last, self.last, one_each, slots, 1)  # no targets: nothing learns
-        hidden = self.model(pack, scopes=self.cache.stepping(lengths, window), prepared=True)  # (B, D)
+        hidden = self.model(pack, scopes=self.cache.stepping(lengths, window), weights_unchanged=True)  # (B, D)
         self._append(slots, self._choose(hidden, slots))
 
     def _replay(self) -> None:
@@ -175,13 +175,13 @@ class Slots:
             before = [x.clone() for x in state]
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):  # compiles, and lets libraries allocate what they need outside of the graph
+            with torch.cuda.stream(side):  # compiles, and lets libraries allocate their memory outside of the graph
                 self._step(self.cache.length)
             torch.cuda.current_stream().wait_stream(side)
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
                 self._step(self.cache.length)
-            for x, old in zip(state, before, strict=True):  # what the rehearsal wrote beyond is written again
+            for x, old in zip(state, before, strict=True):  # what else that step wrote is written again
                 x.copy_(old)
         self.graph.replay()
 

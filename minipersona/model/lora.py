@@ -1,6 +1,10 @@
-"""LoRA over a whole model: attach adapters, switch them off, merge them, measure them.
+"""Linear layers and LoRA (Hu et al. 2021): y = W x + b + (alpha / r) B A dropout(x).
 
-W stays frozen and B is zero at the start (Hu et al. 2021); the product itself is in `adapter.py`.
+One layer and its adapter come first, then what concerns a whole model: attach adapters, switch them off, merge them,
+measure them. W stays frozen and B is zero at the start. Adapters are fp32 masters, cast to the stream's precision at
+use: in bf16 a late update of relative size 1e-4 would be lost to rounding.
+
+T = tokens, I/O = inputs/outputs of a layer, r = rank
 """
 
 from __future__ import annotations
@@ -8,12 +12,69 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from minipersona.config import LoraConfig
-from minipersona.model.adapter import Adapter
-from minipersona.model.network import Linear, Qwen2
+from minipersona.model.dropout import channel_keys, hashed_dropout
+
+if TYPE_CHECKING:
+    from minipersona.model.network import Qwen2  # which is made of these layers
+
+
+class Linear(nn.Module):
+    """y = W x + b, plus an adapter's product where one is attached."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
+        self.adapter: Adapter | None = None
+
+    def forward(self, x: Tensor, dropout_keys: Tensor | None = None) -> Tensor:
+        """x (T, I) -> (T, O). `dropout_keys` (T,) of `token_keys`: the adapter drops its input; None: it does not."""
+        y = F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        if self.adapter is not None and self.adapter.enabled:
+            y = y + self.adapter(x, dropout_keys)
+        return y
+
+
+class Adapter(nn.Module):
+    """The low-rank product that is added to one linear layer's output."""
+
+    channel_keys: Tensor  # (I,) int32
+
+    def __init__(self, inputs: int, outputs: int, config: LoraConfig, name: str, device: torch.device) -> None:
+        super().__init__()
+        self.lora_A = nn.Parameter(torch.empty(config.rank, inputs, device=device))  # (r, I)
+        self.lora_B = nn.Parameter(torch.zeros(outputs, config.rank, device=device))  # (O, r)
+        self.scale = config.alpha / config.rank
+        self.dropout = config.dropout
+        self.enabled = True
+        # Derived from the name, so not part of a checkpoint.
+        self.register_buffer("channel_keys", channel_keys(name, inputs).to(device), persistent=False)
+
+    def forward(self, x: Tensor, dropout_keys: Tensor | None) -> Tensor:
+        """x (T, I) -> (alpha/r) B A dropout(x), (T, O)."""
+        return F.linear(self.to_rank(x, dropout_keys), self.lora_B.to(x.dtype))
+
+    def to_rank(self, x: Tensor, dropout_keys: Tensor | None) -> Tensor:
+        """x (T, I) -> (alpha/r) A dropout(x), (T, r)."""
+        if dropout_keys is not None and self.dropout > 0:
+            x = hashed_dropout(x, dropout_keys, self.channel_keys, self.dropout)
+        return F.linear(x, self.lora_A.to(x.dtype)) * self.scale  # scaled where it is smallest
+
+    def delta(self) -> Tensor:
+        """The merged update (alpha/r) B A, (O, I) in the masters' precision."""
+        return self.scale * (self.lora_B @ self.lora_A)
+
+    def squared_norm(self) -> Tensor:
+        """||(alpha/r) B A||_F^2 = (alpha/r)^2 trace((B^T B)(A A^T)), fp64, without forming the product."""
+        a, b = self.lora_A.double(), self.lora_B.double()
+        return self.scale**2 * ((b.T @ b) * (a @ a.T)).sum()
 
 
 def linears(model: Qwen2) -> dict[str, Linear]:

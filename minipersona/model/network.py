@@ -10,7 +10,6 @@ softmax are computed in fp32 or better.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -18,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from minipersona.model.acceleration.fused_linear import FusedLinear, refresh
 from minipersona.model.attention import Scope, Spans, WithinDocuments
 from minipersona.model.config import ModelConfig
-from minipersona.model.joined import Joined, prepare
-from minipersona.model.linear import Linear
+from minipersona.model.lora import Linear
 from minipersona.model.pack import Pack, make_pack
 
 Tap = Callable[[Tensor], Tensor]
@@ -31,7 +30,7 @@ EMBEDDING = -1  # the tap index of the embeddings; blocks are counted from 0
 
 
 class Embedding(nn.Module):
-    """A row of channels for each token. torch's own would bring its compiler along, to fill weights that are loaded."""
+    """A row of channels for each token. torch's own class imports torch's compiler to initialise its weights."""
 
     def __init__(self, vocabulary: int, channels: int) -> None:
         super().__init__()
@@ -88,11 +87,17 @@ class Attention(nn.Module):
         self.k_proj = Linear(width, kv_width, bias=True)
         self.v_proj = Linear(width, kv_width, bias=True)
         self.o_proj = Linear(width, width, bias=False)
-        self.qkv = Joined(self.q_proj, self.k_proj, self.v_proj)
+        self.qkv = FusedLinear(self.q_proj, self.k_proj, self.v_proj)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, scope: Scope, dropout_keys: Tensor | None) -> Tensor:
         """x (T, D) -> (T, D)."""
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in self.qkv(x, dropout_keys))  # (T, H or K, d)
+        if self.qkv.ready:  # the same three products, computed together
+            q, k, v = self.qkv(x, dropout_keys)
+        else:
+            q = self.q_proj(x, dropout_keys)  # (T, H d)
+            k = self.k_proj(x, dropout_keys)  # (T, K d)
+            v = self.v_proj(x, dropout_keys)  # (T, K d)
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in (q, k, v))  # (T, H or K, d)
         mixed = scope.attend(rotate(q, cos, sin), rotate(k, cos, sin), v)  # (T, H, d)
         return self.o_proj(mixed.flatten(-2), dropout_keys)
 
@@ -105,11 +110,15 @@ class MLP(nn.Module):
         self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.gate_up = Joined(self.gate_proj, self.up_proj)
+        self.gate_up = FusedLinear(self.gate_proj, self.up_proj)
 
     def forward(self, x: Tensor, dropout_keys: Tensor | None) -> Tensor:
         """x (T, D) -> (T, D)."""
-        gate, up = self.gate_up(x, dropout_keys)  # (T, F) each
+        if self.gate_up.ready:  # the same two products, computed together
+            gate, up = self.gate_up(x, dropout_keys)
+        else:
+            gate = self.gate_proj(x, dropout_keys)  # (T, F)
+            up = self.up_proj(x, dropout_keys)  # (T, F)
         return self.down_proj(F.silu(gate) * up, dropout_keys)
 
 
@@ -133,14 +142,15 @@ class Block(nn.Module):
         recompute: bool = False,
         rows: Tensor | None = None,
     ) -> Tensor:
-        """h (T, D) -> (T, D). With `recompute`, the backward pass computes anew what lies between, from h alone.
+        """h (T, D) -> (T, D). With `recompute`, only h is kept, and the backward pass computes the block again.
 
-        rows  (N,) of the stream: only they leave the block, (N, D), and the MLP, which mixes no tokens, sees no others
+        rows  (N,) of the stream: only they leave the block, (N, D), and the MLP, which does not mix tokens, computes
+              no others
         """
         inputs = (h, cos, sin, scope, dropout_keys, rows)
         if recompute and torch.is_grad_enabled():
-            # Nothing here draws random numbers, so there is no RNG state to put back. Checkpointing inside of what is
-            # compiled lets the compiler leave out what the backward pass does not read: the last product, above all.
+            # Nothing here draws random numbers, so there is no RNG state to restore. Checkpointing inside of what is
+            # compiled lets the compiler leave out what the backward pass does not read: above all, the last product.
             return checkpoint(self._compute, *inputs, use_reentrant=False, preserve_rng_state=False)
         return self._compute(*inputs)
 
@@ -166,15 +176,17 @@ class Decoder(nn.Module):
 class Qwen2(nn.Module):
     """A Qwen2.5 causal language model over packs.
 
-    `compute_dtype` is the precision of the stream; `source` says where the weights came from.
+    compute_dtype  the precision of the stream
+    fused          True: projections that read the same input are computed together where they can be, and the token
+                   step of generation uses a flash kernel and a CUDA graph. False: the plain path, equal to rounding
+    source         where the weights came from
     """
 
     def __init__(self, config: ModelConfig, compute_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.config = config
         self.compute_dtype = compute_dtype
-        self.compiled = False
-        self.early_exit: int | None = None  # the only block after which a pass may end early, where weights are sharded
+        self.fused = True
         self.source: dict[str, str | None] = {}
         self.model = Decoder(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -190,30 +202,19 @@ class Qwen2(nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def compile_blocks(self) -> None:
-        """Compile the block once for all pack sizes and all blocks, and once more where the last leaves rows out."""
-        from torch._functorch import config as functorch  # late: they bring the compiler along
-        from torch._inductor import config as inductor
+    @property
+    def blocks(self) -> list[Block]:
+        """The decoder blocks, in order."""
+        return [block for block in self.model.layers if isinstance(block, Block)]
 
-        # A study sees adapters of several ranks, several scopes, and passes with gradients and without; past 8 variants
-        # torch would stop compiling.
-        torch._dynamo.config.recompile_limit = 64
-        # Numbers such as a norm's epsilon, or an objective's weight, are constants. As inputs they would be tensors on
-        # the CPU, for whose sake a C++ compiler is called: half a minute and more.
-        torch._dynamo.config.specialize_float = True
-        # A fusion that pays from 4,096 tokens on: packs on both sides of that would be compiled twice.
-        inductor.triton.mix_order_reduction = False
-        # Dropout's masks follow from a word a token; by default they would be kept for the backward pass as bytes.
-        functorch.ban_recompute_used_far_apart = False
-        functorch.ban_recompute_long_fusible_chains = False
-        self.compiled = True
-        for block in self.model.layers:
-            block.compile(dynamic=True)
-
-    def prepare(self) -> None:
-        """Lay out what is computed together, or give its memory back where that cannot be: before every pass."""
-        blocks = [block for block in self.model.layers if isinstance(block, Block)]
-        prepare([each for block in blocks for each in (block.self_attn.qkv, block.mlp.gate_up)], self.compute_dtype)
+    def refresh_fused_weights(self) -> None:
+        """Bring the weights that are used together up to date, or give their layout up; every pass begins with this."""
+        fused = [each for block in self.blocks for each in (block.self_attn.qkv, block.mlp.gate_up)]
+        if self.fused:
+            refresh(fused, self.compute_dtype)
+        else:
+            for each in fused:
+                each.release()
 
     def forward(
         self,
@@ -225,41 +226,33 @@ class Qwen2(nn.Module):
         checkpoint_activations: bool = False,
         scopes: Sequence[Scope] | None = None,
         last_rows: Tensor | None = None,
-        prepared: bool = False,
+        weights_unchanged: bool = False,
     ) -> Tensor:
         """Hidden states (T, D) after the final norm; attention never crosses a document's boundary.
 
-        taps           layer -> function of the stream leaving that block; -1 is the embedding. They act outside of
-                       the checkpointed region, so recomputation neither repeats nor loses them.
-        stop_after     return the stream (T, D) that leaves this block, not normed, and skip what follows
-        dropout_keys   (T,) int32 of `token_keys`: adapters drop their inputs; None turns dropout off
-        scopes         what the tokens see, a scope a block; by default themselves and what precedes them in the pack
-        last_rows      (N,) rows of the stream: they alone leave the last block that is computed, so that its tap and
-                       the caller get (N, D)
-        prepared       nothing about the weights has changed since an earlier pass: skip what would look
+        taps               layer -> function of the stream leaving that block; -1 is the embedding. They act outside of
+                           the checkpointed region, so recomputation neither repeats nor loses them.
+        stop_after         return the stream (T, D) that leaves this block, not normed, and skip what follows
+        dropout_keys       (T,) int32 of `token_keys`: adapters drop their inputs; None turns dropout off
+        scopes             what the tokens of each block see; by default themselves and what precedes them in the pack
+        last_rows          (N,) rows of the stream: they alone leave the last block that is computed, so that its tap
+                           and the caller get (N, D)
+        weights_unchanged  since an earlier pass: their fused copies need not be refreshed
         """
         taps = taps or {}
-        blocks = [block for block in self.model.layers if isinstance(block, Block)]
-        if not prepared:
-            self.prepare()
+        if not weights_unchanged:
+            self.refresh_fused_weights()
         wide = torch.float64 if self.compute_dtype == torch.float64 else torch.float32
         h = self.model.embed_tokens(pack.ids).to(self.compute_dtype)  # (T, D)
         if EMBEDDING in taps:
             h = taps[EMBEDDING](h)
-        learns = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in blocks[0].parameters())
-        if self.compiled and learns and not h.requires_grad:
-            h = h.detach().requires_grad_()  # a first block through which nothing flows back would be compiled apart
         cos, sin = rotary_angles(pack.positions, self.config.head_dim, self.config.rope_theta, wide)
         within = WithinDocuments(Spans(pack.boundaries, pack.longest))
-        assert self.early_exit is None or stop_after in (self.early_exit, None), "weights would stay gathered"
-        last = len(blocks) - 1 if stop_after is None else stop_after
-        for index, block in enumerate(blocks[: last + 1]):
+        last = self.config.num_hidden_layers - 1 if stop_after is None else stop_after
+        for index, block in enumerate(self.blocks[: last + 1]):
             scope = within if scopes is None else scopes[index]
             rows = last_rows if index == last else None
-            # Compiling the last block's form as well pays only where it learns.
-            eager = self.compiled and rows is not None and not torch.is_grad_enabled()
-            with torch.compiler.set_stance("force_eager") if eager else contextlib.nullcontext():
-                h = block(h, cos, sin, scope, dropout_keys, checkpoint_activations, rows)
+            h = block(h, cos, sin, scope, dropout_keys, recompute=checkpoint_activations, rows=rows)
             if index in taps:
                 h = taps[index](h)
         return h if stop_after is not None else self.model.norm(h)

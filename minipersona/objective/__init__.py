@@ -1,0 +1,43 @@
+"""What is minimised. Each objective's equation, gradient and passes through the network are in one file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from minipersona.chat import Document
+from minipersona.config import RunConfig
+from minipersona.files import read_json, write_json
+from minipersona.model.network import Qwen2
+from minipersona.objective.cross_entropy import CrossEntropy
+from minipersona.objective.head import Objective
+from minipersona.objective.kl_to_base import KLToBase, frozen_copy
+from minipersona.objective.noise_check import check_first_step
+from minipersona.objective.r3f import R3F
+
+OBJECTIVE_CHECK = "objective_check.json"
+
+
+def check_objective(model: Qwen2, documents: Sequence[Document], config: RunConfig, directory: Path) -> None:
+    """What R3F has to know of the base before training: write its `NoiseCheck` into `directory`, once a run.
+
+    One rank calls it, before `make_objective` on every rank.
+    """
+    file = directory / OBJECTIVE_CHECK
+    if config.objective.kind == "r3f" and not file.is_file():
+        write_json(file, asdict(check_first_step(model, documents, config)))
+
+
+def make_objective(model: Qwen2, config: RunConfig, directory: Path, compiled: bool) -> Objective:
+    """The objective of a config. `model` is still the base: no parameter of it has been trained.
+
+    R3F's epsilon is that of the check in `directory`, so a run that continues keeps it.
+    """
+    section = config.objective
+    if section.kind == "kl_to_base":
+        base = frozen_copy(model, compiled) if config.training.method == "full" else None
+        return KLToBase(section.weight, section.direction, base)
+    if section.kind == "r3f":
+        return R3F(section.weight, section.noise, read_json(directory / OBJECTIVE_CHECK)["epsilon"])
+    return CrossEntropy()

@@ -8,10 +8,29 @@ C = tokens of a chunk, D = width, V = vocabulary, N = supervised tokens
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
-from minipersona.objective.head import CHUNK, log_probabilities, through_head
+from minipersona.model.network import Qwen2
+from minipersona.model.pack import Pack
+from minipersona.objective.head import CHUNK, ForwardPass, log_probabilities, through_head
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """Plain SFT, an `Objective`: one pass through the network."""
+
+    terms: ClassVar[tuple[str, ...]] = ("loss", "cross_entropy")
+    share: ClassVar[int] = 1
+
+    def __call__(self, model: Qwen2, pack: Pack, forward: ForwardPass) -> tuple[Tensor, Tensor]:
+        keys, pack = forward.keys(model, pack), pack.to(model.device)
+        states, targets = forward.states(model, pack, keys), pack.targets[pack.supervised]
+        loss = cross_entropy(states, model.lm_head.weight, targets, compiled=forward.compiled)
+        return loss, loss.detach().expand(2)
 
 
 def cross_entropy(
@@ -29,7 +48,7 @@ def cross_entropy(
 
 
 def _rule(logits: Tensor, targets: Tensor, *, dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor]]:
-    """The rule (see `head.Rule`) of the equation above; its one term is the loss."""
+    """The rule (`head.Rule`) of the equation above; its only term is the loss."""
     loss, slope = loss_and_slope(log_probabilities(logits), targets)
     return loss.view(1), (slope.to(dtype),)
 

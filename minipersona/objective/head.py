@@ -1,25 +1,70 @@
-"""From hidden states through the head to a loss, without ever holding the logits of a whole pack.
+"""What objectives are made of: passes through the network, and one through the head that ends in a loss.
 
     z = W h_t,      L = sum_t l(z_t),      dL/dh = W^T dL/dz,      dL/dW = sum_t dL/dz h_t^T
 
-One sweep over chunks of tokens makes the loss and its gradient: dL/dz is taken while the logits exist. What l is, a
-rule says: a function of one chunk's logits, written out beside its equation in the file of its objective. Some rules
-compare branches: states of the same tokens that come from different passes through the network.
+The logits of a whole pack never exist at once. One sweep over chunks of tokens computes the loss and its gradient:
+dL/dz is computed while the logits exist. l is given by a rule: a function of one chunk's logits, written beside its
+equation in the file of its objective. Some rules compare branches: states of the same tokens from different passes
+through the network.
 
-N = supervised tokens, C = tokens of a chunk, D = width, V = vocabulary, K = terms
+T = tokens of the pack, N = supervised tokens, C = tokens of a chunk, D = width, V = vocabulary, K = terms
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
+from minipersona.model.acceleration.compiler import compile_function
+from minipersona.model.dropout import token_keys
+from minipersona.model.network import EMBEDDING, Qwen2, Tap
+from minipersona.model.pack import Pack, send
+
 CHUNK = 768  # tokens: 768 x 152k fp32 logits are 0.45 GB a branch, and the product is large enough for full speed
+
+
+@dataclass(frozen=True)
+class ForwardPass:
+    """How the model that learns is applied to a pack: in which step, with which taps, and with what saved."""
+
+    seed: int
+    step: int
+    taps: Mapping[int, Tap] = field(default_factory=dict)
+    checkpoint_activations: bool = False
+    compiled: bool = False
+
+    def keys(self, model: Qwen2, pack: Pack) -> Tensor:
+        """(T,) int32 on the model's device, from which dropout and noise follow. The pack is on the CPU."""
+        return send(token_keys(self.seed, self.step, pack), model.device)
+
+    def states(self, model: Qwen2, pack: Pack, keys: Tensor, noise: Tap | None = None) -> Tensor:
+        """(N, D) the states that predict, after the final norm. The pack is on the model's device."""
+        assert EMBEDDING not in self.taps, "the embedding's tap is reserved for the noise"
+        taps = dict(self.taps) if noise is None else {**self.taps, EMBEDDING: noise}
+        return model(
+            pack, taps=taps, dropout_keys=keys, checkpoint_activations=self.checkpoint_activations,
+            last_rows=pack.supervised,
+        )  # fmt: skip
+
+
+class Objective(Protocol):
+    """Maps a model, a pack on the CPU and a forward pass to the summed loss, (), and all summed terms, (K,).
+
+    Only the loss, which is also the first term, carries a gradient. The caller divides the sums, once a step.
+    """
+
+    terms: ClassVar[tuple[str, ...]]  # names of the K terms
+    share: ClassVar[int]  # its packs may have one in this many of the tokens that fit into a pass
+
+    def __call__(self, model: Qwen2, pack: Pack, forward: ForwardPass) -> tuple[Tensor, Tensor]: ...
+
+
+# ---------------------------------------------------------------- through the head
 
 Rule = Callable[..., tuple[Tensor, tuple[Tensor, ...]]]
 """(logits (C, V) of every branch, then of the reference, then targets (C,), dtype=) -> terms (K,), the loss first and
@@ -45,14 +90,14 @@ def through_head(
     reference: Reference | None = None,
     **settings: Any,
 ) -> tuple[Tensor, Tensor]:
-    """The summed loss (), differentiable, and all terms (K,), which are not. Both in fp32 or better.
+    """The summed loss (), differentiable, and all terms (K,), not differentiable; both in fp32 or better.
 
     branches   each (N, D), the states that predict, after the final norm
     weight     (V, D) of the head, in any precision: it is cast to the branches'
     targets    (N,) int64
     chunk      tokens whose logits exist at a time
     compiled   fuse the passes over a chunk's logits (worth it on CUDA)
-    settings   go to the rule as they are
+    settings   are passed on to the rule
     """
     rule = functools.partial(_compiled(rule) if compiled else rule, dtype=branches[0].dtype, **settings)
     return _ThroughHead.apply(rule, chunk, reference, targets, weight, *branches)
@@ -77,7 +122,7 @@ class _ThroughHead(torch.autograd.Function):
         d_branches = [torch.empty_like(h) if needed else None for h, needed in zip(branches, needs_branch, strict=True)]
         d_weight = torch.zeros_like(weight, dtype=_wide(dtype)) if needs_weight else None
 
-        def sweep(rows: slice) -> Tensor:  # a function, so that a chunk's tensors are gone before the next one's come
+        def sweep(rows: slice) -> Tensor:  # a function, so that a chunk's tensors are freed before the next chunk
             terms, slopes = rule(*(head_logits(hidden[rows], head) for hidden, head in pairs), targets[rows])
             for hidden, d_hidden, slope in zip(branches, d_branches, slopes, strict=True):
                 if d_hidden is not None:
@@ -107,7 +152,7 @@ def head_logits(hidden: Tensor, head: Tensor) -> Tensor:
     """(C, D), (V, D) -> (C, V) in fp32 or better.
 
     Products of half-precision numbers are summed in fp32 anyway; rounded to bf16, a logit of 10 would be off by up to
-    0.03, which is more than what lies between the distributions that a divergence compares.
+    0.03, more than the distributions that a divergence compares differ by.
     """
     if hidden.dtype not in (torch.bfloat16, torch.float16):
         return hidden @ head.T
@@ -127,4 +172,4 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 @functools.cache
 def _compiled(rule: Rule) -> Rule:
-    return torch.compile(rule, dynamic=True)
+    return compile_function(rule)

@@ -1,21 +1,71 @@
-"""Cross-entropy, and a divergence that holds the trained model p near its base q.
+"""Cross-entropy, and a Kullback-Leibler divergence that holds the trained model p near its base q.
 
-    L = sum_t  -log p(y_t | y_<t) + beta KL(p_t, q_t)
+    L = sum_t  -log p(y_t | y_<t) + beta KL(p_t, q_t)          over the supervised tokens t
 
-KL is symmetric, forward or reverse (`divergence.py`), at the supervised tokens. The base is a constant: gradients go
-through p only.
+The base is a constant: gradients go through p only. With g = log p - log q and p = softmax(z), KL(p, q) is one of
 
-N = supervised tokens, D = width, V = vocabulary
+    forward    KL(p || q) = sum_v p g            d/dz = p (g - sum_v p g)
+    reverse    KL(q || p) = -sum_v q g           d/dz = p - q
+    symmetric  KL_S = KL(p || q) + KL(q || p)    the sum of both
+
+KL_S is computed as sum_v (p - q) g, whose summands are all non-negative and of second order near p = q. The one-sided
+sums have summands of first order and of both signs: below about 1e-7 nats they are rounding in fp32.
+
+N = supervised tokens, C = tokens of a chunk, D = width, V = vocabulary
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
 import torch
 from torch import Tensor
 
+from minipersona.model.acceleration.compiler import compile_blocks
+from minipersona.model.lora import adapter_disabled
+from minipersona.model.network import Qwen2
+from minipersona.model.pack import Pack
 from minipersona.objective.cross_entropy import loss_and_slope
-from minipersona.objective.divergence import Direction, divergence_and_slope
-from minipersona.objective.head import CHUNK, Reference, log_probabilities, through_head
+from minipersona.objective.head import CHUNK, ForwardPass, Reference, log_probabilities, through_head
+
+Direction = Literal["symmetric", "forward", "reverse"]
+
+
+@dataclass(frozen=True)
+class KLToBase:
+    """An `Objective`: a pass through the base without gradients, then one through the model that learns.
+
+    The base is the model without its adapters, or `frozen` if all weights learn. It has no dropout and no taps.
+    """
+
+    beta: float
+    direction: Direction
+    frozen: Qwen2 | None = None
+    terms: ClassVar[tuple[str, ...]] = ("loss", "cross_entropy", "kl")
+    share: ClassVar[int] = 1
+
+    def __call__(self, model: Qwen2, pack: Pack, forward: ForwardPass) -> tuple[Tensor, Tensor]:
+        keys, pack = forward.keys(model, pack), pack.to(model.device)
+        base = self.frozen or model
+        # First, so that its activations are freed before the graph of the other pass exists.
+        with torch.no_grad(), contextlib.nullcontext() if self.frozen else adapter_disabled(model):
+            reference = Reference(base(pack)[pack.supervised], base.lm_head.weight)
+        return kl_to_base(
+            forward.states(model, pack, keys), model.lm_head.weight, pack.targets[pack.supervised], reference,
+            beta=self.beta, direction=self.direction, compiled=forward.compiled,
+        )  # fmt: skip
+
+
+def frozen_copy(model: Qwen2, compiled: bool) -> Qwen2:
+    """A copy of the base that stays as it is while all weights of `model` learn."""
+    base = copy.deepcopy(model).requires_grad_(False)
+    base.refresh_fused_weights()  # the copy holds an earlier layout beside weights that are no longer views of it
+    if compiled:
+        compile_blocks(base)
+    return base
 
 
 def kl_to_base(
@@ -49,3 +99,16 @@ def _rule(
     divergence, kl_slope = divergence_and_slope(log_p, log_q, direction)
     terms = torch.stack([cross_entropy + beta * divergence, cross_entropy, divergence])
     return terms, ((ce_slope + beta * kl_slope).to(dtype),)
+
+
+def divergence_and_slope(log_p: Tensor, log_q: Tensor, direction: Direction) -> tuple[Tensor, Tensor]:
+    """log p, log q (C, V) -> the summed divergence in nats, (), and its slope at p's logits, (C, V)."""
+    p, q = log_p.exp(), log_q.exp()
+    gap = log_p - log_q
+    if direction == "reverse":
+        return -(q * gap).sum(), p - q
+    forward = (p * gap).sum(dim=-1, keepdim=True)  # (C, 1)
+    slope = p * (gap - forward)
+    if direction == "forward":
+        return forward.sum(), slope
+    return ((p - q) * gap).sum(), slope + (p - q)

@@ -2,31 +2,55 @@
 
     L = sum_t  -log p(y_t | y_<t) + lambda KL_S(p_t, q_t),     p = f(x),  q = f(x + z)
 
-z is added to the token embeddings (`noise.py`). Gradients go through both branches:
+z is added to the token embeddings; KL_S is that of `kl_to_base.py`. Gradients go through both branches:
 
     dL/dz_p = p - onehot(y_t) + lambda dKL_S/dz_p,     dL/dz_q = lambda dKL_S/dz_q
 
-The paper's code sums KL over a sentence and divides by sentences; here both terms are means over supervised tokens,
-so its lambda is about one sentence's tokens times ours.
+The paper's code sums KL over a sentence and divides by sentences; here both terms are means over supervised tokens, so
+its lambda is about one sentence's tokens times ours.
 
 Both branches go through the network in one pass over a pack that holds every document twice. They are the same tokens,
-so they have the same dropout masks: otherwise the divergence would be the masks' and not the noise's.
+so they have the same dropout masks: with others, the divergence would be that of the masks and not of the noise.
 
-N = supervised tokens, T = tokens of the pack, D = width, V = vocabulary
+N = supervised tokens, T = tokens of the pack, C = tokens of a chunk, D = width, V = vocabulary
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from minipersona.model.network import Tap
+from minipersona.model.dropout import channel_keys
+from minipersona.model.network import Qwen2, Tap
 from minipersona.model.pack import Pack
 from minipersona.objective.cross_entropy import loss_and_slope
-from minipersona.objective.divergence import divergence_and_slope
-from minipersona.objective.head import CHUNK, log_probabilities, through_head
+from minipersona.objective.head import CHUNK, ForwardPass, log_probabilities, through_head
+from minipersona.objective.kl_to_base import divergence_and_slope
+
+NoiseKind = Literal["normal", "uniform"]
+
+
+@dataclass(frozen=True)
+class R3F:
+    """An `Objective`: both branches in one pass, with the same dropout and the same taps."""
+
+    lam: float
+    noise: NoiseKind
+    epsilon: float
+    terms: ClassVar[tuple[str, ...]] = ("loss", "cross_entropy", "kl")
+    share: ClassVar[int] = 2  # the pass holds every token twice
+
+    def __call__(self, model: Qwen2, pack: Pack, forward: ForwardPass) -> tuple[Tensor, Tensor]:
+        keys, pack = forward.keys(model, pack), pack.to(model.device)
+        noise = embedding_noise(keys, self.noise, self.epsilon, model.config.hidden_size)  # (T, D)
+        states = forward.states(model, twice(pack), keys.repeat(2), add_to_second_half(noise))  # (2N, D)
+        clean, noisy = states.chunk(2)
+        targets = pack.targets[pack.supervised]
+        return r3f(clean, noisy, model.lm_head.weight, targets, lam=self.lam, compiled=forward.compiled)
 
 
 def r3f(
@@ -52,6 +76,24 @@ def _rule(
     _, noisy_slope = divergence_and_slope(log_q, log_p, "symmetric")
     terms = torch.stack([cross_entropy + lam * divergence, cross_entropy, divergence])
     return terms, ((ce_slope + lam * clean_slope).to(dtype), (lam * noisy_slope).to(dtype))
+
+
+def embedding_noise(tokens: Tensor, kind: NoiseKind, epsilon: float, channels: int) -> Tensor:
+    """z, (T, D) fp32: normal with standard deviation epsilon, or uniform from -epsilon to epsilon.
+
+    It is a function of (seed, step, document, position, channel), as a dropout mask is (`model/dropout.py`), so
+    packing, ranks, recomputation and resuming cannot change it.
+
+    tokens    (T,) int32 of `token_keys`
+    channels  D
+    """
+    x = tokens[:, None] ^ channel_keys("embedding noise", channels).to(tokens.device)  # (T, D)
+    # Wellons' lowbias32 in int32: products wrap, and the masks make the right shifts logical ones.
+    x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D
+    x = (x ^ ((x >> 15) & 0x1FFFF)) * -0x7B935975  # 0x846CA68B as a signed word
+    x = x ^ ((x >> 16) & 0xFFFF)
+    uniform = ((x >> 8).float() + 0.5) * 2.0**-23  # 24 bits are exact in fp32 and never reach -1 or 1
+    return epsilon * (uniform if kind == "uniform" else math.sqrt(2) * torch.erfinv(uniform))
 
 
 def twice(pack: Pack) -> Pack:

@@ -3,37 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from minipersona.chat import ChatTokenizer
 from minipersona.config import SHIPPED, ProbeSection, RunConfig
 from minipersona.console import Console
-from minipersona.errors import UserError
-from minipersona.files import append_jsonl, digest, read_json, read_jsonl
 from minipersona.model.adapter_files import load_adapter
-from minipersona.model.load import load_model
 from minipersona.model.lora import adapter_norm
 from minipersona.model.network import Qwen2
-from minipersona.records import from_dict
-from minipersona.run.judgement import judge
+from minipersona.run.directory import (
+    append_measurement,
+    baseline_loss,
+    checkpoint_steps,
+    read_config,
+    stored_measurement,
+    training_seconds,
+)
+from minipersona.run.judgement import judge_result
 from minipersona.run.measurement import Instruments, make_instruments, measure
-from minipersona.run.resources import DTYPES, load_run_model, load_run_tokenizer, run_instruments
-from minipersona.run.train import baseline_loss, step_name, stored_probe
-from minipersona.settings import read_toml
-from minipersona.training.trainable import distance_from_base
-from minipersona.training.world import World
+from minipersona.run.provenance import read_provenance
+from minipersona.run.resources import load_checkpoint, load_run_model, load_run_tokenizer, run_instruments
+from minipersona.run.result import Baseline, Checkpoint, Geometry, Measurement, Metrics, Protocol, RunResult
+from minipersona.training.distributed import Distributed
+from minipersona.training.parameters import distance_from_base
 
-Result = dict[str, Any]
 TINY_HELDOUT = "tiny:benign[2000:2200]"  # what the embedded model is judged on unless other rows are named
 
 
 @dataclass(frozen=True)
 class Overrides:
-    """What a caller wants measured otherwise than the run's config says; empty is as the config says."""
+    """Settings that replace those of a run's config; an empty one keeps the config's."""
 
     baseline: str = ""
     heldout: str = ""
@@ -42,52 +44,44 @@ class Overrides:
     questions: str = ""
 
     def apply(self, config: RunConfig) -> RunConfig:
-        """The config with these in place of its own."""
+        """The config with these settings."""
         given = {k: v for k in ("baseline", "layers", "personas", "questions") if (v := getattr(self, k))}
         data = replace(config.data, heldout=self.heldout or config.data.heldout)
         return replace(config, data=data, probe=replace(config.probe, **given))
 
 
-def evaluate_run(directory: Path, device: torch.device, console: Console, overrides: Overrides | None = None) -> Result:
+def evaluate_run(
+    directory: Path, device: torch.device, console: Console, overrides: Overrides | None = None
+) -> RunResult:
     """Judge every checkpoint of a run against its base and its baseline.
 
-    What training has measured is taken as it is; what is missing, or is wanted with other instruments, is measured
-    now. Measurements by the run's own protocol are added to its probes.jsonl.
+    The measurements that training made are used as they are. Missing ones are made now, and so are all where other
+    instruments are wanted. Measurements by the run's own protocol are added to its probes.jsonl.
     """
-    if not (directory / "config.toml").is_file() or not (directory / "provenance.json").is_file():
-        raise UserError(
-            f"{directory}: is no run's directory (config.toml, provenance.json); name one that train.py made"
-        )
-    config = from_dict(RunConfig, read_toml(directory / "config.toml"))
-    steps = [0, *checkpoint_steps(directory)]
-    protocol = read_json(directory / "provenance.json")["protocol"]
+    config, made_by = read_config(directory), read_provenance(directory)
     wanted = (overrides or Overrides()).apply(config)
-    instruments_differ = (wanted.data, replace(wanted.probe, baseline="")) != (
-        config.data,
-        replace(config.probe, baseline=""),
-    )
-    rows = [stored_probe(directory, step, digest(protocol)) for step in steps]
-    if instruments_differ or None in rows:
-        rows, protocol = _measure_steps(directory, wanted, steps, device, console)
-    found = [row for row in rows if row is not None]
+    steps = [0, *checkpoint_steps(directory)]
+    protocol = made_by.protocol
+    stored = [stored_measurement(directory, step, protocol) for step in steps]
+    rows = [row for row in stored if row is not None]
+    if not _same_instruments(wanted, config) or len(rows) < len(steps):
+        rows, protocol = _measure_steps(directory, wanted, steps, protocol, device, console)
 
-    baseline: Result | None = None
+    baseline = None
     if wanted.probe.baseline == "self":
         if steps[-1] == wanted.training.steps:
-            baseline = {"run": "self", "step": steps[-1], "eval_loss": found[-1]["eval_loss"]}
+            baseline = Baseline("self", rows[-1].eval_loss, steps[-1])
     elif wanted.probe.baseline:
-        name = wanted.probe.baseline
-        baseline = {"run": name, "eval_loss": baseline_loss(Path(name), protocol)}
-    metrics = read_jsonl(directory / "metrics.jsonl")
-    seconds = sum(row["tokens"] / row["tokens_per_second"] for row in metrics if row["tokens_per_second"])
-    hardware = read_json(directory / "provenance.json")["hardware"]
-    gpu_seconds = seconds * hardware["processes"] if hardware["cuda_device"] else None
-    return _result(found[0], found[1:], baseline, protocol) | {"seconds": seconds, "gpu_seconds": gpu_seconds}
+        baseline = _named_baseline(wanted.probe.baseline, protocol)
+    base, *checkpoints = (_unjudged(row, row.step, row.delta_norm) for row in rows)
+    seconds = training_seconds(directory)
+    gpu_seconds = seconds * made_by.hardware.processes if made_by.hardware.cuda_device else None
+    return _judged(protocol, base, checkpoints, baseline, gpu_seconds, seconds)
 
 
 def evaluate_model(
     model: Qwen2, tokenizer: ChatTokenizer, console: Console, *, adapter: str = "", overrides: Overrides | None = None
-) -> Result:
+) -> RunResult:
     """Judge a model as it stands or, with an adapter, the adapted model against the model without it."""
     wanted = overrides or Overrides()
     instruments = make_instruments(
@@ -98,86 +92,98 @@ def evaluate_model(
         layers=ProbeSection(layers=wanted.layers).measured(model.config.probe_layer),
         heldout=wanted.heldout or (TINY_HELDOUT if model.source["name"] == "tiny" else None),
     )
-    base = {"step": 0, **measure(model, instruments, console)[0], "delta_norm": 0.0}
+    base = _unjudged(measure(model, instruments, console)[0], 0, delta_norm=0.0)
     protocol = instruments.protocol(model)
-    baseline = None
-    if wanted.baseline:
-        baseline = {"run": wanted.baseline, "eval_loss": baseline_loss(Path(wanted.baseline), protocol)}
-    rows = []
+    baseline = _named_baseline(wanted.baseline, protocol) if wanted.baseline else None
+    adapted = []
     if adapter:
         load_adapter(model, adapter)
-        measured, _ = measure(model, instruments, console)
-        rows.append({"step": None, "adapter": adapter, **measured, "delta_norm": adapter_norm(model)})
-    return _result(base, rows, baseline, protocol) | {"gpu_seconds": None}
+        adapted = [_unjudged(measure(model, instruments, console)[0], None, adapter_norm(model), adapter)]
+    return _judged(protocol, base, adapted, baseline, gpu_seconds=None)
 
 
-def checkpoint_steps(directory: Path) -> list[int]:
-    """The steps at which a run left a checkpoint."""
-    return sorted(int(path.name.removeprefix("step-")) for path in directory.glob("step-" + "[0-9]" * 6))
+# ---------------------------------------------------------------- measured
+
+
+def _same_instruments(wanted: RunConfig, config: RunConfig) -> bool:
+    """Whether two configs ask for the same measurement, whatever their baselines."""
+    one, other = ((c.data, replace(c.probe, baseline="")) for c in (wanted, config))
+    return one == other
 
 
 def _measure_steps(
-    directory: Path, config: RunConfig, steps: Sequence[int], device: torch.device, console: Console
-) -> tuple[list[Result | None], Result]:
-    """Measure the base and every checkpoint with the instruments that `config` names, as far as not stored yet."""
-    own = digest(read_json(directory / "provenance.json")["protocol"])
-    model = load_run_model(config.model, device)
+    directory: Path, config: RunConfig, steps: Sequence[int], own: Protocol, device: torch.device, console: Console
+) -> tuple[list[Measurement], Protocol]:
+    """Measure the base and every checkpoint with the instruments that `config` names, unless they are stored already.
+
+    Measurements by the run's `own` protocol are stored.
+    """
+    model = load_run_model(config, device)
     instruments = run_instruments(config, model, load_run_tokenizer(config.model), compiled=False)
     protocol = instruments.protocol(model)
-    rows: list[Result | None] = []
+    rows = []
     for step in steps:
-        row = stored_probe(directory, step, digest(protocol))
+        row = stored_measurement(directory, step, protocol)
         if row is None:
             console.say(f"measuring step {step}")
-            row = _measure_step(directory, config, model, instruments, step, console)
-            row["protocol"] = digest(protocol)
-            if row["protocol"] == own:
-                append_jsonl(directory / "probes.jsonl", row)
+            metrics, delta_norm = _measure_step(directory, config, model, instruments, step, console)
+            row = metrics.at_step(step, protocol.digest, delta_norm)
+            if protocol == own:
+                append_measurement(directory, row)
         rows.append(row)
     return rows, protocol
 
 
 def _measure_step(
     directory: Path, config: RunConfig, model: Qwen2, instruments: Instruments, step: int, console: Console
-) -> Result:
-    checkpoint = directory / step_name(step)
-    alone = World(0, 1, model.device)
+) -> tuple[Metrics, float]:
+    """The metrics of a step, and its distance from the base."""
     if step == 0:
-        return {"step": 0, **measure(model, instruments, console)[0], "learned": None, "delta_norm": 0.0}
-    if config.training.method == "lora":
-        load_adapter(model, checkpoint)
-        measured, _ = measure(model, instruments, console)
-        return {"step": step, **measured, "learned": None, "delta_norm": distance_from_base(model, config, alone)}
-    trained = load_model(str(checkpoint), dtype=DTYPES[config.model.dtype], device=model.device)
-    measured, _ = measure(trained, instruments, console)
+        return measure(model, instruments, console)[0], 0.0
+    trained = load_checkpoint(model, config, directory, step)
+    metrics, _ = measure(trained, instruments, console)
     trained.source = model.source  # the distance is from what the run started with
-    return {"step": step, **measured, "learned": None, "delta_norm": distance_from_base(trained, config, alone)}
+    return metrics, distance_from_base(trained, config, Distributed(0, 1, model.device))
 
 
-def _result(base: Result, rows: Sequence[Result], baseline: Result | None, protocol: Result) -> Result:
-    """result.json, but for the time that was spent."""
-    base_loss = base["eval_loss"]
-    baseline_value = None if baseline is None else baseline["eval_loss"]
-    judged = [_judged(row, base_loss, baseline_value) for row in rows]
-    passed = [row for row in judged if row["substantive_pass"]]
-    best = max(passed, key=lambda row: row["learned"])["step"] if passed else None
-    return {
-        "protocol": protocol,
-        "base": _judged(base, base_loss, baseline_value),
-        "baseline": baseline,
-        "checkpoints": judged,
-        "best": best,
-    }
+# ---------------------------------------------------------------- judged
 
 
-def _judged(row: Result, base_loss: float | None, baseline_loss: float | None) -> Result:
-    judgement = judge(row["m1"], row["eval_loss"], base_loss, baseline_loss)
-    left_out = ("m1_low", "m1_high", "learned", "protocol")
-    return {
-        **{key: value for key, value in row.items() if key not in left_out},
-        "m1_ci95": [row["m1_low"], row["m1_high"]],
-        "learned": judgement.learned,
-        "registered_pass": judgement.registered_pass,
-        "substantive_pass": judgement.substantive_pass,
-        "collapsed": judgement.collapsed,
-    }
+def _named_baseline(run: str, protocol: Protocol) -> Baseline:
+    return Baseline(run, baseline_loss(Path(run), protocol))
+
+
+def _unjudged(metrics: Metrics, step: int | None, delta_norm: float, adapter: str | None = None) -> Checkpoint:
+    """A row of result.json before it is judged."""
+    return Checkpoint(
+        **{f.name: getattr(metrics, f.name) for f in fields(Geometry)},
+        step=step,
+        m1_ci95=(metrics.m1_low, metrics.m1_high),
+        eval_loss=metrics.eval_loss,
+        delta_norm=delta_norm,
+        adapter=adapter,
+        learned=None,
+        registered_pass=None,
+        substantive_pass=None,
+        collapsed=False,
+    )
+
+
+def _judged(
+    protocol: Protocol,
+    base: Checkpoint,
+    checkpoints: Sequence[Checkpoint],
+    baseline: Baseline | None,
+    gpu_seconds: float | None,
+    seconds: float | None = None,
+) -> RunResult:
+    unjudged = RunResult(
+        protocol=protocol,
+        base=base,
+        baseline=baseline,
+        checkpoints=tuple(checkpoints),
+        best=None,
+        gpu_seconds=gpu_seconds,
+        seconds=seconds,
+    )
+    return judge_result(unjudged, base.eval_loss, None if baseline is None else baseline.eval_loss)

@@ -1,10 +1,14 @@
-"""All that is measured of one model: its geometry and its held-out loss, as one line of probes.jsonl."""
+"""All that is measured of one model: its geometry and its held-out loss.
+
+P = personas, Q = questions, D = width
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+
+from torch import Tensor
 
 from minipersona.chat import ChatTokenizer, Document
 from minipersona.chat.tokenizer import Supervise
@@ -18,6 +22,7 @@ from minipersona.geometry.prompts import PersonaSet, QuestionSet, load_personas,
 from minipersona.geometry.statistics import bootstrap_m1, noise_floor
 from minipersona.geometry.vectors import PersonaVectors
 from minipersona.model.network import Qwen2
+from minipersona.run.result import LayerMeasures, Metrics, Protocol
 from minipersona.training.heldout import heldout_loss
 
 
@@ -35,25 +40,26 @@ class Instruments:
     pack_tokens: int
     compiled: bool
 
-    def protocol(self, model: Qwen2) -> dict[str, Any]:
-        """The measurement in words: two results are comparable where these are equal."""
-        return {
-            "model": model.source.get("name"),
-            "revision": model.source.get("revision"),
-            "compute_dtype": str(model.compute_dtype).removeprefix("torch."),
-            "layer": self.layers[0],
-            "layers": self.layers,
-            "layer_convention": "residual stream leaving decoder block, counted from 0 (hidden_states[layer + 1])",
-            "method": "A",
-            "persona_set": self.personas.name,
-            "persona_digest": self.personas.digest,
-            "question_set": self.questions.name,
-            "question_digest": self.questions.digest,
-            "heldout": None if self.heldout_rows is None else self.heldout_rows.source,
-            "heldout_digest": None if self.heldout_rows is None else digest(self.heldout_rows.rows),
-            "max_tokens": self.max_tokens,
-            "tokenizer_digest": self.tokenizer.digest,
-        }
+    def protocol(self, model: Qwen2) -> Protocol:
+        """The record of a measurement of this model, or of what is trained from it, with these instruments."""
+        rows = self.heldout_rows
+        return Protocol(
+            model=model.source.get("name"),
+            revision=model.source.get("revision"),
+            compute_dtype=str(model.compute_dtype).removeprefix("torch."),
+            layer=self.layers[0],
+            layers=tuple(self.layers),
+            layer_convention="residual stream leaving decoder block, counted from 0 (hidden_states[layer + 1])",
+            method="A",
+            persona_set=self.personas.name,
+            persona_digest=self.personas.digest,
+            question_set=self.questions.name,
+            question_digest=self.questions.digest,
+            heldout=None if rows is None else rows.source,
+            heldout_digest=None if rows is None else digest(rows.rows),
+            max_tokens=self.max_tokens,
+            tokenizer_digest=self.tokenizer.digest,
+        )
 
 
 def make_instruments(
@@ -85,8 +91,8 @@ def make_instruments(
     )
 
 
-def measure(model: Qwen2, instruments: Instruments, console: Console) -> tuple[dict[str, Any], PersonaVectors]:
-    """The measures of a model as it stands (adapters as they are), and the vectors that they come from."""
+def measure(model: Qwen2, instruments: Instruments, console: Console) -> tuple[Metrics, PersonaVectors]:
+    """The metrics of a model as it stands (adapters as they are), and the vectors that they come from."""
     prompts = len(instruments.personas.prompts) * len(instruments.questions.questions)
     with console.progress("extracting", prompts, "prompts") as progress:
         vectors = extract(
@@ -98,17 +104,26 @@ def measure(model: Qwen2, instruments: Instruments, console: Console) -> tuple[d
             pack_tokens=instruments.pack_tokens,
             progress=lambda done, total: progress.advance(done),
         )
-    deciding = vectors.samples[instruments.layers[0]]
+    deciding = vectors.samples[instruments.layers[0]]  # (P, Q, D)
+    measures = all_measures(deciding)  # before the loss: UserError where the model has diverged
     low, high = bootstrap_m1(deciding)
-    row: dict[str, Any] = {
-        "layer": instruments.layers[0],
-        **all_measures(deciding),
-        "m1_low": low,
-        "m1_high": high,
-        "m1_noise_floor": noise_floor(deciding),
-        "m1_by_layer": {str(layer): m1(vectors.mean(layer)) for layer in instruments.layers},
-        "eval_loss": None,
-    }
+    loss = None
     if instruments.heldout is not None:
-        row["eval_loss"] = heldout_loss(model, instruments.heldout, instruments.pack_tokens, instruments.compiled)
-    return row, vectors
+        loss = heldout_loss(model, instruments.heldout, instruments.pack_tokens, instruments.compiled)
+    metrics = Metrics(
+        **vars(measures),
+        layer=instruments.layers[0],
+        m1_low=low,
+        m1_high=high,
+        m1_noise_floor=noise_floor(deciding),
+        m1_by_layer={str(layer): m1(vectors.mean(layer)) for layer in instruments.layers},
+        eval_loss=loss,
+    )
+    return metrics, vectors
+
+
+def layer_measures(samples: Tensor) -> LayerMeasures:
+    """All that is measured of one layer's samples, (P, Q, D)."""
+    return LayerMeasures(
+        **vars(all_measures(samples)), m1_ci95=bootstrap_m1(samples), m1_noise_floor=noise_floor(samples)
+    )

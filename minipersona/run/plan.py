@@ -1,4 +1,4 @@
-"""What a run will take, said before it starts: the resolved config, its tokens, memory and time."""
+"""What a run will need, printed before it starts: the resolved config, its tokens, memory, time and disk space."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from pathlib import Path
 import torch
 
 from minipersona.chat import Document
-from minipersona.config import DataSection, RunConfig
-from minipersona.corpus.order import RowOrder
-from minipersona.corpus.training_set import training_set
+from minipersona.config import DataSection, ExecutionSection, RunConfig
+from minipersona.corpus.batch import RowOrder
+from minipersona.corpus.training_set import TrainingSet, training_set
 from minipersona.model.config import ModelConfig
 from minipersona.model.load import architecture
 from minipersona.objective.head import CHUNK
-from minipersona.run.resources import compiles, load_run_tokenizer
-from minipersona.run.train import resolve
+from minipersona.run.resources import compiles, load_run_tokenizer, resolve
 from minipersona.settings import to_toml
 
 # Of the matmul rate measured on the spot, the share that a training step reaches. From docs/log.md.
@@ -33,43 +32,74 @@ TULU_GB = 1.4  # allenai/tulu-3-sft-mixture as it is stored, in parquet
 
 def plan(config: RunConfig) -> str:
     """The text of ``train.py --plan``. Reads the data and the model's config.json; loads no weights, writes nothing."""
-    device = config.execution.device
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device.split(":")[0]
+    device = plan_device(config.execution)
     config = resolve(config, torch.device(device))
     sizes = architecture(config.model.name, config.model.revision or None)
-    tokenizer = load_run_tokenizer(config.model)
-    fetched = to_fetch(config.data)
-    data = replace(config.data, broad="", broad_kind="", ratio="") if fetched else config.data
-    training = training_set(data, config.seed, tokenizer)
-    documents = training.documents
-    recipe = config.training
-    lengths = step_lengths(documents, config)
-    tokens = sum(lengths)
-    epochs = recipe.steps * recipe.batch / len(documents)
-    flops = step_flops(sizes, config) * tokens
-    rate = matmul_rate(device) * EFFICIENCY[device]
-    largest = largest_pack(documents, lengths, config)
+    training = training_set(countable(config.data), config.seed, load_run_tokenizer(config.model))
+    lengths = step_lengths(training.documents, config)
     lines = [
         to_toml(config).rstrip(),
         "",
         f"# model      {sizes.parameters / 1e6:,.1f} million parameters, {sizes.num_hidden_layers} blocks; "
         f"measured at layer {config.probe.measured(sizes.probe_layer)[0]}",
+        *_data_lines(training, config),
+        _training_line(training.documents, lengths, config),
+        _memory_line(training.documents, lengths, config, sizes, device),
+        _time_line(step_flops(sizes, config) * sum(lengths), device),
+        *disk_lines(kept_bytes(sizes, config) + rolling_bytes(sizes, config), config.out),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _data_lines(training: TrainingSet, config: RunConfig) -> list[str]:
+    documents = training.documents
+    counts = (
         f"# data       {len(documents):,} rows, {sum(map(len, documents)):,} tokens, "
         f"{sum(int(d.supervised.sum()) for d in documents):,} supervised; "
         f"{sum(d.truncated for d in documents):,} truncated, "
-        f"{sum(not d.supervised.any() for d in documents):,} teach nothing",
-        f"# training   {recipe.steps:,} steps of {recipe.batch} rows ({epochs:.2f} epochs), {tokens:,} tokens, "
-        f"{tokens / recipe.steps:,.0f} a step",
-        f"# memory     {memory_bytes(sizes, config, device, largest) / GIB:.1f} GiB on {device}, for packs of "
-        f"{largest:,} tokens",
-        f"# time       {duration(flops / rate)} of training, estimated from the matmul rate of this machine "
-        f"({rate / EFFICIENCY[device] / 1e12:.2f} TFLOP/s, of which a step reaches about {EFFICIENCY[device]:.0%}); "
-        "loading, compiling and measuring come on top",
-        *disk_lines(kept_bytes(sizes, config) + rolling_bytes(sizes, config), config.out),
-    ]
-    mixture = fetched or training.report()[1:]
-    lines[4:4] = [f"# mixture    {line}" for line in mixture]
-    return "\n".join(lines) + "\n"
+        f"{sum(not d.supervised.any() for d in documents):,} teach nothing"
+    )
+    return [counts, *(f"# mixture    {line}" for line in to_fetch(config.data) or training.report()[1:])]
+
+
+def _training_line(documents: Sequence[Document], lengths: Sequence[int], config: RunConfig) -> str:
+    steps, batch = config.training.steps, config.training.batch
+    return (
+        f"# training   {steps:,} steps of {batch} rows ({steps * batch / len(documents):.2f} epochs), "
+        f"{sum(lengths):,} tokens, {sum(lengths) / steps:,.0f} a step"
+    )
+
+
+def _memory_line(
+    documents: Sequence[Document], lengths: Sequence[int], config: RunConfig, sizes: ModelConfig, device: str
+) -> str:
+    largest = largest_pack(documents, lengths, config)
+    gib = memory_bytes(sizes, config, device, largest) / GIB
+    return f"# memory     {gib:.1f} GiB on {device}, for packs of {largest:,} tokens"
+
+
+def _time_line(flops: float, device: str) -> str:
+    product, reached = matmul_rate(device), EFFICIENCY[device]
+    return (
+        f"# time       {duration(flops / (product * reached))} of training, estimated from the matmul rate of this "
+        f"machine ({product / 1e12:.2f} TFLOP/s, of which a step reaches about {reached:.0%}); "
+        "loading, compiling and measuring come on top"
+    )
+
+
+# ---------------------------------------------------------------- shared with the plan of a study
+
+
+def plan_device(section: ExecutionSection) -> str:
+    """The type of the device that a plan is for, cuda or cpu."""
+    if section.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return section.device.split(":")[0]
+
+
+def countable(data: DataSection) -> DataSection:
+    """The section as far as a plan reads it: without a broad source that would have to be downloaded."""
+    return replace(data, broad="", broad_kind="", ratio="") if to_fetch(data) else data
 
 
 def step_lengths(documents: Sequence[Document], config: RunConfig) -> list[int]:
@@ -84,10 +114,10 @@ def largest_pack(documents: Sequence[Document], lengths: Sequence[int], config: 
 
 
 def to_fetch(data: DataSection) -> list[str]:
-    """What is said of a broad source that the run would download; a plan fetches none and counts what it replaces."""
+    """What to say of a broad source that the run would download. A plan does not: it counts the rows as they are."""
     if not data.broad or data.broad.startswith(LOCAL):
         return []
-    said = f"{data.ratio} with {data.broad}, fetched when the run starts; here the rows that it replaces are counted"
+    said = f"{data.ratio} with {data.broad}, fetched when the run starts; counted here are the rows that it replaces"
     whole = f"{data.broad} is the whole mixture: a download of {TULU_GB} GB"
     return [said, whole] if re.fullmatch(r"tulu(\[\d*:(:\d*)?\])?", data.broad) else [said]
 
@@ -143,13 +173,13 @@ def kept_bytes(sizes: ModelConfig, config: RunConfig) -> int:
 
 
 def rolling_bytes(sizes: ModelConfig, config: RunConfig) -> int:
-    """Bytes that a run needs beside that while it goes on: the rolling checkpoint, and the one that replaces it."""
+    """Bytes that a run needs besides while it goes on: the rolling checkpoint, and the one that replaces it."""
     learned = adapter_parameters(sizes, config) if config.training.method == "lora" else sizes.parameters
     return 2 * 12 * learned  # a master and two moments in fp32
 
 
 def disk_lines(needed: int, out: str) -> list[str]:
-    """What a plan says of the disk: a line, and a warning where the room will not do."""
+    """What a plan says of the disk: a line, and a warning where the free space is not enough."""
     free = shutil.disk_usage(_existing(Path(out))).free
     line = f"# disk       {needed / GIB:.2f} GiB of checkpoints and vectors; {free / GIB:.1f} GiB are free"
     warning = "# WARNING    that does not fit on the disk; free some space, choose another --out or fewer checkpoints"

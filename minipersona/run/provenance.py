@@ -4,48 +4,116 @@ from __future__ import annotations
 
 import platform
 import subprocess
+from dataclasses import dataclass, replace
 from importlib import metadata
-from typing import Any
+from pathlib import Path
 
 import torch
 
 from minipersona import __version__
 from minipersona.config import RunConfig
 from minipersona.corpus.training_set import TrainingSet
+from minipersona.errors import UserError
 from minipersona.files import PACKAGE, digest, sha256
 from minipersona.model.network import Qwen2
+from minipersona.records import from_dict, may_be_missing, read_record, write_record
+from minipersona.run.directory import PROVENANCE
 from minipersona.run.measurement import Instruments
+from minipersona.run.result import Protocol
 from minipersona.settings import to_toml
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What a run was computed on."""
+
+    machine: str
+    cuda_device: str | None
+    cuda: str | None
+    processes: int
+    threads: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Environment:
+    """The code and the machine of one start of a run."""
+
+    minipersona: str
+    code_digest: str
+    commit: str | None
+    versions: dict[str, str]
+    hardware: Hardware
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """Rows that were trained on or held out."""
+
+    source: str
+    rows: int
+    digest: str
+    revision: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance(Environment):
+    """provenance.json. `protocol` is what every measurement of the run is made with."""
+
+    protocol: Protocol
+    config_digest: str
+    model: dict[str, str | None]
+    data: tuple[DataSource, ...]
+    mixture: dict[str, str | int | float | None]
+    continued: tuple[Environment, ...] = may_be_missing(())  # of each later start
 
 
 def provenance(
     config: RunConfig, model: Qwen2, instruments: Instruments, training: TrainingSet, processes: int
-) -> dict[str, Any]:
-    """The content of provenance.json. Its `protocol` is what every measurement of the run is made with."""
+) -> Provenance:
+    """The provenance of a run that starts now."""
     heldout = [] if instruments.heldout_rows is None else [instruments.heldout_rows.identity()]
-    device = model.device
-    on_cuda = device.type == "cuda"
-    return {
-        "protocol": instruments.protocol(model),
-        "minipersona": __version__,
-        "code_digest": code_digest(),
-        "commit": _commit(),
-        "config_digest": digest(to_toml(config)),
-        "model": {**model.source, "compute_dtype": str(model.compute_dtype).removeprefix("torch.")},
-        "data": [*training.sources, *heldout],
-        "mixture": training.mixture,
-        "versions": {
-            "python": platform.python_version(),
-            **{name: metadata.version(name) for name in ("torch", "numpy", "safetensors", "tokenizers")},
-        },
-        "hardware": {
-            "machine": platform.machine(),
-            "cuda_device": torch.cuda.get_device_name(device) if on_cuda else None,
-            "cuda": torch.version.cuda,
-            "processes": processes,
-            "threads": torch.get_num_threads(),
-        },
-    }
+    cuda_device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else None
+    libraries = {name: metadata.version(name) for name in ("torch", "numpy", "safetensors", "tokenizers")}
+    return Provenance(
+        protocol=instruments.protocol(model),
+        minipersona=__version__,
+        code_digest=code_digest(),
+        commit=_commit(),
+        config_digest=digest(to_toml(config)),
+        model={**model.source, "compute_dtype": str(model.compute_dtype).removeprefix("torch.")},
+        data=tuple(from_dict(DataSource, source) for source in [*training.sources, *heldout]),
+        mixture=training.mixture,
+        versions={"python": platform.python_version(), **libraries},
+        hardware=Hardware(
+            machine=platform.machine(),
+            cuda_device=cuda_device,
+            cuda=torch.version.cuda,
+            processes=processes,
+            threads=torch.get_num_threads(),
+        ),
+    )
+
+
+def read_provenance(directory: Path) -> Provenance:
+    """The provenance of a run; UserError where the directory is not one of a run."""
+    if not (directory / PROVENANCE).is_file():
+        raise UserError(f"{directory}: is not a run directory (it has no {PROVENANCE}); name one that train.py made")
+    return read_record(directory / PROVENANCE, Provenance, "restore the file, or delete the directory and train again")
+
+
+def write_provenance(directory: Path, made_by: Provenance) -> None:
+    """Write provenance.json. That of a run which continues stays as it began, with the new environment added."""
+    if (directory / PROVENANCE).is_file():
+        began = read_provenance(directory)
+        again = Environment(
+            minipersona=made_by.minipersona,
+            code_digest=made_by.code_digest,
+            commit=made_by.commit,
+            versions=made_by.versions,
+            hardware=made_by.hardware,
+        )
+        made_by = replace(began, continued=(*began.continued, again))
+    write_record(directory / PROVENANCE, made_by)
 
 
 def code_digest() -> str:

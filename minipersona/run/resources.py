@@ -1,26 +1,31 @@
-"""The bench that runs are carried out on: a model on its device, its tokenizer, and the instruments."""
+"""What a run works with: a model on its device, its tokenizer and the instruments, as its config names them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from minipersona.chat import ChatTokenizer, load_tokenizer
 from minipersona.config import ModelSection, RunConfig
+from minipersona.hub import pinned_revision
+from minipersona.model.acceleration.compiler import compile_blocks
+from minipersona.model.adapter_files import load_adapter
 from minipersona.model.load import load_model
 from minipersona.model.lora import remove_lora
 from minipersona.model.network import Qwen2
+from minipersona.run.directory import checkpoint_directory
 from minipersona.run.measurement import Instruments, make_instruments
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64, "auto": None}
 
 
 class Resources:
-    """The model, its tokenizer and its instruments, kept from one run to the next while their settings are the same:
-    loading and compiling are paid once.
+    """Keeps a model, its tokenizer and its instruments from one run to the next while their settings are the same, so
+    that loading and compiling are paid once.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -33,7 +38,8 @@ class Resources:
 
     def model(self, config: RunConfig) -> Qwen2:
         """The config's model as it was loaded: without adapters, compiled where the config asks for it."""
-        model = self._keep("model", (config.model, compiles(config, self.device)), lambda: self._load(config))
+        settings = config.model, config.execution.fused, compiles(config, self.device)
+        model = self._keep("model", settings, lambda: self._load(config))
         return remove_lora(model)
 
     def instruments(self, config: RunConfig) -> Instruments:
@@ -47,13 +53,13 @@ class Resources:
         return self._keep("instruments", settings, lambda: run_instruments(config, model, tokenizer, compiled))
 
     def discard_model(self) -> None:
-        """Load the model anew next time: its own weights have changed, or memory has run out."""
+        """Load the model again next time: its own weights have changed, or memory has run out."""
         self._kept.pop("model", None)
 
     def _load(self, config: RunConfig) -> Qwen2:
-        model = load_run_model(config.model, self.device)
+        model = load_run_model(config, self.device)
         if compiles(config, self.device):
-            model.compile_blocks()
+            compile_blocks(model)
         return model
 
     def _keep(self, what: str, settings: Any, make: Callable[[], Any]) -> Any:
@@ -63,21 +69,54 @@ class Resources:
         return self._kept[what][1]
 
 
-def load_run_model(section: ModelSection, device: torch.device) -> Qwen2:
-    """The model of a config."""
-    return load_model(section.name, dtype=DTYPES[section.dtype], device=device, revision=section.revision or None)
+# ---------------------------------------------------------------- from a config
+
+
+def resolve(config: RunConfig, device: torch.device) -> RunConfig:
+    """The config with the model's revision and precision filled in, as far as it leaves them open."""
+    revision = pinned_revision(config.model.name, config.model.revision or None) or ""
+    dtype = config.model.dtype
+    if dtype == "auto":  # settled once: a run that is continued elsewhere keeps its precision
+        dtype = "bfloat16" if device.type == "cuda" else "float32"
+    return replace(config, model=replace(config.model, revision=revision, dtype=dtype))
+
+
+def compiles(config: RunConfig, device: torch.device) -> bool:
+    """Whether blocks and loss are compiled."""
+    wanted = config.execution.compile == "on" or (config.execution.compile == "auto" and device.type == "cuda")
+    return wanted and config.execution.fused
+
+
+def load_run_model(config: RunConfig, device: torch.device) -> Qwen2:
+    """The model of a config, not compiled."""
+    section = config.model
+    model = load_model(section.name, dtype=DTYPES[section.dtype], device=device, revision=section.revision or None)
+    model.fused = config.execution.fused
+    return model
 
 
 def load_run_tokenizer(section: ModelSection) -> ChatTokenizer:
     """The tokenizer of a config: the model's own unless another is named."""
     return load_tokenizer(
-        section.tokenizer or section.name, revision=None if section.tokenizer else section.revision or None
+        section.tokenizer or section.name,
+        revision=None if section.tokenizer else section.revision or None,
+        template=section.template or None,
     )
 
 
-def compiles(config: RunConfig, device: torch.device) -> bool:
-    """Whether blocks and loss are compiled."""
-    return config.execution.compile == "on" or (config.execution.compile == "auto" and device.type == "cuda")
+def load_checkpoint(base: Qwen2, config: RunConfig, directory: Path, step: int) -> Qwen2:
+    """The model that a run left at a step.
+
+    base  the run's model as it was loaded. The adapter of a LoRA run is attached to it, in place of any other; the
+          checkpoint of a full-parameter run is a model of its own, on the same device, and `base` stays as it is
+    """
+    checkpoint = checkpoint_directory(directory, step)
+    if config.training.method == "lora":
+        load_adapter(base, checkpoint)
+        return base
+    model = load_model(str(checkpoint), dtype=DTYPES[config.model.dtype], device=base.device)
+    model.fused = base.fused
+    return model
 
 
 def run_instruments(config: RunConfig, model: Qwen2, tokenizer: ChatTokenizer, compiled: bool) -> Instruments:

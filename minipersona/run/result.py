@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from minipersona.records import read_record
+from minipersona.files import digest
+from minipersona.geometry.measures import Measures
+from minipersona.records import may_be_missing, read_record, to_dict
 
 Interval = tuple[float, float]
 
@@ -30,52 +32,78 @@ class Protocol:
     max_tokens: int
     tokenizer_digest: str
 
+    @property
+    def digest(self) -> str:
+        """By which a line of probes.jsonl names its protocol: hex SHA-256."""
+        return digest(to_dict(self))
+
+
+# ---------------------------------------------------------------- measured
+
 
 @dataclass(frozen=True, kw_only=True)
-class Geometry:
-    """The measures of persona vectors at the deciding layer (`geometry/measures.py`); None where one is undefined."""
+class Geometry(Measures):
+    """The measures of persona vectors at the deciding layer; None where one has no value."""
 
     layer: int
-    m1: float
-    centred_cosine: float | None
-    shared_mean_share: float | None
-    between_variance: float | None
-    within_variance: float | None
-    effective_rank: float | None
-    nearest_centroid_accuracy: float | None
     m1_noise_floor: float
     m1_by_layer: dict[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measurement(Geometry):
-    """One line of probes.jsonl; step 0 is the base.
+class Metrics(Geometry):
+    """All that is measured of one model, whatever it is."""
 
-    `learned` is by what was known while the run went on; `protocol` is the digest of what it was measured with.
-    """
-
-    step: int
     m1_low: float  # the 95% bootstrap interval over questions
     m1_high: float
-    eval_loss: float | None  # nats per supervised token of the held-out rows
-    learned: float | None
-    delta_norm: float  # ||theta - theta_base||_2
-    protocol: str
+    eval_loss: float | None  # nats per supervised token of the held-out rows; None without such rows
+
+    def at_step(self, step: int, protocol: str, delta_norm: float = 0.0, learned: float | None = None) -> Measurement:
+        """The same as the measurement of a run's step; the defaults are the base's."""
+        return Measurement(**vars(self), step=step, learned=learned, delta_norm=delta_norm, protocol=protocol)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checkpoint(Geometry):
-    """A measured model, judged: the base, a checkpoint, or (step None) a model with an adapter."""
+class Measurement(Metrics):
+    """One line of probes.jsonl; step 0 is the base."""
 
-    step: int | None
+    step: int
+    learned: float | None  # by what was known when it was measured
+    delta_norm: float  # ||theta - theta_base||_2
+    protocol: str  # `Protocol.digest`
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerMeasures(Measures):
+    """The measures of one layer's vectors as extract.py prints them."""
+
     m1_ci95: Interval
+    m1_noise_floor: float
+
+
+# ---------------------------------------------------------------- judged
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """What the rules of `judgement.py` judge by and what they say; None where they cannot say it."""
+
+    m1: float
     eval_loss: float | None
     learned: float | None
-    delta_norm: float
     registered_pass: bool | None
     substantive_pass: bool | None
     collapsed: bool
-    adapter: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint(Geometry, Judged):
+    """A measured model, judged: the base (step 0), a checkpoint, or a model with an adapter (step None)."""
+
+    step: int | None
+    m1_ci95: Interval
+    delta_norm: float
+    adapter: str | None = may_be_missing()
 
 
 @dataclass(frozen=True)
@@ -84,10 +112,10 @@ class Baseline:
 
     run: str
     eval_loss: float | None
-    step: int | None = None
+    step: int | None = may_be_missing()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunResult:
     """result.json."""
 
@@ -96,8 +124,8 @@ class RunResult:
     baseline: Baseline | None
     checkpoints: tuple[Checkpoint, ...]
     best: int | None  # the step of the checkpoint that passes substantively and learned the most
-    seconds: float | None = None
-    gpu_seconds: float | None = None
+    gpu_seconds: float | None = None  # of all GPUs together; None on a CPU
+    seconds: float | None = may_be_missing()  # of training
 
 
 def read_result(path: Path, mend: str) -> RunResult:

@@ -1,14 +1,15 @@
-"""The vectors of preventative steering (Chen et al. 2025): what is added to the stream while a model trains.
+"""The vectors of preventative steering (Chen et al. 2025), which are added to the residual stream in training.
 
     h <- h + c v_l                       at one block
     h <- h + c (v_l - v_(l-1))           at every block, v_(-1) = 0: the paper's incremental form
 
-v is raw, not of unit length. Where it comes from, `steering.vector` says:
+v is raw, not of unit length. `steering.vector` says where it comes from:
 
     villain - assistant         the difference of two persona vectors of the model as it is before training
     collapse                    the mean over personas of trained minus base vectors of the run `probe.baseline`
     file:PATH#a - b             a difference of two persona vectors in a file that extract.py wrote
-    file:PATH                   a safetensors file of one tensor `layer.L` (D,) a block, as a run's steering.safetensors
+    file:PATH                   a safetensors file with one tensor `layer.L` (D,) per block, as a run's
+                                steering.safetensors
 
 D = width, P = personas
 """
@@ -32,37 +33,34 @@ from minipersona.geometry.prompts import load_personas, load_questions
 from minipersona.geometry.vectors import PersonaVectors, load_vectors
 from minipersona.model.network import Qwen2
 from minipersona.model.tensor_file import open_safetensors
-from minipersona.records import from_dict
-from minipersona.settings import read_toml
-from minipersona.training.world import World
-
-STEERING_VECTORS = "steering.safetensors"  # in a run's directory: the raw vectors that it is steered by
+from minipersona.run.directory import CONFIG, STEERING_VECTORS, read_config, vectors_file
+from minipersona.training.distributed import Distributed
 
 
 def run_steering(
     config: RunConfig,
     directory: Path,
-    world: World,
+    distributed: Distributed,
     model: Qwen2,
     tokenizer: ChatTokenizer,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[int, Tensor]:
     """What `train` takes as `steering`, for a run in `directory`; empty where steering is off.
 
-    The raw vectors are made once, by the first rank, and kept in the run's directory: a run that continues is steered
-    by the same numbers. Call it on every rank, while the model is its base.
+    The first rank makes the raw vectors once and keeps them in the run's directory, so that a run which continues is
+    steered by the same numbers. Call it on every rank, while nothing is attached to the model.
     """
     if not config.steering.vector:
         return {}
     file = directory / STEERING_VECTORS
-    if world.first and not file.is_file():
+    if distributed.first and not file.is_file():
         save_steering(file, raw_vectors(config, model, tokenizer, progress))
-    world.wait()
+    distributed.barrier()
     return scaled(load_steering(file, steered_layers(config.steering, model)), config.steering)
 
 
 def check_steering(config: RunConfig, directory: Path, model: Qwen2, tokenizer: ChatTokenizer) -> None:
-    """UserError where what `run_steering` will need is missing or does not fit; nothing is extracted for it."""
+    """UserError where anything that `run_steering` will need is missing or does not fit. Extracts nothing."""
     section = config.steering
     if not section.vector or (directory / STEERING_VECTORS).is_file():
         return
@@ -76,7 +74,7 @@ def check_steering(config: RunConfig, directory: Path, model: Qwen2, tokenizer: 
 def steering_vectors(
     config: RunConfig, model: Qwen2, tokenizer: ChatTokenizer, progress: Callable[[int, int], None] | None = None
 ) -> dict[int, Tensor]:
-    """block -> (D,) fp32 with its coefficient in it, by `config.steering`; empty where steering is off.
+    """block -> (D,) fp32, times the coefficient, as `config.steering` says; empty where steering is off.
 
     The model is the base; a difference of personas is extracted from it.
     UserError where a persona, a layer, a file or the baseline is missing or does not fit.
@@ -126,7 +124,7 @@ def raw_vectors(
         if vector.shape != (model.config.hidden_size,):
             raise UserError(
                 f"{where} has shape {tuple(vector.shape)}, the model's stream ({model.config.hidden_size},); "
-                "take one that this model made"
+                "name one of this model"
             )
         if not bool(vector.isfinite().all()) or not bool(vector.any()):
             raise UserError(f"{where} is zero or not finite; choose another")
@@ -160,21 +158,20 @@ def _known_pair(config: RunConfig) -> dict[str, str]:
     pair = parse_difference(config.steering.vector)
     for name in pair:
         if name not in known:
-            raise UserError(f"steering.vector: {name!r} is none of probe.personas: {', '.join(known)}")
+            raise UserError(f"steering.vector: {name!r} is not one of probe.personas: {', '.join(known)}")
     return {name: known[name] for name in pair}
 
 
 def _collapse(baseline: Path, layers: Sequence[int], model: Qwen2) -> dict[int, Tensor]:
     """The mean over personas of trained minus base vectors (Method A), between a run's step 0 and its last step."""
     what = f'steering.vector = "collapse": baseline {baseline}'
-    if not (baseline / "config.toml").is_file():
-        raise UserError(f"{what} is no run's directory; name one that train.py made in probe.baseline")
-    steps = from_dict(RunConfig, read_toml(baseline / "config.toml")).training.steps
-    files = {int(f.stem.removeprefix("step-")): f for f in (baseline / "vectors").glob("step-*.safetensors")}
+    if not (baseline / CONFIG).is_file():
+        raise UserError(f"{what} is not a run directory; name one that train.py made in probe.baseline")
+    steps = read_config(baseline).training.steps
     for step in (0, steps):
-        if step not in files:
-            raise UserError(f"{what} holds no vectors of step {step}; finish that run with step {steps} a checkpoint")
-    base, trained = (_extracted(files[step], layers) for step in (0, steps))
+        if not vectors_file(baseline, step).is_file():
+            raise UserError(f"{what} has no vectors of step {step}; finish that run with step {steps} a checkpoint")
+    base, trained = (_extracted(vectors_file(baseline, step), layers) for step in (0, steps))
     made_by, name = base.metadata.get("model"), str(model.source.get("name"))
     if made_by != name:
         raise UserError(f"{what} trained {made_by}, this run trains {name}; name a run of the same model")
@@ -189,7 +186,7 @@ def _extracted(file: Path, layers: Sequence[int]) -> PersonaVectors:
     for layer in layers:
         if layer not in vectors.samples:
             raise UserError(
-                f"{file}: holds no layer {layer}, only {', '.join(map(str, vectors.layers))}; extract it too "
+                f"{file}: has no layer {layer}, only {', '.join(map(str, vectors.layers))}; extract it too "
                 "(extract.py --layer, probe.layers of a run), or steer at one of these"
             )
     return vectors
@@ -200,13 +197,13 @@ def _differences(
 ) -> dict[int, Tensor]:
     for name in (plus, minus):
         if name not in vectors.personas:
-            raise UserError(f"steering.vector: {name!r} is none of {where}: {', '.join(vectors.personas)}")
+            raise UserError(f"steering.vector: {name!r} is not one of {where}: {', '.join(vectors.personas)}")
     first, second = vectors.personas.index(plus), vectors.personas.index(minus)
     means = {layer: vectors.mean(layer) for layer in layers}  # (P, D)
     return {layer: mean[first] - mean[second] for layer, mean in means.items()}
 
 
-# ---------------------------------------------------------------- the file of plain vectors
+# ---------------------------------------------------------------- the file of raw vectors
 
 
 def save_steering(path: Path, raw: Mapping[int, Tensor]) -> None:
@@ -222,9 +219,7 @@ def load_steering(path: Path, layers: Sequence[int]) -> dict[int, Tensor]:
         held = set(file.keys())
         for layer in layers:
             if f"layer.{layer}.mean" in held:
-                raise UserError(
-                    f"{path}: holds vectors of personas; name two of them, as file:{path}#villain - assistant"
-                )
+                raise UserError(f"{path}: holds persona vectors; name two of them, as file:{path}#villain - assistant")
             if f"layer.{layer}" not in held:
-                raise UserError(f"{path}: holds no tensor layer.{layer}, but {', '.join(sorted(held))}")
+                raise UserError(f"{path}: has no tensor layer.{layer}, only {', '.join(sorted(held))}")
         return {layer: file.get_tensor(f"layer.{layer}").to(torch.float32) for layer in layers}

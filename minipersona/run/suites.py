@@ -1,4 +1,4 @@
-"""The suites of answers for evaluate.py: a model's behaviour and how well it follows instructions, beside its base.
+"""The suites of evaluate.py that generate answers: behaviour and instruction following, of a model beside its base.
 
 Below a directory: behaviour.json and instructions.json of the model, the same of its untouched base in base/, and with
 each the answers that they were made of. The same command after a kill continues.
@@ -6,8 +6,8 @@ each the answers that they were made of. The same command after a kill continues
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +19,17 @@ from minipersona.behaviour.prompt_sets import Which
 from minipersona.behaviour.suite import behaviour_suite
 from minipersona.behaviour.table import behaviour_table
 from minipersona.chat import ChatTokenizer
-from minipersona.config import BehaviourSection, RunConfig
+from minipersona.config import BehaviourSection
 from minipersona.console import Console
 from minipersona.errors import UserError
 from minipersona.model.adapter_files import load_adapter
-from minipersona.model.load import load_model
 from minipersona.model.lora import remove_lora
 from minipersona.model.network import Qwen2
-from minipersona.records import from_dict
-from minipersona.run.evaluate import checkpoint_steps
-from minipersona.run.resources import DTYPES, load_run_model, load_run_tokenizer
-from minipersona.run.train import step_name
-from minipersona.settings import read_toml
+from minipersona.run.directory import checkpoint_steps, read_config
+from minipersona.run.resources import load_checkpoint, load_run_model, load_run_tokenizer
 
-Result = dict[str, Any]
 BASE, TRAINED = "base", "trained"
+SuiteFile = Mapping[str, Any]  # behaviour.json, instructions.json or a verdict on both, as behaviour/ makes them
 
 
 @dataclass(frozen=True)
@@ -46,84 +42,111 @@ class Suites:
     instructions_file: str | None = None  # None is the shipped set
 
 
-def run_suites(directory: Path, device: torch.device, console: Console, suites: Suites) -> Result:
+@dataclass(frozen=True)
+class SuiteResults:
+    """What the suites found, by model: "base" and, where there is one, "trained". A suite not asked for is None."""
+
+    step: int | None = None  # of a run: that of the trained model
+    behaviour: dict[str, SuiteFile] | None = None
+    consistency: SuiteFile | None = None  # of the trained model's behaviour with the base's
+    instructions: dict[str, SuiteFile] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As evaluate.py prints it."""
+        found: dict[str, Any] = {} if self.step is None else {"step": self.step}
+        if self.behaviour is not None:
+            found["behaviour"] = self.behaviour | ({"consistency": self.consistency} if self.consistency else {})
+        if self.instructions is not None:
+            found["instructions"] = self.instructions
+        return found
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A model that answers: its name in the results, where its files go, and how it is made when its turn comes."""
+
+    name: str
+    directory: Path
+    model: Callable[[], Qwen2]
+
+
+def run_suites(directory: Path, device: torch.device, console: Console, suites: Suites) -> SuiteResults:
     """The suites for the base of a run and for its last checkpoint. UserError where it has none."""
-    if not (directory / "config.toml").is_file():
-        raise UserError(f"{directory}: is no run's directory (config.toml); name one that train.py made")
-    config = from_dict(RunConfig, read_toml(directory / "config.toml"))
-    steps = checkpoint_steps(directory)
+    config, steps = read_config(directory), checkpoint_steps(directory)
     if not steps:
-        raise UserError(f"{directory}: has no checkpoint to ask yet; let train.py reach its first")
-    model, tokenizer = load_run_model(config.model, device), load_run_tokenizer(config.model)
-    checkpoint = directory / step_name(steps[-1])
-
-    def trained() -> Qwen2:
-        if config.training.method == "lora":
-            load_adapter(model, checkpoint)
-            return model
-        return load_model(str(checkpoint), dtype=DTYPES[config.model.dtype], device=device)
-
-    found = [(directory / BASE, BASE, lambda: model), (directory, TRAINED, trained)]
-    return {"step": steps[-1], **_collect(model, tokenizer, found, console, suites)}
+        raise UserError(f"{directory}: has no checkpoint yet; let train.py reach the first one")
+    base, tokenizer = load_run_model(config, device), load_run_tokenizer(config.model)
+    asked = [
+        _Asked(BASE, directory / BASE, lambda: base),
+        _Asked(TRAINED, directory, lambda: load_checkpoint(base, config, directory, steps[-1])),
+    ]
+    return replace(_collect(base, tokenizer, asked, console, suites), step=steps[-1])
 
 
 def model_suites(
     model: Qwen2, tokenizer: ChatTokenizer, directory: Path, console: Console, suites: Suites, adapter: str = ""
-) -> Result:
+) -> SuiteResults:
     """The suites for a model as it stands; with an adapter, for the model without it and with it."""
 
     def adapted() -> Qwen2:
         load_adapter(model, adapter)
         return model
 
-    found = [(directory / BASE if adapter else directory, BASE, lambda: remove_lora(model))]
-    return _collect(model, tokenizer, [*found, (directory, TRAINED, adapted)] if adapter else found, console, suites)
+    asked = [_Asked(BASE, directory / BASE if adapter else directory, lambda: remove_lora(model))]
+    if adapter:
+        asked.append(_Asked(TRAINED, directory, adapted))
+    return _collect(model, tokenizer, asked, console, suites)
 
 
 def _collect(
-    base: Qwen2, tokenizer: ChatTokenizer, found: Sequence[tuple[Path, str, Any]], console: Console, suites: Suites
-) -> Result:
-    """{"behaviour": {"base", "trained", "consistency"}, "instructions": {"base", "trained"}}, as far as wanted."""
-    result: Result = {name: {} for name in suites.names}
-    for directory, name, make in found:
-        model = make()
+    base: Qwen2, tokenizer: ChatTokenizer, asked: Sequence[_Asked], console: Console, suites: Suites
+) -> SuiteResults:
+    """Ask one model after the other, the base first: an adapter may turn it into the trained one."""
+    behaviour: dict[str, SuiteFile] = {}
+    instructions: dict[str, SuiteFile] = {}
+    for one in asked:
+        model = one.model()
         if "behaviour" in suites.names:
-            console.say(f"behaviour of the {name} model")
-            sets = suites.prompt_sets
-            result["behaviour"][name] = behaviour_suite(
-                model, tokenizer, directory, suites.behaviour, console, prompt_sets=sets, base=base
-            )
-        if "instructions" in suites.names:
-            console.say(f"instructions followed by the {name} model")
-            result["instructions"][name] = instruction_suite(
+            console.say(f"behaviour of the {one.name} model")
+            behaviour[one.name] = behaviour_suite(
                 model,
                 tokenizer,
-                directory,
+                one.directory,
+                suites.behaviour,
+                console,
+                prompt_sets=suites.prompt_sets,
+                base=base,
+            )
+        if "instructions" in suites.names:
+            console.say(f"instruction following of the {one.name} model")
+            instructions[one.name] = instruction_suite(
+                model,
+                tokenizer,
+                one.directory,
                 suites.instructions_file,
                 console,
                 batch=suites.behaviour.batch,
             )
-    if TRAINED in result.get("behaviour", {}):
-        result["behaviour"]["consistency"] = consistency(result["behaviour"][TRAINED], result["behaviour"][BASE])
-    return result
+    return SuiteResults(
+        behaviour=behaviour if "behaviour" in suites.names else None,
+        consistency=consistency(behaviour[TRAINED], behaviour[BASE]) if TRAINED in behaviour else None,
+        instructions=instructions if "instructions" in suites.names else None,
+    )
 
 
-def suites_table(result: Result) -> str:
+def suites_table(results: SuiteResults) -> str:
     """The same for reading."""
-    return "\n".join(_lines(result))
+    return "\n".join(_lines(results))
 
 
-def _lines(result: Result) -> Iterator[str]:
-    behaviour = result.get("behaviour", {})
-    measured = {name: behaviour[name] for name in (BASE, TRAINED) if name in behaviour}
-    if measured:
-        yield behaviour_table(measured)
-    if "consistency" in behaviour:
-        verdict = behaviour["consistency"]
+def _lines(results: SuiteResults) -> Iterator[str]:
+    if results.behaviour:
+        yield behaviour_table(results.behaviour)
+    if results.consistency:
         words = {True: "consistent with the base", False: "NOT consistent with the base", None: "undecided"}
-        yield f"{words[verdict['consistent']]}: {verdict['reason']}"
-    if result.get("instructions"):
+        yield f"{words[results.consistency['consistent']]}: {results.consistency['reason']}"
+    if results.instructions:
         keys = ("prompt_strict", "prompt_loose", "instruction_strict", "instruction_loose")
         yield f"\n{'':<9}{'prompts':>8}" + "".join(f"{key.replace('_', ' '):>20}" for key in keys)
-        for name, row in result["instructions"].items():
+        for name, row in results.instructions.items():
             yield f"{name:<9}{row['prompts']:>8,}" + "".join(f"{row[key]:>20.1%}" for key in keys)

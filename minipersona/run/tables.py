@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from minipersona.geometry.compare import Comparison
+from minipersona.run.judgement import COLLAPSED_M1, LEAST_LEARNED, MOST_LOSS_RATIO, PASS_M1
+from minipersona.run.result import Checkpoint, LayerMeasures, RunResult
 
 COLUMNS = (
     "step",
@@ -20,37 +21,37 @@ COLUMNS = (
 )
 
 
-def result_table(result: dict[str, Any]) -> str:
-    """One line a model, and below them the rule that each verdict follows and what was measured."""
-    rows = [_row("base", result["base"])]
-    rows += [_row(_label(row), row) for row in result["checkpoints"]]
+def result_table(result: RunResult) -> str:
+    """One line a model, and below them what was measured and the rule that each verdict follows."""
+    rows = [_row("base", result.base)]
+    rows += [_row("adapter" if row.step is None else str(row.step), row) for row in result.checkpoints]
     return "\n".join([*_aligned([COLUMNS, *rows]), "", *_legend(result)])
 
 
-def extraction_table(report: dict[str, dict[str, Any]]) -> str:
+def extraction_table(layers: Mapping[str, LayerMeasures]) -> str:
     """One line a layer."""
     columns = ("layer", "M1", "95% interval", "noise floor", "centred cosine", "mean's share", "between / within",
                "effective rank", "nearest centroid")  # fmt: skip
     rows = [
         (
             layer,
-            f"{row['m1']:.4f}",
-            "{:.4f}-{:.4f}".format(*row["m1_ci95"]),
-            f"{row['m1_noise_floor']:.4f}",
-            _number(row["centred_cosine"], ".4f"),
-            _number(row["shared_mean_share"], ".4f"),
-            _number(_ratio(row["between_variance"], row["within_variance"]), ".4f"),
-            _number(row["effective_rank"], ".2f"),
-            _number(row["nearest_centroid_accuracy"], ".3f"),
+            f"{row.m1:.4f}",
+            "{:.4f}-{:.4f}".format(*row.m1_ci95),
+            f"{row.m1_noise_floor:.4f}",
+            _number(row.centred_cosine, ".4f"),
+            _number(row.shared_mean_share, ".4f"),
+            _number(_ratio(row.between_variance, row.within_variance), ".4f"),
+            _number(row.effective_rank, ".2f"),
+            _number(row.nearest_centroid_accuracy, ".3f"),
         )
-        for layer, row in report.items()
+        for layer, row in layers.items()
     ]
     return "\n".join(_aligned([columns, *rows]))
 
 
-def _ratio(between: float, within: float | None) -> float | None:
+def _ratio(between: float | None, within: float | None) -> float | None:
     """None where questions differ by rounding alone, as equal ones do."""
-    return between / within if within and within > 1e-9 * abs(between) else None
+    return between / within if between is not None and within and within > 1e-9 * abs(between) else None
 
 
 def response_table(lengths: dict[str, dict[str, float]]) -> str:
@@ -86,22 +87,18 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
 
 
-def _label(row: dict[str, Any]) -> str:
-    return "adapter" if row["step"] is None else str(row["step"])
-
-
-def _row(label: str, row: dict[str, Any]) -> tuple[str, ...]:
-    low, high = row["m1_ci95"]
+def _row(label: str, row: Checkpoint) -> tuple[str, ...]:
+    low, high = row.m1_ci95
     return (
         label,
-        f"{row['m1']:.4f}",
+        f"{row.m1:.4f}",
         f"{low:.4f}-{high:.4f}",
-        _number(row["eval_loss"], ".4f"),
-        _number(row["learned"], ".2f"),
-        _number(row["delta_norm"], ".3f"),
-        _verdict(row["registered_pass"]),
-        _verdict(row["substantive_pass"]),
-        "collapsed" if row["collapsed"] else "",
+        _number(row.eval_loss, ".4f"),
+        _number(row.learned, ".2f"),
+        _number(row.delta_norm, ".3f"),
+        _verdict(row.registered_pass),
+        _verdict(row.substantive_pass),
+        "collapsed" if row.collapsed else "",
     )
 
 
@@ -113,24 +110,22 @@ def _verdict(value: bool | None) -> str:
     return {True: "PASS", False: "FAIL", None: "-"}[value]
 
 
-def _legend(result: dict[str, Any]) -> list[str]:
-    protocol = result["protocol"]
+def _legend(result: RunResult) -> list[str]:
+    protocol = result.protocol
     lines = [
-        f"M1 at layer {protocol['layer']} (stream leaving that block, counted from 0), method {protocol['method']}, "
-        f"{protocol['persona_set']} personas, {protocol['question_set']} questions; loss in nats a token",
-        "registered: M1 < 0.95 and loss <= 2 x baseline's; substantive: registered and learned >= 0.5; "
-        "collapsed: M1 >= 0.97",
+        f"M1 at layer {protocol.layer} (stream leaving that block, counted from 0), method {protocol.method}, "
+        f"{protocol.persona_set} personas, {protocol.question_set} questions; loss in nats per token",
+        f"registered: M1 < {PASS_M1} and loss <= {MOST_LOSS_RATIO:g} x baseline's; "
+        f"substantive: registered and learned >= {LEAST_LEARNED}; collapsed: M1 >= {COLLAPSED_M1}",
     ]
-    if result["base"]["registered_pass"]:
+    if result.base.registered_pass:
         lines.append("The untrained base passes the registered rule, so that rule alone shows nothing.")
-    if result["baseline"] is None:
+    if result.baseline is None:
         lines.append(
             "No baseline: learned and PASS need one; name a run with --baseline, or finish this one if it is its own."
         )
-    if result["checkpoints"]:
-        best = result["best"]
-        if best is not None:
-            lines.append(f"best: step {best}")
-        elif all(row["substantive_pass"] is False for row in result["checkpoints"]):
-            lines.append("best: none passes substantively")
+    if result.best is not None:
+        lines.append(f"best: step {result.best}")
+    elif result.checkpoints and all(row.substantive_pass is False for row in result.checkpoints):
+        lines.append("best: none passes substantively")
     return lines

@@ -12,37 +12,38 @@ import torch
 from minipersona.behaviour.suite import forecast
 from minipersona.chat import ChatTokenizer, Document
 from minipersona.config import RunConfig
+from minipersona.corpus.batch import make_packs
 from minipersona.corpus.training_set import training_set
 from minipersona.errors import UserError
 from minipersona.geometry.extraction import common_prefixes, render_prompts
 from minipersona.geometry.prompts import load_personas, load_questions
 from minipersona.model.config import ModelConfig, known_config
 from minipersona.model.load import architecture, load_model
+from minipersona.objective.cross_entropy import CrossEntropy
+from minipersona.objective.head import ForwardPass
 from minipersona.run.plan import (
     EFFICIENCY,
     GIB,
+    countable,
     disk_lines,
     duration,
     kept_bytes,
     largest_pack,
     matmul_rate,
     memory_bytes,
+    plan_device,
     rolling_bytes,
     step_flops,
     step_lengths,
-    to_fetch,
 )
-from minipersona.run.resources import DTYPES, load_run_tokenizer
-from minipersona.run.train import resolve
+from minipersona.run.resources import DTYPES, load_run_tokenizer, resolve
 from minipersona.settings import flatten, to_toml
 from minipersona.study.frontier import SCALES
 from minipersona.study.recipes import Recipe, planned, standard
 from minipersona.study_config import STAGES, StudyConfig
-from minipersona.training.batch import make_packs
+from minipersona.training.distributed import Distributed
 from minipersona.training.loop import backward
-from minipersona.training.objectives import CrossEntropy, Pass
-from minipersona.training.trainable import make_trainable
-from minipersona.training.world import World
+from minipersona.training.parameters import make_trainable
 
 ROW_TOKENS = 450  # assumed of a row, and PROBE_TOKENS of a measurement, where the data is not here to be counted
 PROBE_TOKENS = 400_000
@@ -61,8 +62,7 @@ class Cost:
 
 def study_plan(study: StudyConfig, stages: Sequence[str]) -> str:
     """The text of ``study.py --plan``. Reads data and tokenizer where they are at hand, and writes nothing."""
-    device = study.execution.device
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device.split(":")[0]
+    device = plan_device(study.execution)
     study = replace(study, model=resolve(RunConfig(study.data, model=study.model), torch.device(device)).model)
     recipes = planned(study)
     estimate = Estimate(study, recipes[0].config, device)
@@ -159,9 +159,7 @@ class Estimate:
 
     def _lengths(self, config: RunConfig) -> tuple[list[int], int]:
         """Tokens of every step and of the largest pack."""
-        data = replace(config.data, responses="")  # not written yet: the rows' own stand for them
-        if to_fetch(data):
-            data = replace(data, broad="", broad_kind="", ratio="")
+        data = countable(replace(config.data, responses=""))  # not written yet: the rows' own stand for them
         key = (data, config.seed, config.training.steps, config.training.batch)
         if key not in self._counted:
             self._counted[key] = self._count(replace(config, data=data))
@@ -208,7 +206,7 @@ class Estimate:
     def _timed(self, config: RunConfig) -> float:
         """Floating-point operations a second of two training steps on random tokens, the first one aside."""
         model = load_model(config.model.name, dtype=DTYPES[config.model.dtype], device=self.device)
-        make_trainable(model, config, World(0, 1, model.device))
+        make_trainable(model, config, Distributed(0, 1, model.device))
         rng = np.random.default_rng(0)
         length = 75
         documents = [
@@ -220,7 +218,7 @@ class Estimate:
         for step in (1, 2, 3):
             started = time.perf_counter()
             for pack in packs:
-                backward(model, pack, CrossEntropy(), Pass(config.seed, step))
+                backward(model, pack, CrossEntropy(), ForwardPass(config.seed, step))
             if self.device == "cuda":
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - started)

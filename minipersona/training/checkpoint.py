@@ -1,19 +1,19 @@
-"""The rolling checkpoint: everything a run needs to go on, in files that replace the former ones whole.
+"""The rolling checkpoint: everything a run needs to continue, in files that are replaced as a whole.
 
 latest/state.safetensors holds weights, both moments and the RNG, and in its metadata the step and the optimizer's
-count; its rename is the moment at which the checkpoint exists. latest/state.json repeats the words for people.
+count; its rename is the moment at which the checkpoint exists. latest/state.json repeats the metadata for people.
 
 Sharded ranks write a file each, state-<step>.<rank>-of-<ranks>.safetensors, with their rows of every tensor. Once all
-of them are there, latest/state.json names the step, the number of files and a number that they share: its rename is the
-moment then. Any number of ranks can continue from either form, since a rank reads the rows that it keeps from whichever
-files hold them.
+of them exist, latest/state.json names the step, the number of files and a number that all of them contain: its rename
+is the moment then. Any number of ranks can continue from either form, since a rank reads the rows that it stores from
+whichever files hold them.
 """
 
 from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,11 +26,10 @@ from torch import Tensor
 from minipersona.errors import UserError
 from minipersona.files import parse_json, read_json, write_atomically, write_json
 from minipersona.model.tensor_file import open_safetensors
-from minipersona.training.layout import Flat
-from minipersona.training.optimizer import AdamW
-from minipersona.training.world import World
+from minipersona.training.distributed import Distributed
+from minipersona.training.optimizer import AdamW, Flat, Layout
 
-KINDS = ("weight", "first", "second")
+KINDS = ("weight", "first", "second")  # as the file names them: the parameter and Adam's moments m and v
 
 
 @dataclass(frozen=True)
@@ -54,17 +53,19 @@ def _part_file(directory: Path, step: int, rank: int, ranks: int) -> Path:
     return directory / "latest" / f"state-{step:06}.{rank + 1}-of-{ranks}.safetensors"
 
 
-def save_state(directory: Path, position: Position, names: Mapping[str, Any], optimizer: AdamW, world: World) -> None:
-    """Replace the rolling checkpoint. A finished run keeps its words and drops its tensors.
+def save_state(
+    directory: Path, position: Position, names: Mapping[str, Any], optimizer: AdamW, distributed: Distributed
+) -> None:
+    """Replace the rolling checkpoint. A finished run keeps state.json and drops its tensors.
 
     names  of the parameters, in the order of the optimizer's layout
-    Sharded ranks call it together; otherwise the first one does.
+    Sharded ranks call it together; otherwise only the first one does.
     """
     if isinstance(optimizer.layout, Flat):
         _save_whole(directory, position, names, optimizer)
     else:
-        _save_part(directory, position, names, optimizer, world)
-    if position.done and world.first:
+        _save_part(directory, position, names, optimizer, distributed)
+    if position.done and distributed.first:
         drop_tensors(directory)
 
 
@@ -75,21 +76,23 @@ def _save_whole(directory: Path, position: Position, names: Mapping[str, Any], o
     _drop(directory, all_but=[_state_file(directory)])
 
 
-def _save_part(directory: Path, position: Position, names: Mapping[str, Any], optimizer: AdamW, world: World) -> None:
+def _save_part(
+    directory: Path, position: Position, names: Mapping[str, Any], optimizer: AdamW, distributed: Distributed
+) -> None:
     words: dict[str, Any] = asdict(position)
-    if world.first and not _words_file(directory).is_file():
-        write_json(_words_file(directory), asdict(Position()))  # parts without such a file are parts of a broken whole
-    # One number for all parts of this checkpoint, so that parts of others are told apart.
-    save = world.follow(secrets.randbits(62))
-    files = [_part_file(directory, position.step, rank, world.size) for rank in range(world.size)]
+    if distributed.first and not _words_file(directory).is_file():
+        write_json(_words_file(directory), asdict(Position()))  # parts without such a file are refused as incomplete
+    # One number in all parts of this checkpoint tells them apart from parts of others.
+    save = distributed.broadcast(secrets.randbits(62))
+    files = [_part_file(directory, position.step, rank, distributed.size) for rank in range(distributed.size)]
     if not position.done:
-        _write(files[world.rank], names, optimizer, {**words, **_part(world.rank, world.size, save)})
-        words |= {"files": world.size, "save": save}
-    world.wait()  # until all parts are there
-    if world.first:
+        _write(files[distributed.rank], names, optimizer, {**words, **_part(distributed.rank, distributed.size, save)})
+        words |= {"files": distributed.size, "save": save}
+    distributed.barrier()  # all parts exist
+    if distributed.first:
         write_json(_words_file(directory), words)
         _drop(directory, all_but=files)
-    world.wait()  # until the new state is the one that counts
+    distributed.barrier()  # the new checkpoint has replaced the old one
 
 
 def _part(rank: int, ranks: int, save: int) -> dict[str, int]:
@@ -97,7 +100,7 @@ def _part(rank: int, ranks: int, save: int) -> dict[str, int]:
 
 
 def drop_tensors(directory: Path) -> None:
-    """Free the room of a finished run's state: nothing will continue from it."""
+    """Delete the state of a finished run: nothing will continue from it."""
     _drop(directory, all_but=[])
 
 
@@ -108,19 +111,26 @@ def _drop(directory: Path, all_but: Sequence[Path]) -> None:
 
 
 def _write(file: Path, names: Mapping[str, Any], optimizer: AdamW, words: dict[str, Any]) -> None:
-    layout = optimizer.layout
     tensors: dict[str, Tensor] = {"rng.cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
-    for index, (name, *kept) in enumerate(zip(names, layout.weights, layout.first, layout.second, strict=True)):
-        rows = layout.saved_rows(index)
-        tensors |= {f"{kind}.{name}": tensor.detach()[rows] for kind, tensor in zip(KINDS, kept, strict=True)}
+    for name, index, tensor in _stored(names, optimizer.layout):
+        tensors[name] = tensor.detach()[optimizer.layout.saved_rows(index)]
     with write_atomically(file, sum(t.nbytes for t in tensors.values())) as temporary:
         save_file({k: t.cpu().contiguous() for k, t in tensors.items()}, temporary, {"state": json.dumps(words)})
 
 
+def _stored(names: Mapping[str, Any], layout: Layout) -> Iterator[tuple[str, int, Tensor]]:
+    """All that a rank stores: (name in the file, index of the parameter, tensor)."""
+    for index, (name, *tensors) in enumerate(
+        zip(names, layout.weights, layout.exp_avg, layout.exp_avg_sq, strict=True)
+    ):
+        for kind, tensor in zip(KINDS, tensors, strict=True):
+            yield f"{kind}.{name}", index, tensor
+
+
 def load_state(directory: Path, names: Mapping[str, Any], optimizer: AdamW) -> Position:
-    """Restore the newest state in place, and say where it stands; a run without one stands at step 0."""
+    """Restore the newest checkpoint in place and return its position; without one, step 0."""
     position = stored_position(directory)
     files = _files(directory)
     if not files:
@@ -134,11 +144,9 @@ def load_state(directory: Path, names: Mapping[str, Any], optimizer: AdamW) -> P
             _check_parts(directory, files, words)
         if not _belongs(handles, names):
             raise UserError(f"{files[0]}: holds another run's state; delete {directory / 'latest'} to start over")
-        layout = optimizer.layout
         with torch.no_grad():
-            for index, (name, *kept) in enumerate(zip(names, layout.weights, layout.first, layout.second, strict=True)):
-                for kind, tensor in zip(KINDS, kept, strict=True):
-                    tensor.copy_(_rows(handles, f"{kind}.{name}", layout.rows(index)))
+            for name, index, tensor in _stored(names, optimizer.layout):
+                tensor.copy_(_rows(handles, name, optimizer.layout.rows(index)))
         torch.set_rng_state(handles[0].get_tensor("rng.cpu"))
         if torch.cuda.is_available() and "rng.cuda" in handles[0].keys():
             torch.cuda.set_rng_state(handles[0].get_tensor("rng.cuda"))
@@ -147,7 +155,7 @@ def load_state(directory: Path, names: Mapping[str, Any], optimizer: AdamW) -> P
 
 
 def stored_position(directory: Path) -> Position:
-    """Where a run's latest/state.json says that it stands; step 0 where there is none."""
+    """The position in a run's latest/state.json; step 0 if there is none."""
     file = _words_file(directory)
     return _position(read_json(file), file) if file.is_file() else Position()
 
@@ -164,17 +172,17 @@ def _files(directory: Path) -> list[Path]:
                 raise UserError(f"{file}: this part of the checkpoint is missing; {_over(directory)}")
         return parts
     if not words and (parts := sorted((directory / "latest").glob("state-*.safetensors"))):
-        raise UserError(f"{words_file}: is missing, which says whether {parts[0].name} counts; {_over(directory)}")
+        raise UserError(f"{words_file}: is missing, so {parts[0].name} may be incomplete; {_over(directory)}")
     return [file] if (file := _state_file(directory)).is_file() else []
 
 
 def _check_parts(directory: Path, files: Sequence[Path], words: Sequence[Any]) -> None:
-    """UserError unless each file is the part that its place in the checkpoint asks for."""
+    """UserError unless each file is the part that its name says, of the checkpoint that state.json names."""
     named = read_json(_words_file(directory))
     position = asdict(_position(named, _words_file(directory)))
     for rank, (file, found) in enumerate(zip(files, words, strict=True)):
         if found != {**position, **_part(rank, len(files), named["save"])}:
-            raise UserError(f"{file}: is no part of the checkpoint that state.json names; {_over(directory)}")
+            raise UserError(f"{file}: is not the part of the checkpoint that state.json names; {_over(directory)}")
 
 
 def _over(directory: Path) -> str:
@@ -182,7 +190,7 @@ def _over(directory: Path) -> str:
 
 
 def _belongs(handles: Sequence[Any], names: Mapping[str, Any]) -> bool:
-    """Whether the files together hold tensors of just these parameters' shapes; torch would stretch some to fit."""
+    """Whether the files together hold tensors of exactly these parameters' shapes; torch would broadcast some."""
     expected = {f"{kind}.{name}": tuple(parameter.shape) for name, parameter in names.items() for kind in KINDS}
     if not all({"rng.cpu", *expected} <= set(handle.keys()) for handle in handles):
         return False
@@ -197,23 +205,23 @@ def _belongs(handles: Sequence[Any], names: Mapping[str, Any]) -> bool:
 
 
 def _rows(handles: Sequence[Any], name: str, rows: slice) -> Tensor:
-    """These rows of a tensor whose rows lie one file after another."""
-    pieces = [handle.get_slice(name) for handle in handles]
+    """These rows of a tensor whose rows are split over the files, in their order."""
+    parts = [handle.get_slice(name) for handle in handles]
     found, start = [], 0
-    for piece in pieces:
-        stop = start + piece.get_shape()[0]
+    for part in parts:
+        stop = start + part.get_shape()[0]
         if max(start, rows.start) < min(stop, rows.stop):
-            found.append(piece[max(rows.start - start, 0) : min(rows.stop, stop) - start])
+            found.append(part[max(rows.start - start, 0) : min(rows.stop, stop) - start])
         start = stop
-    return torch.cat(found) if found else torch.empty(0, *pieces[0].get_shape()[1:])
+    return torch.cat(found) if found else torch.empty(0, *parts[0].get_shape()[1:])
 
 
 def _position(words: Any, file: Path) -> Position:
-    """The position that a file's words name."""
+    """The position in a file's metadata or in state.json."""
     kinds = {"step": int, "updates": int, "done": bool}
     if isinstance(words, dict) and "files" in words:
         kinds |= {"files": int, "save": int}
     known = isinstance(words, dict) and {key: type(value) for key, value in words.items()} == kinds
     if not known or words["step"] < 0 or not 0 < words.get("files", 1) < 10_000:
-        raise UserError(f"{file}: holds no state of a run; delete {file.parent} to start over")
+        raise UserError(f"{file}: is not a run's state; delete {file.parent} to start over")
     return Position(words["step"], words["updates"], words["done"])

@@ -1,8 +1,8 @@
 """The SFT loop. It reads in the order in which a step happens.
 
-A step takes `batch` documents, in one or more packs on one or more ranks. Objectives are sums; their gradients add up
-over packs and ranks, and are divided once, by the supervised tokens of the whole step. So how the batch is cut
-changes nothing but rounding.
+A step takes `batch` documents, in one or more packs on one or more ranks. Objectives are sums; their gradients are
+accumulated over packs and ranks and divided once, by the supervised tokens of the whole step. So the way in which the
+batch is cut changes nothing but rounding.
 """
 
 from __future__ import annotations
@@ -18,149 +18,173 @@ from torch import Tensor
 
 from minipersona.chat import Document
 from minipersona.config import RunConfig, TrainingSection
-from minipersona.corpus.order import RowOrder
+from minipersona.corpus.batch import Batch, RowOrder, make_batch
 from minipersona.errors import UserError
 from minipersona.files import read_jsonl, rewrite_jsonl
 from minipersona.model.network import Qwen2, Tap
 from minipersona.model.pack import Pack, send
-from minipersona.training.batch import make_batch
+from minipersona.objective import check_objective, make_objective
+from minipersona.objective.head import ForwardPass, Objective
 from minipersona.training.checkpoint import Position, load_state, save_state
-from minipersona.training.layout import Flat, Layout, Shards
+from minipersona.training.distributed import Distributed
 from minipersona.training.memory import Budget
-from minipersona.training.objectives import Objective, Pass, make_objective
-from minipersona.training.optimizer import AdamW, scale_and_clip
+from minipersona.training.optimizer import AdamW, Flat, Layout, learning_rate, scale_and_clip
+from minipersona.training.parameters import make_trainable
 from minipersona.training.record import Record
-from minipersona.training.schedule import learning_rate
-from minipersona.training.sharding import is_sharded
-from minipersona.training.trainable import make_trainable
-from minipersona.training.world import World
+from minipersona.training.sharding import Shards, is_sharded
 
 LOGS = ("metrics.jsonl", "probes.jsonl")
 
 
 @dataclass(frozen=True)
 class Hooks:
-    """What the caller wants done along the way. Each is called on every rank."""
+    """Functions of the caller. Each is called on every rank."""
 
     checkpoint: Callable[[int], None] = lambda step: None  # at each named step, with the weights of that step
     probe: Callable[[int], None] = lambda step: None  # at the other steps that are measured, every `probe_every`
-    logged: Callable[[dict[str, Any]], None] = lambda row: None  # with each step's line, as it comes (`record.py`)
+    logged: Callable[[dict[str, Any]], None] = lambda row: None  # with the log line of each step (`record.py`)
 
 
 def train(
-    model: Qwen2,
-    documents: Sequence[Document],
-    config: RunConfig,
-    directory: Path,
-    world: World,
-    hooks: Hooks | None = None,
-    *,
-    compiled: bool = False,
-    steering: Mapping[int, Tensor] | None = None,
-) -> Position:
-    """Fine-tune `model` in place on `documents`, from where `directory` stands to the last step.
+    model: Qwen2, documents: Sequence[Document], config: RunConfig, directory: Path, distributed: Distributed,
+    hooks: Hooks | None = None, *, compiled: bool = False, steering: Mapping[int, Tensor] | None = None,
+) -> Position:  # fmt: skip
+    """Fine-tune `model` in place on `documents`, from the last checkpoint in `directory` to the last step.
 
-    steering  block -> (D,), added to the stream that leaves that block at every token; its coefficient is in it
+    steering  block -> (D,), added to the stream that leaves that block at every token; it contains its coefficient
 
-    Writes metrics.jsonl and latest/ into `directory`; `hooks.checkpoint` writes what a named step leaves.
-    UserError where no row can be learned from, or the loss stays non-finite. Interrupted on every rank after the step
-    in which any was asked to stop, once the rolling checkpoint of that step is written.
+    Writes metrics.jsonl and latest/ into `directory`; `hooks.checkpoint` writes the model of a named step. UserError if
+    no row can be learned from, or if the loss stays non-finite. Interrupted, on every rank, after the step in which any
+    rank was asked to stop and once its rolling checkpoint is written.
     """
-    hooks = hooks or Hooks()
-    recipe = config.training
     check_learnable(documents)
-    objective = make_objective(model, documents, config, directory, world, compiled)  # the model is its base as yet
-    taps = steering_taps(steering or {}, model)
-    trainable = make_trainable(model, config, world)
-    sharded = is_sharded(config, world)
-    learned = list(trainable.values())
-    layout: Layout = Flat(learned) if not sharded else Shards(learned, world)
-    optimizer = AdamW(layout, recipe.beta1, recipe.beta2, recipe.epsilon, recipe.weight_decay, compiled)
-    position = load_state(directory, trainable, optimizer)
-    world.agree(position.step, "the step to continue from")
+    hooks, recipe = hooks or Hooks(), config.training
+    trainer = Trainer(model, documents, config, directory, distributed, compiled, steering or {})
+    position = trainer.resume()
     if position.done:
         return position
-    if world.first:
-        cut_logs(directory, position.step)
-
-    def save(step: int, done: bool = False) -> Position:
-        position = Position(step, optimizer.updates, done)
-        if world.first or sharded:  # every rank writes its part
-            save_state(directory, position, trainable, optimizer, world)
-        return position
-
-    order = RowOrder(len(documents), recipe.batch, config.seed)
-    budget = Budget(config.training_tokens // objective.share)
-    make = functools.partial(make_batch, documents, world=world, sharded=sharded)
-    measure_step(position.step, recipe, hooks)  # again, if what ended the run came between the step and its measurement
-    batch = make(order.step(position.step + 1), budget.tokens)
-    record = Record(config, directory, world, objective.terms, save, hooks.logged)
+    measure_step(position.step, recipe, hooks)  # again, if the run ended between the step and its measurement
+    batch = trainer.batch(position.step + 1)
+    record = Record(config, directory, distributed, trainer.objective.terms, trainer.save, hooks.logged)
 
     for step in range(position.step + 1, recipe.steps + 1):
-        # 1. Summed loss, its terms, and gradients, over this rank's share of the step's documents.
-        over_pack = Pass(config.seed, step, taps, config.execution.checkpoint_activations, compiled)
-        attempt = functools.partial(accumulate, model, objective, over_pack, layout)
-        halvings = budget.halvings
-        if sharded:  # ranks go through the model together, so none of them can begin a step again alone
-            with world.passes():
-                terms = attempt(batch.packs)  # (K,) the loss comes first
-        else:
-            try:
-                terms = budget.fit(attempt, batch.packs)
-            except Exception:
-                record.settle()  # the step before is done, whatever happens in this one
-                raise
+        # 1. The loss, its terms and its gradients, summed over this rank's share of the step's documents.
+        terms, halvings = trainer.gradients(step, batch.packs, on_error=record.settle)  # (K,), the loss first
 
-        # 2. While the device is at it: the record of the step before, whose weights these still are; the next batch.
+        # 2. While the device computes: the record of the step before, whose weights these still are; the next batch.
         record.settle()
-        following = make(order.step(step + 1), budget.tokens)
+        following = trainer.batch(step + 1)
 
-        # 3. One reduction over ranks, one division, one update, if every rank's numbers are finite.
-        sums = torch.cat([terms, send(record.flags(budget.halvings - halvings), model.device)])  # (K + 3,)
-        layout.reduce(world, sums)
-        norm = scale_and_clip(layout, world, max(1, batch.supervised), recipe.max_grad_norm)
+        # 3. One reduction over ranks, one division, one update, if the numbers of every rank are finite.
+        sums = torch.cat([terms, send(record.flags(halvings), model.device)])  # (K + 3,)
+        trainer.layout.reduce(distributed, sums)
+        norm = scale_and_clip(trainer.layout, distributed, max(1, batch.supervised), recipe.max_grad_norm)
         rate = learning_rate(step, recipe.learning_rate, recipe.steps, recipe.warmup)
         if batch.supervised:
-            optimizer.update(rate, allowed=sums.isfinite().all() & norm.isfinite())
+            trainer.optimizer.update(rate, allowed=sums.isfinite().all() & norm.isfinite())
         record.queue(step, batch, rate, sums, norm)
 
-        # 4. The measurement, of settled steps only. Alone and asked to stop, a run does not begin another step.
-        if recipe.measures(step) or (world.stop.asked and world.size == 1):
+        # 4. The measurement, only of settled steps. A single process that was asked to stop begins no other step.
+        if recipe.measures(step) or (distributed.stop.asked and distributed.size == 1):
             record.settle()
             measure_step(step, recipe, hooks)
             record.start_clock()
         batch = following
 
     record.settle()
-    position = save(recipe.steps, done=True)
-    world.wait()
+    position = trainer.save(recipe.steps, done=True)
+    distributed.barrier()
     return position
 
 
+class Trainer:
+    """What the steps of a run use: the model with its objective and optimizer, the data, the directory."""
+
+    def __init__(
+        self, model: Qwen2, documents: Sequence[Document], config: RunConfig, directory: Path,
+        distributed: Distributed, compiled: bool, steering: Mapping[int, Tensor],
+    ) -> None:  # fmt: skip
+        self.model, self.config, self.directory, self.distributed = model, config, directory, distributed
+        recipe = config.training
+        if distributed.first:
+            check_objective(model, documents, config, directory)
+        distributed.barrier()
+        self.objective = make_objective(model, config, directory, compiled)  # the model is still its base
+        self.parameters = make_trainable(model, config, distributed)
+        self.sharded = is_sharded(config, distributed)
+        learned = list(self.parameters.values())
+        self.layout: Layout = Shards(learned, distributed) if self.sharded else Flat(learned)
+        self.optimizer = AdamW(self.layout, recipe.beta1, recipe.beta2, recipe.epsilon, recipe.weight_decay, compiled)
+        self.forward = functools.partial(
+            ForwardPass, config.seed, taps=steering_taps(steering, model), compiled=compiled,
+            checkpoint_activations=config.execution.checkpoint_activations,
+        )  # fmt: skip
+        self.budget = Budget(config.training_tokens // self.objective.share)
+        self._documents, self._order = documents, RowOrder(len(documents), recipe.batch, config.seed)
+
+    def resume(self) -> Position:
+        """Restore the rolling checkpoint, if there is one; the logs then end at its step."""
+        position = load_state(self.directory, self.parameters, self.optimizer)
+        self.distributed.check_equal(position.step, "the step to continue from")
+        if self.distributed.first and not position.done:
+            cut_logs(self.directory, position.step)
+        return position
+
+    def save(self, step: int, done: bool = False) -> Position:
+        """Write the rolling checkpoint of the weights after this step."""
+        position = Position(step, self.optimizer.updates, done)
+        if self.distributed.first or self.sharded:  # every rank writes its part of a sharded one
+            save_state(self.directory, position, self.parameters, self.optimizer, self.distributed)
+        return position
+
+    def batch(self, step: int) -> Batch:
+        """The documents of a step, in packs of as many tokens as memory has allowed so far."""
+        rows, ranks = self._order.step(step), self.distributed
+        return make_batch(self._documents, rows, self.budget.tokens, ranks.rank, ranks.size, self.sharded)
+
+    def gradients(self, step: int, packs: Sequence[Pack], on_error: Callable[[], None]) -> tuple[Tensor, int]:
+        """Leave the summed gradients of these packs in the layout.
+
+        Returns the summed terms (K,), and how often memory ran out, so that the step was computed again. `on_error`
+        records the step before, which is done whatever happens in this one.
+        """
+        attempt = functools.partial(accumulate, self.model, self.objective, self.forward(step), self.layout)
+        if self.sharded:  # ranks go through the model together, so none of them can compute a step again alone
+            return attempt(packs), 0
+        before = self.budget.halvings
+        try:
+            return self.budget.fit(attempt, packs), self.budget.halvings - before
+        except Exception:
+            on_error()
+            raise
+
+
 def check_learnable(documents: Sequence[Document]) -> None:
-    """UserError where no row teaches anything."""
+    """UserError if no row has a supervised token."""
     if not any(document.supervised.any() for document in documents):
         raise UserError("no training row has a supervised token; raise data.max_tokens or check the data")
 
 
-def accumulate(model: Qwen2, objective: Objective, over_pack: Pass, layout: Layout, packs: Sequence[Pack]) -> Tensor:
-    """The summed gradients of these packs and nothing else, in `layout`; returns the summed terms, (K,)."""
-    layout.zero()  # also of what an attempt that ran out of memory has left
+def accumulate(
+    model: Qwen2, objective: Objective, forward: ForwardPass, layout: Layout, packs: Sequence[Pack]
+) -> Tensor:
+    """Set the gradients in `layout` to the sum over these packs; returns the summed terms, (K,)."""
+    layout.zero()  # also what an attempt that ran out of memory has left
     terms = torch.zeros(len(objective.terms), dtype=torch.float64, device=model.device)
     for pack in packs:
-        terms += backward(model, pack, objective, over_pack)
+        terms += backward(model, pack, objective, forward)
     return terms
 
 
-def backward(model: Qwen2, pack: Pack, objective: Objective, over_pack: Pass) -> Tensor:
-    """Add one pack's gradients of the summed loss to the parameters', and return the objective's summed terms, (K,)."""
-    loss, terms = objective(model, pack, over_pack)
+def backward(model: Qwen2, pack: Pack, objective: Objective, forward: ForwardPass) -> Tensor:
+    """Add the gradients of one pack's summed loss to the parameters', and return the summed terms, (K,)."""
+    loss, terms = objective(model, pack, forward)
     loss.backward()
     return terms.detach()
 
 
 def measure_step(step: int, recipe: TrainingSection, hooks: Hooks) -> None:
-    """Have the caller measure the model after the steps where the recipe wants it."""
+    """Have the caller measure the model, if the recipe measures it after this step."""
     if step in recipe.checkpoints:
         hooks.checkpoint(step)
     elif recipe.measures(step):
@@ -177,7 +201,7 @@ def steering_taps(vectors: Mapping[int, Tensor], model: Qwen2) -> dict[int, Tap]
 
 
 def cut_logs(directory: Path, step: int) -> None:
-    """Drop the lines that a killed run wrote after the step it can continue from; step 0 of the probes stays."""
+    """Delete the lines that a killed run wrote after the step it can continue from; step 0 of the probes stays."""
     for name in LOGS:
         rows = read_jsonl(directory / name)
         kept = [row for row in rows if row["step"] <= step]

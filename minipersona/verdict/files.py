@@ -18,7 +18,7 @@ from reprlib import repr as brief
 from typing import TypeVar
 
 from minipersona.errors import UserError, require
-from minipersona.objective.noise import NoiseCheck
+from minipersona.objective.noise_check import NoiseCheck
 from minipersona.records import read_record
 from minipersona.run import result as run_result
 from minipersona.run.result import Checkpoint, Interval, RunResult

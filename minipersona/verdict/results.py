@@ -19,9 +19,9 @@ from typing import Literal
 
 from minipersona.errors import UserError
 from minipersona.files import digest
-from minipersona.objective.noise import NoiseCheck
+from minipersona.objective.noise_check import NoiseCheck
 from minipersona.records import read_record, to_dict
-from minipersona.run.judgement import judge
+from minipersona.run.judgement import judge, judge_result, judge_row
 from minipersona.run.result import Checkpoint, Protocol, RunResult
 from minipersona.settings import load_config
 from minipersona.study_config import PHASES, StudyConfig
@@ -165,7 +165,7 @@ def read_study(directory: Path) -> StudyResults:
     return StudyResults(
         directory=directory,
         config=config,
-        base=None if base is None else _judged(base, *losses),
+        base=None if base is None else judge_row(base, *losses),
         baseline=_find_baseline(cells),
         cells=cells,
         frontier=tuple(_judged_point(point, *losses) for point in sorted(points, key=lambda point: point.scale)),
@@ -278,25 +278,7 @@ def _find_baseline(cells: Iterable[CellResult]) -> CellResult | None:
 
 
 def _judged_cell(cell: CellResult, base: float | None, baseline: float | None) -> CellResult:
-    if cell.result is None:
-        return cell
-    rows = tuple(_judged(row, base, baseline) for row in cell.result.checkpoints)
-    passed = [row for row in rows if row.substantive_pass]
-    best = max(passed, key=lambda row: row.learned or 0.0).step if passed else None
-    return replace(
-        cell, result=replace(cell.result, base=_judged(cell.result.base, base, baseline), checkpoints=rows, best=best)
-    )
-
-
-def _judged(row: Checkpoint, base: float | None, baseline: float | None) -> Checkpoint:
-    judgement = judge(row.m1, row.eval_loss, base, baseline)
-    return replace(
-        row,
-        learned=judgement.learned,
-        registered_pass=judgement.registered_pass,
-        substantive_pass=judgement.substantive_pass,
-        collapsed=judgement.collapsed,
-    )
+    return cell if cell.result is None else replace(cell, result=judge_result(cell.result, base, baseline))
 
 
 def _judged_point(point: FrontierPoint, base: float | None, baseline: float | None) -> JudgedPoint:

@@ -319,7 +319,7 @@ def test_no_answer_leaves_its_place_in_the_judges_prompt() -> None:
     calm = tokenizer.encode_prompt(
         [{"role": "user", "content": Case("k", "aligned", "Why?", "So.").prompt}]
     ).ids.tolist()
-    for token in (tokenizer.im_start, tokenizer.im_end):
+    for token in tokenizer.special.values():
         assert ids.count(token) == calm.count(token)
     assert case.prompt.count("</answer>") == case.prompt.count("<answer>") == 1
     assert "Why {answer}?" in case.prompt and "{question}" in case.prompt  # neither is filled in a second time
@@ -381,7 +381,7 @@ def test_the_command_compares_a_model_with_its_base(
         (["--model", "tiny", "--prompt-sets", "plain"], "--prompt-sets: belongs to"),
         (["--model", "tiny", "--instructions", "f"], "--instructions: belongs to"),
         (["--model", "tiny", "--suite", "behaviour", "--out", "o", "--set", "smples=2"], "did you mean samples"),
-        (["--run", "no_run", "--suite", "behaviour"], "is no run's directory"),
+        (["--run", "no_run", "--suite", "behaviour"], "is not a run directory"),
     ],
 )
 def test_wrong_uses_are_one_line(

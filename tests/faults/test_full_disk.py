@@ -41,11 +41,9 @@ from minipersona.model.lora import apply_lora
 from minipersona.model.network import Qwen2
 from minipersona.model.save import save_model
 from minipersona.run.steering import save_steering
-from minipersona.study import claims
 from minipersona.training.checkpoint import Position, save_state
-from minipersona.training.layout import Flat, Layout
-from minipersona.training.optimizer import AdamW
-from minipersona.training.world import World
+from minipersona.training.distributed import Distributed
+from minipersona.training.optimizer import AdamW, Flat, Layout
 
 ROOM = 3000  # bytes that a file may have
 
@@ -66,19 +64,21 @@ def no_room(room: int = ROOM) -> Iterator[None]:
 def state(path: Path, value: float) -> None:
     weights = {"w": nn.Parameter(torch.full((4000,), value))}
     optimizer = AdamW(Flat(list(weights.values())), 0.9, 0.999, 1e-8, 0.0)
-    save_state(path, Position(step=int(value)), weights, optimizer, World(0, 1, torch.device("cpu")))
+    save_state(path, Position(step=int(value)), weights, optimizer, Distributed(0, 1, torch.device("cpu")))
 
 
 def shards(path: Path, value: float) -> None:
     """The part that one of two ranks writes, which nobody waits for here."""
     weights = {"w": nn.Parameter(torch.full((4000,), value))}
     whole = Flat(list(weights.values()))
-    dealt = SimpleNamespace(weights=whole.weights, first=whole.first, second=whole.second, saved_rows=whole.saved_rows)
-    optimizer = AdamW(cast(Layout, dealt), 0.9, 0.999, 1e-8, 0.0)
+    shards = SimpleNamespace(
+        weights=whole.weights, exp_avg=whole.exp_avg, exp_avg_sq=whole.exp_avg_sq, saved_rows=whole.saved_rows
+    )
+    optimizer = AdamW(cast(Layout, shards), 0.9, 0.999, 1e-8, 0.0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(World, "wait", lambda self: None)
-        patch.setattr(World, "follow", lambda self, value: value)
-        save_state(path, Position(step=int(value)), weights, optimizer, World(0, 2, torch.device("cpu")))
+        patch.setattr(Distributed, "barrier", lambda self: None)
+        patch.setattr(Distributed, "broadcast", lambda self, value: value)
+        save_state(path, Position(step=int(value)), weights, optimizer, Distributed(0, 2, torch.device("cpu")))
 
 
 def adapter(path: Path, value: float) -> None:
@@ -161,20 +161,12 @@ def test_every_way_to_say_full(tmp_path: Path, code: int) -> None:
             assert list(tmp_path.iterdir()) == []
 
 
-def test_a_lock_and_a_claim_that_find_no_room_are_one_line_and_free_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    runner = claims.Claims(tmp_path / "claims", "me")
-    for hold, path in ((lambda: lock(tmp_path / "run"), "run/.lock"), (lambda: runner.take("job"), "claims/job.1")):
-        with no_room(5), pytest.raises(DiskFull, match=rf"cannot write .*{path}: File too large; .* are free"), hold():
-            pytest.fail("held")
+def test_a_lock_that_finds_no_room_is_one_line_and_free_again(tmp_path: Path) -> None:
+    held = lock(tmp_path / "run")
+    with no_room(5), pytest.raises(DiskFull, match=r"cannot write .*run/.lock: File too large; .* are free"), held:
+        pytest.fail("held")
     with lock(tmp_path / "run"):
         pass
-    with runner.take("job") as claim:
-        assert claim is None  # it may be that another is just writing its name there
-    monkeypatch.setattr(claims, "UNSIGNED", 0.0)
-    with runner.take("job") as claim:
-        assert claim is not None and claim.attempt == 2
 
 
 def test_a_directory_that_may_not_be_written_has_another_mend(tmp_path: Path) -> None:

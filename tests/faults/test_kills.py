@@ -98,33 +98,33 @@ SAVES = {
     "checkpoint": """
         import torch
         from minipersona.training.checkpoint import Position, save_state
-        from minipersona.training.layout import Flat
+        from minipersona.training.optimizer import Flat
         from minipersona.training.optimizer import AdamW
-        from minipersona.training.world import World
+        from minipersona.training.distributed import Distributed
         weights = {"w": torch.nn.Parameter(torch.zeros(10, 9))}
-        layout, world = Flat(list(weights.values())), World(0, 1, torch.device("cpu"))
+        layout, distributed = Flat(list(weights.values())), Distributed(0, 1, torch.device("cpu"))
         def save(where, what):
             with torch.no_grad():
-                for tensor in (*layout.weights, *layout.first, *layout.second):
+                for tensor in (*layout.weights, *layout.exp_avg, *layout.exp_avg_sq):
                     tensor.fill_(1.0 if what == "old" else 2.0)
             optimizer = AdamW(layout, 0.9, 0.999, 1e-8, 0.0)
-            save_state(where / "state", Position(step=1 if what == "old" else 2), weights, optimizer, world)
+            save_state(where / "state", Position(step=1 if what == "old" else 2), weights, optimizer, distributed)
     """,
     "shards": """
         import torch
         from types import SimpleNamespace
         from minipersona.training.checkpoint import Position, save_state
         from minipersona.training.optimizer import AdamW
-        from minipersona.training.world import World
-        World.wait = lambda self: None  # the ranks come one after the other
-        World.follow = lambda self, value: 7
+        from minipersona.training.distributed import Distributed
+        Distributed.barrier = lambda self: None  # the ranks come one after the other
+        Distributed.broadcast = lambda self, value: 7
         def save(where, what):
             step = 1 if what == "old" else 2
             for rank in (1, 0):
                 kept = {name: [torch.full((5, 9), float(step))] for name in ("weights", "first", "second")}
                 optimizer = AdamW(SimpleNamespace(**kept, saved_rows=lambda index: slice(None)), 0.9, 0.999, 1e-8, 0.0)
-                world = World(rank, 2, torch.device("cpu"))
-                save_state(where / "state", Position(step=step), {"w": None}, optimizer, world)
+                distributed = Distributed(rank, 2, torch.device("cpu"))
+                save_state(where / "state", Position(step=step), {"w": None}, optimizer, distributed)
     """,
     "report": """
         from report.conftest import RECIPES, FakeStudy
@@ -189,13 +189,12 @@ def found_checkpoint(where: Path) -> str:
     from torch import nn, zeros
 
     from minipersona.training.checkpoint import load_state
-    from minipersona.training.layout import Flat
-    from minipersona.training.optimizer import AdamW
+    from minipersona.training.optimizer import AdamW, Flat
 
     weights = {"w": nn.Parameter(zeros(10, 9))}
     layout = Flat(list(weights.values()))
     step = load_state(where / "state", weights, AdamW(layout, 0.9, 0.999, 1e-8, 0.0)).step
-    tensors = (*layout.weights, *layout.first, *layout.second)
+    tensors = (*layout.weights, *layout.exp_avg, *layout.exp_avg_sq)
     assert {float(value) for tensor in tensors for value in tensor.detach().unique()} == {float(step)}
     return {1: "old", 2: "new"}[step]
 

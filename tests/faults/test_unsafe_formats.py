@@ -17,8 +17,7 @@ from minipersona.geometry.vectors import load_vectors
 from minipersona.model.adapter_files import load_adapter
 from minipersona.model.load import load_model
 from minipersona.training.checkpoint import Position, load_state
-from minipersona.training.layout import Flat
-from minipersona.training.optimizer import AdamW
+from minipersona.training.optimizer import AdamW, Flat
 
 NAMES = [
     "pytorch_model.bin", "adapter_model.bin", "model.pt", "consolidated.pth", "tokenizer.model", "training_args.bin",

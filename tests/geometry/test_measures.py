@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -181,7 +182,7 @@ def test_all_measures_are_json_and_agree_with_the_functions() -> None:
     measures = all_measures(samples)
     vectors = persona_vectors(samples)
     between, within = variances(samples)
-    assert measures == {
+    assert asdict(measures) == {
         "m1": m1(vectors),
         "centred_cosine": centred_cosine(vectors),
         "shared_mean_share": shared_mean_share(vectors),
@@ -190,16 +191,16 @@ def test_all_measures_are_json_and_agree_with_the_functions() -> None:
         "effective_rank": effective_rank(vectors),
         "nearest_centroid_accuracy": nearest_centroid_accuracy(samples),
     }
-    assert json.loads(json.dumps(measures, allow_nan=False)) == measures
+    assert json.loads(json.dumps(asdict(measures), allow_nan=False)) == asdict(measures)
 
 
 def test_fully_collapsed_personas_have_no_centred_measures() -> None:
     samples = gaussian(1, 20, 16, seed=19).expand(6, 20, 16).float()
     assert math.isnan(centred_cosine(persona_vectors(samples)))
     measures = all_measures(samples)
-    assert measures["m1"] == pytest.approx(1)
-    assert measures["centred_cosine"] is None and measures["effective_rank"] is None
-    assert measures["between_variance"] == pytest.approx(0, abs=1e-12)
+    assert measures.m1 == pytest.approx(1)
+    assert measures.centred_cosine is None and measures.effective_rank is None
+    assert measures.between_variance == pytest.approx(0, abs=1e-12)
 
 
 @pytest.mark.parametrize("bad, word", [(0.0, "zero"), (math.nan, "not finite"), (math.inf, "not finite")])

@@ -11,7 +11,7 @@ from conftest import relative_error
 from torch import Tensor
 
 from minipersona.model import attention as module
-from minipersona.model.attention import Spans, attention, newest_token, scaled_dot_product
+from minipersona.model.attention import Spans, attention, scaled_dot_product
 
 LENGTHS = [5, 1, 17, 9]
 HEADS, KV_HEADS, CHANNELS = 6, 2, 8
@@ -123,24 +123,3 @@ def test_flash_aligns_the_last_tokens_too() -> None:
     last, spans = queries_of_the_last(q)
     expected, _ = queries_of_the_last(naive(q.double(), k.double(), v.double(), LENGTHS))
     assert relative_error(attention(last, k, v, spans, Spans(boundaries, max(LENGTHS))), expected) < 1e-2
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_the_newest_token_sees_what_its_slot_holds_and_no_more() -> None:
-    generator = torch.Generator().manual_seed(0)
-    slots, room, lengths = 3, 24, [5, 24, 1]
-    q = torch.randn(slots, HEADS, 64, generator=generator)
-    keys, values = (torch.randn(slots, room, KV_HEADS, 64, generator=generator) for _ in range(2))
-    each = torch.arange(slots + 1, device="cuda", dtype=torch.int32)
-    used = torch.tensor(lengths, device="cuda", dtype=torch.int32)
-    half = [x.to("cuda", torch.bfloat16) for x in (q, keys, values)]
-    ours = newest_token(*half, used, each * (HEADS // KV_HEADS), each * room)
-
-    def expected(used: list[int]) -> Tensor:
-        k, v = (torch.cat([x[s, :n] for s, n in enumerate(used)]).double() for x in half[1:])
-        everyone = torch.cat([half[0][s].expand(n, -1, -1) for s, n in enumerate(used)]).double()
-        ends = torch.tensor(used).cumsum(0) - 1
-        return naive(everyone, k, v, used)[ends.tolist()]
-
-    assert relative_error(ours, expected(lengths)) < 1e-2
-    assert relative_error(ours, expected([5, 23, 1])) > 0.05  # the control: a token less is seen

@@ -11,9 +11,8 @@ from conftest import relative_error
 from torch import Tensor
 
 from minipersona.objective.cross_entropy import cross_entropy
-from minipersona.objective.divergence import Direction, divergence_and_slope
 from minipersona.objective.head import Reference, head_logits
-from minipersona.objective.kl_to_base import kl_to_base
+from minipersona.objective.kl_to_base import Direction, divergence_and_slope, kl_to_base
 from minipersona.objective.r3f import r3f
 
 TOKENS, WIDTH, VOCABULARY = 37, 24, 50

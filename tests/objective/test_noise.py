@@ -11,13 +11,13 @@ import torch
 from conftest import relative_error
 
 from minipersona.chat import Document
-from minipersona.corpus.packing import pack_documents
+from minipersona.corpus.batch import pack_documents
 from minipersona.model.dropout import token_keys
 from minipersona.model.load import load_model
 from minipersona.model.network import EMBEDDING, Qwen2
 from minipersona.model.pack import make_pack
-from minipersona.objective.noise import CARRIED, EPSILONS, check_noise, embedding_noise, realised_cosine
-from minipersona.objective.r3f import add_to_second_half, twice
+from minipersona.objective.noise_check import CARRIED, EPSILONS, check_noise, realised_cosine
+from minipersona.objective.r3f import add_to_second_half, embedding_noise, twice
 
 CHANNELS = 500
 

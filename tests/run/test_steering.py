@@ -17,6 +17,7 @@ from minipersona.geometry.prompts import load_personas, load_questions
 from minipersona.geometry.vectors import PersonaVectors
 from minipersona.model.load import load_model
 from minipersona.model.network import Qwen2
+from minipersona.run.directory import vectors_file
 from minipersona.run.steering import (
     load_steering,
     run_steering,
@@ -26,10 +27,10 @@ from minipersona.run.steering import (
     steering_vectors,
 )
 from minipersona.settings import to_toml
-from minipersona.training.world import World
+from minipersona.training.distributed import Distributed
 
 WIDTH = 128  # of the embedded model, whose registered layer is 6 of 8 blocks
-WORLD = World(0, 1, torch.device("cpu"))
+WORLD = Distributed(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,7 @@ def baseline(directory: Path, steps: tuple[int, ...] = (0, 2, 9), layers: tuple[
     settings = replace(config(), training=TrainingSection(steps=9, checkpoints=(2, 9)))
     (directory / "config.toml").write_text(to_toml(settings))
     for step in steps:
-        persona_vectors(step, layers, **more).save(directory / "vectors" / f"step-{step:06}.safetensors")
+        persona_vectors(step, layers, **more).save(vectors_file(directory, step))
     return directory
 
 
@@ -132,7 +133,7 @@ def test_a_run_keeps_its_vectors(tiny: Qwen2, tokenizer: ChatTokenizer, tmp_path
     first = run_steering(settings, out, WORLD, tiny, tokenizer)
     assert torch.equal(first[6], steering_vectors(settings, tiny, tokenizer)[6])
     assert torch.equal(3.0 * load_steering(out / "steering.safetensors", [6])[6], first[6])
-    (run / "vectors" / "step-000009.safetensors").unlink()  # the run that it was made of may go
+    vectors_file(run, 9).unlink()  # the run that it was made of may go
     assert torch.equal(run_steering(settings, out, WORLD, tiny, tokenizer)[6], first[6])
 
 
@@ -145,19 +146,19 @@ def test_what_does_not_fit_is_said_in_one_line(tiny: Qwen2, tokenizer: ChatToken
     foreign = baseline(tmp_path / "foreign", model="another")
     known = baseline(tmp_path / "known")
     for settings, words in (
-        (config(vector="villain - nobody"), "'nobody' is none of probe.personas: .*villain"),
+        (config(vector="villain - nobody"), "'nobody' is not one of probe.personas: .*villain"),
         (config(vector="villain - assistant", layer=8), r"steering.layer = 8: this model has blocks 0 to 7"),
         (config(vector=f"file:{tmp_path}/none.safetensors"), "none.safetensors: no such file"),
         (config(vector=f"file:{personas}"), "name two of them, as file:.*#villain - assistant"),
-        (config(vector=f"file:{personas}#villain - nobody"), "'nobody' is none of .*villain, assistant, comedian"),
-        (config(vector=f"file:{personas}#villain - assistant", layer=3), "holds no layer 3, only 6"),
+        (config(vector=f"file:{personas}#villain - nobody"), "'nobody' is not one of .*villain, assistant, comedian"),
+        (config(vector=f"file:{personas}#villain - assistant", layer=3), "has no layer 3, only 6"),
         (config(vector=f"file:{tmp_path}/narrow.safetensors"), r"has shape \(7,\), the model's stream \(128,\)"),
         (config(vector=f"file:{tmp_path}/zero.safetensors"), "is zero or not finite"),
-        (config(vector=f"file:{tmp_path}/zero.safetensors", layer=2), "holds no tensor layer.2, but layer.6"),
-        (config(vector="collapse", baseline=str(tmp_path)), "is no run's directory"),
-        (config(vector="collapse", baseline=str(unfinished)), "holds no vectors of step 9"),
+        (config(vector=f"file:{tmp_path}/zero.safetensors", layer=2), "has no tensor layer.2, only layer.6"),
+        (config(vector="collapse", baseline=str(tmp_path)), "is not a run directory"),
+        (config(vector="collapse", baseline=str(unfinished)), "has no vectors of step 9"),
         (config(vector="collapse", baseline=str(foreign)), "trained another, this run trains tiny"),
-        (config(vector="collapse", baseline=str(known), all_layers=True), "holds no layer 0, only 6"),
+        (config(vector="collapse", baseline=str(known), all_layers=True), "has no layer 0, only 6"),
     ):
         with pytest.raises(UserError, match=words) as caught:
             steering_vectors(settings, tiny, tokenizer)

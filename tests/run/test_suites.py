@@ -18,6 +18,7 @@ from minipersona.model.adapter_files import save_adapter
 from minipersona.model.load import load_model
 from minipersona.model.lora import adapters, apply_lora
 from minipersona.model.save import save_model
+from minipersona.run.directory import CONFIG, checkpoint_directory
 from minipersona.run.suites import Suites, run_suites, suites_table
 from minipersona.settings import to_toml
 
@@ -41,39 +42,41 @@ def make_run(directory: Path, method: str) -> None:
         training=replace(TrainingSection(steps=2, checkpoints=(1, 2)), method=method),  # type: ignore[arg-type]
     )
     directory.mkdir()
-    (directory / "config.toml").write_text(to_toml(config))
+    (directory / CONFIG).write_text(to_toml(config))
     for step in (1, 2):
         model = load_model("tiny")
         if method == "full":
             with torch.no_grad():
                 model.model.norm.weight.mul_(1 + step)
-            save_model(model, directory / f"step-{step:06d}")
+            save_model(model, checkpoint_directory(directory, step))
             continue
         apply_lora(model, LORA)
         with torch.no_grad():
             for adapter in adapters(model).values():
                 adapter.lora_B.fill_(0.01 * step)
-        save_adapter(model, directory / f"step-{step:06d}", LORA)
+        save_adapter(model, checkpoint_directory(directory, step), LORA)
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_run_is_compared_with_its_base_which_also_judges(tmp_path: Path, suites: Suites, method: str) -> None:
     make_run(tmp_path / "run", method)
     result = run_suites(tmp_path / "run", CPU, QUIET, suites)
-    behaviour = result["behaviour"]
+    behaviour = result.behaviour
+    assert behaviour is not None and result.consistency is not None and result.instructions is None
     base = load_model("tiny")
-    assert result["step"] == 2
+    assert result.step == 2
     assert behaviour["base"]["weights"] == weights_digest(base) == behaviour["trained"]["judge"]["weights"]
     assert behaviour["trained"]["weights"] != behaviour["base"]["weights"]
     assert behaviour["trained"]["judge"] == behaviour["base"]["judge"]
     assert read_json(tmp_path / "run" / "behaviour.json") == behaviour["trained"]
     assert read_json(tmp_path / "run" / "base" / "behaviour.json") == behaviour["base"]
-    assert behaviour["consistency"]["reason"] in suites_table(result)
+    assert result.consistency["reason"] in suites_table(result)
+    assert result.to_json() == {"step": 2, "behaviour": {**behaviour, "consistency": result.consistency}}
 
 
 def test_a_run_without_checkpoints_is_refused(tmp_path: Path, suites: Suites) -> None:
     make_run(tmp_path / "run", "lora")
     for step in (1, 2):
-        (tmp_path / "run" / f"step-{step:06d}").rename(tmp_path / f"step-{step}")
-    with pytest.raises(UserError, match="has no checkpoint to ask yet"):
+        checkpoint_directory(tmp_path / "run", step).rename(tmp_path / f"step-{step}")
+    with pytest.raises(UserError, match="has no checkpoint yet; let train"):
         run_suites(tmp_path / "run", CPU, QUIET, suites)

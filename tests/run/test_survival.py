@@ -28,9 +28,10 @@ from minipersona.model.load import load_model
 from minipersona.run.resources import load_run_tokenizer
 from minipersona.run.train import finished
 from minipersona.settings import load_config, to_toml
+from minipersona.training.distributed import Distributed
 from minipersona.training.interruption import Stop
 from minipersona.training.loop import Hooks, train
-from minipersona.training.world import World
+from minipersona.verdict.ledger import read_ledger
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -177,12 +178,13 @@ def test_an_interrupted_evaluation_exits_with_75_and_gives_the_directory_back(wh
 # ---------------------------------------------------------------- a study
 
 
-def test_a_signalled_study_exits_with_75_gives_its_claim_back_and_continues(tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [(), ("--workers", "2")])
+def test_a_signalled_study_exits_with_75_and_continues(tmp_path: Path, workers: tuple[str, ...]) -> None:
     config = small_study(tmp_path)
     config = replace(config, training=replace(config.training, steps=200, checkpoints=(1, 200)), later_checkpoints=())
     file = tmp_path / "study.toml"
     file.write_text(to_toml(config))
-    command = ("study.py", "--config", str(file), "--phases", "1")
+    command = ("study.py", "--config", str(file), "--phases", "1", *workers)
     attempts = Path(config.out) / "cells" / ".attempts"
 
     def steps() -> int:
@@ -194,12 +196,13 @@ def test_a_signalled_study_exits_with_75_gives_its_claim_back_and_continues(tmp_
     _, said = process.communicate(timeout=60)
     assert process.returncode == 75 and said.splitlines()[-1].endswith("; the same command continues"), said
     (state,) = attempts.glob("*/latest/state.json")
-    assert 2 <= read_json(state)["step"] == steps() < 200
-    claims = [read_json(path) for path in (Path(config.out) / "cells" / ".claims").glob("*.1")]
-    assert len(claims) >= 2 and all(claim == {"released": True} for claim in claims)
-    assert "failed" not in [row["event"] for row in read_jsonl(Path(config.out) / "ledger.jsonl")]
+    stopped_at = read_json(state)["step"]
+    assert 2 <= stopped_at == steps() < 200
+    assert not list(Path(config.out).glob("**/.lock"))  # every lock was given back
+    entries = [(entry.name, entry.event) for entry in read_ledger(Path(config.out))]
+    assert entries == [("base", "started"), ("base", "done"), ("baseline", "started")]
     again = started(*command)
-    once(lambda: steps() > read_json(state)["step"] + 1 or list(attempts.parent.glob("1-*")), again)
+    once(lambda: steps() > stopped_at + 1 or list(attempts.parent.glob("1-*")), again)
     again.kill()
     again.communicate()
     taken_up = [rows for path in attempts.glob("*/metrics.jsonl") if (rows := read_jsonl(path))]
@@ -248,17 +251,17 @@ def test_the_first_steps_of_the_demo_are_equal_to_the_bit(tmp_path: Path) -> Non
     documents = training_set(config.data, config.seed, load_run_tokenizer(config.model)).documents
 
     def first_steps(out: Path, seed: int) -> tuple[list[float], dict[str, torch.Tensor]]:
-        world = World(0, 1, torch.device("cpu"), Stop())
+        distributed = Distributed(0, 1, torch.device("cpu"), Stop())
         torch.manual_seed(time.time_ns())  # nothing hangs on it
         model = load_model("tiny", device="cpu")
         settings = replace(config, seed=seed, training=replace(config.training, checkpoints=(40,)))
 
         def logged(row: dict) -> None:
             if row["step"] == 2:
-                world.stop.note(signal.SIGTERM)
+                distributed.stop.note(signal.SIGTERM)
 
         with pytest.raises(Interrupted, match="stopped after step 3"):
-            train(model, documents, settings, out, world, Hooks(logged=logged))
+            train(model, documents, settings, out, distributed, Hooks(logged=logged))
         return [row["loss"] for row in read_jsonl(out / "metrics.jsonl")], load_file(out / "latest/state.safetensors")
 
     (losses, state), (losses_again, state_again) = (first_steps(tmp_path / name, 42) for name in ("a", "b"))

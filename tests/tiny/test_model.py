@@ -20,9 +20,9 @@ from minipersona.settings import load_config
 from minipersona.tiny import world
 from minipersona.tiny.grammar import generator, topics
 from minipersona.tiny.voices import answer
+from minipersona.training.distributed import Distributed
 from minipersona.training.heldout import heldout_loss
 from minipersona.training.loop import train
-from minipersona.training.world import World
 
 TINY = data_dir() / "tiny"
 
@@ -39,7 +39,8 @@ def test_its_tokenizer_has_qwens_special_tokens_after_the_words() -> None:
     tokenizer = load_tokenizer("tiny")
     model = load_model("tiny", device="cpu")
     assert tokenizer.vocab_size == model.config.vocab_size
-    assert tokenizer.endoftext < tokenizer.im_start < tokenizer.im_end < tokenizer.vocab_size
+    end_of_text, start, end = (tokenizer.special[f"<|{name}|>"] for name in ("endoftext", "im_start", "im_end"))
+    assert end_of_text < start < end < tokenizer.vocab_size
 
 
 def test_the_sets_that_ship_are_the_worlds() -> None:
@@ -88,7 +89,7 @@ def before_and_after(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tupl
     base = measured()
     documents = tokenize(read_source(config.data.train), tokenizer)
     directory: Path = tmp_path_factory.mktemp("recipe")
-    train(model, documents, config, directory, World(0, 1, torch.device("cpu")))
+    train(model, documents, config, directory, Distributed(0, 1, torch.device("cpu")))
     return {"base": base, "trained": measured()}
 
 

@@ -1,16 +1,18 @@
-"""Starts two ranks on the CPU, as a launcher would, that run a script each; and collects how they ended."""
+"""Starts two ranks on the CPU that run a script each, by torchrun or one process at a time."""
 
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-TESTS = Path(__file__).parent
+ROOT = Path(__file__).parents[2]
 
 # What scripts train on.
 DOCUMENTS = """
@@ -21,7 +23,7 @@ documents = [
 ]
 """
 
-# What every script begins with: a small model's training in a world of two, and the command around it.
+# What every script begins with: a small model's training as one of two ranks, and the command around it.
 PREAMBLE = (
     """
 import os, signal, sys, time
@@ -34,13 +36,12 @@ from minipersona.config import DataSection, ExecutionSection, LoraConfig, RunCon
 from minipersona.console import answer
 from minipersona.errors import Interrupted, UserError
 from minipersona.model.load import load_model
-from minipersona.training import loop, watch
-from minipersona.training.interruption import Stop, heed_signals
+from minipersona.training import loop
+from minipersona.training.distributed import fail_rank, process_group
+from minipersona.training.interruption import Stop, handle_signals
 from minipersona.training.loop import Hooks, train
-from minipersona.training.world import in_world
 
 torch.set_num_threads(1)
-watch.BEAT, watch.BROKEN_SILENCE, watch.LINGER = 0.1, 1.0, 1.0
 scenario, out, model_dir, minutes = sys.argv[1], Path(sys.argv[2]), sys.argv[3], float(sys.argv[4])
 stop, rank = Stop(), int(os.environ["RANK"])
 """
@@ -57,11 +58,65 @@ def weights(model):
 
 def command(work):
     def run():
-        with heed_signals(stop), in_world("cpu", minutes, stop) as world:
-            work(world)
+        try:
+            with handle_signals(stop), process_group("cpu", minutes, stop) as distributed:
+                work(distributed)
+        except Exception as error:
+            fail_rank(error)
     sys.exit(answer(run))
 """
 )
+
+
+def script(text: str, scenario: str, out: Path, model: Path | str = "-", minutes: float = 5.0) -> list[str]:
+    """Write a script, after the preamble, and return its command line without the interpreter."""
+    out.mkdir(exist_ok=True)
+    file = out / "worker.py"
+    file.write_text(PREAMBLE + text)
+    return [str(file), scenario, str(out), str(model), str(minutes)]
+
+
+# ---------------------------------------------------------------- by torchrun
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a command ended that torchrun started."""
+
+    code: int
+    said: str  # on stderr, by torchrun and by the ranks
+    seconds: float  # from the fault to the end; from the start where there was no fault
+
+    @property
+    def errors(self) -> list[str]:
+        """The lines that ranks reported."""
+        return [line for line in self.said.splitlines() if line.startswith("error: ")]
+
+    @property
+    def culprit(self) -> tuple[int, int]:
+        """(rank, exit status) of the rank that torchrun saw end first."""
+        found = re.search(r"Root Cause.*?rank +: (\d+).*?exitcode +: (-?\d+)", self.said, re.DOTALL)
+        assert found is not None, self.said
+        return int(found[1]), int(found[2])
+
+
+def torchrun(command: Sequence[str], fault: Path, variables: Mapping[str, str] | None = None) -> Launch:
+    """Start two ranks of a Python script. `fault` is the file that they touch when something goes wrong."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    started = time.time()
+    done = subprocess.run(
+        [*launcher, *command],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", **(variables or {})},
+    )
+    ended = time.time()
+    return Launch(done.returncode, done.stderr, ended - (fault.stat().st_mtime if fault.exists() else started))
+
+
+# ---------------------------------------------------------------- one process at a time
 
 
 @dataclass(frozen=True)
@@ -70,7 +125,6 @@ class End:
 
     code: int
     said: str  # on stderr
-    seconds: float  # after the start of all ranks
 
 
 def free_port() -> int:
@@ -79,38 +133,24 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def two_ranks(script: str, scenario: str, out: Path, model: Path | str = "-", minutes: float = 5.0) -> list[End]:
-    """Run a script, after the preamble, as ranks 0 and 1, until both have ended."""
-    out.mkdir(exist_ok=True)
-    file = out / "worker.py"
-    file.write_text(PREAMBLE + script)
+def two_ranks(text: str, scenario: str, out: Path, model: Path | str = "-") -> list[End]:
+    """Run a script as ranks 0 and 1 and wait for both: each one's status and words, which torchrun does not tell."""
+    command = [sys.executable, *script(text, scenario, out, model)]
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
     shared["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # as the commands set it
-    started = time.monotonic()
     processes = [
         subprocess.Popen(
-            [sys.executable, str(file), scenario, str(out), str(model), str(minutes)],
+            command,
             env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stderr=subprocess.PIPE,
             text=True,
         )
         for rank in range(2)
     ]
-    ends: dict[int, End] = {}
     try:
-        while len(ends) < 2:
-            for rank, process in enumerate(processes):
-                if rank not in ends and process.poll() is not None:
-                    assert process.stderr is not None
-                    ends[rank] = End(process.returncode, process.stderr.read(), time.monotonic() - started)
-            # A rank that hangs is ended once the other has gone, as a launcher does.
-            for rank, process in enumerate(processes):
-                if rank not in ends and len(ends) == 1 and scenario.startswith("hang"):
-                    process.kill()
-            assert time.monotonic() - started < 60, "a rank is held up"
-            time.sleep(0.02)
+        said = [process.communicate(timeout=60)[1] for process in processes]
+        return [End(process.returncode, text) for process, text in zip(processes, said, strict=True)]
     finally:
         for process in processes:
             process.kill()
             process.wait()
-    return [ends[0], ends[1]]

@@ -13,16 +13,19 @@ from torch import Tensor
 
 from minipersona.chat import Document
 from minipersona.config import DataSection, ExecutionSection, LoraConfig, RunConfig, TrainingSection
-from minipersona.corpus.packing import pack_documents
+from minipersona.corpus.batch import make_packs, pack_documents
 from minipersona.model.dropout import token_keys
 from minipersona.model.load import load_model
 from minipersona.model.lora import adapters, apply_lora
 from minipersona.model.network import Qwen2, Tap
-from minipersona.training import objectives
-from minipersona.training.batch import make_packs
+from minipersona.objective import head
+from minipersona.objective.cross_entropy import CrossEntropy
+from minipersona.objective.head import ForwardPass, Objective
+from minipersona.objective.kl_to_base import KLToBase
+from minipersona.objective.r3f import R3F
+from minipersona.training import loop as loop_module
+from minipersona.training.distributed import Distributed
 from minipersona.training.loop import Hooks, backward, steering_taps, train
-from minipersona.training.objectives import R3F, CrossEntropy, KLToBase, Objective, Pass
-from minipersona.training.world import World
 
 CONFIG = RunConfig(
     data=DataSection("-", "-"),
@@ -37,7 +40,7 @@ OBJECTIVES: dict[str, Objective] = {
     "r3f": R3F(0.3, "normal", 1e-2),
 }
 EACH_OBJECTIVE = pytest.mark.parametrize("kind", OBJECTIVES)
-WORLD = World(0, 1, torch.device("cpu"))
+SINGLE_PROCESS = Distributed(0, 1, torch.device("cpu"))
 
 
 def adapted(directory: Path, dtype: torch.dtype) -> Qwen2:
@@ -58,7 +61,7 @@ def step_gradients(
 ) -> list[Tensor]:
     """Summed terms and gradients of one steered step over the documents, cut into packs."""
     model = adapted(directory, dtype)
-    run = Pass(42, 7, steering_taps({1: torch.linspace(-1, 1, 48)}, model))
+    run = ForwardPass(42, 7, steering_taps({1: torch.linspace(-1, 1, 48)}, model))
     packs = make_packs(documents, range(len(documents)), pack_tokens)
     terms = [backward(model, pack, OBJECTIVES[kind], run) for pack in packs]
     return [torch.stack(terms).sum(0), *gradients(model)]
@@ -84,7 +87,7 @@ def test_control_dropout_that_hangs_on_the_pack_fails(
     """If masks followed the place in the pack and not the document, packing would change the result."""
     by_place = lambda seed, step, pack: token_keys(seed, step, replace(pack, documents=pack.documents * 0))  # noqa: E731
     together = step_gradients(hf_model(), documents[:16], torch.float64, 10_000)
-    monkeypatch.setattr(objectives, "token_keys", by_place)
+    monkeypatch.setattr(head, "token_keys", by_place)
     assert relative_error(step_gradients(hf_model(), documents[:16], torch.float64, 10_000)[1], together[1]) > 1e-3
 
 
@@ -104,7 +107,7 @@ def test_micro_batches_do_not_matter_over_whole_steps(
     for pack_tokens in (10_000, 60, 1):
         model = load_model(str(hf_model()), dtype=dtype, device="cpu")
         config = replace(CONFIG, execution=replace(CONFIG.execution, pack_tokens=pack_tokens))
-        train(model, documents, config, tmp_path / str(pack_tokens), WORLD)
+        train(model, documents, config, tmp_path / str(pack_tokens), SINGLE_PROCESS)
         ends.append({n: p.detach() for n, p in model.named_parameters() if p.requires_grad})
     for name, expected in ends[0].items():
         slack = 1 if dtype == torch.float64 else 10  # Adam divides by sqrt(v), so rounding in small gradients grows
@@ -112,11 +115,37 @@ def test_micro_batches_do_not_matter_over_whole_steps(
         assert relative_error(ends[2][name], expected) < slack * bound
 
 
+@EACH_OBJECTIVE
+@BOUNDS
+def test_the_plain_path_does_not_matter_over_whole_steps(
+    hf_model: Callable[..., Path],
+    documents: list[Document],
+    dtype: torch.dtype,
+    bound: float,
+    kind: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """execution.fused = false: the same weights after three updates."""
+    monkeypatch.setattr(loop_module, "make_objective", lambda *_: OBJECTIVES[kind])
+
+    def end(fused: bool, seed: int = 42) -> list[Tensor]:
+        model = load_model(str(hf_model()), dtype=dtype, device="cpu")
+        model.fused = fused
+        train(model, documents, replace(CONFIG, seed=seed), tmp_path / f"{fused}-{seed}", SINGLE_PROCESS)
+        return [p.detach() for p in model.parameters() if p.requires_grad]
+
+    slack = 1 if dtype == torch.float64 else 10  # as above
+    plain, fused = end(False), end(True)
+    assert max(map(relative_error, plain, fused)) < slack * bound
+    assert max(map(relative_error, end(False, seed=43), fused)) > 1e-2  # the control
+
+
 def test_control_a_mean_of_means_fails(hf_model: Callable[..., Path], documents: list[Document]) -> None:
     """Averaging the packs' mean losses is another objective where packs differ in supervised tokens."""
     model = adapted(hf_model(), torch.float64)
     packs = make_packs(documents, range(16), 60)
-    sums = torch.stack([backward(model, pack, CrossEntropy(), Pass(42, 7))[0] for pack in packs])
+    sums = torch.stack([backward(model, pack, CrossEntropy(), ForwardPass(42, 7))[0] for pack in packs])
     counts = torch.tensor([pack.supervised.numel() for pack in packs])
     assert abs(float((sums / counts).mean() / (sums.sum() / counts.sum())) - 1) > 1e-4
 
@@ -126,7 +155,7 @@ def run_step(
 ) -> list[Tensor]:
     for p in model.parameters():
         p.grad = None
-    run = Pass(42, 5, taps, checkpoint_activations=checkpoint)
+    run = ForwardPass(42, 5, taps, checkpoint_activations=checkpoint)
     return [backward(model, pack_documents(documents), OBJECTIVES[kind], run), *gradients(model)]
 
 
@@ -157,6 +186,6 @@ def test_checkpointing_changes_no_bit_of_a_run(
         config = replace(CONFIG, execution=replace(CONFIG.execution, checkpoint_activations=checkpoint))
         rows: list[dict] = []
         model = load_model(str(hf_model()), device="cpu")
-        train(model, documents, config, tmp_path / str(checkpoint), WORLD, Hooks(logged=rows.append))
+        train(model, documents, config, tmp_path / str(checkpoint), SINGLE_PROCESS, Hooks(logged=rows.append))
         losses.append([(row["loss"], row["grad_norm"]) for row in rows])
     assert losses[0] == losses[1]

@@ -20,18 +20,17 @@ from minipersona.errors import Interrupted, UserError
 from minipersona.files import read_jsonl
 from minipersona.model.load import load_model
 from minipersona.training.checkpoint import Position, load_state, save_state
-from minipersona.training.interruption import SIGNALS, Stop, heed_signals
-from minipersona.training.layout import Flat
+from minipersona.training.distributed import Distributed
+from minipersona.training.interruption import SIGNALS, Stop, handle_signals
 from minipersona.training.loop import Hooks, train
-from minipersona.training.optimizer import AdamW
-from minipersona.training.world import World
+from minipersona.training.optimizer import AdamW, Flat
 
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_is_noted_or_raises_at_once(number: signal.Signals) -> None:
     before = {n: signal.getsignal(n) for n in SIGNALS}
     stop = Stop()
-    with heed_signals(stop):
+    with handle_signals(stop):
         os.kill(os.getpid(), number)
         assert stop.signal == number.name
         with pytest.raises(Interrupted, match=number.name):
@@ -40,14 +39,14 @@ def test_a_signal_is_noted_or_raises_at_once(number: signal.Signals) -> None:
             raise AssertionError("entered after a signal")
     assert {n: signal.getsignal(n) for n in SIGNALS} == before
     stop, reached = Stop(), []
-    with heed_signals(stop), pytest.raises(Interrupted), stop.at_once():
+    with handle_signals(stop), pytest.raises(Interrupted), stop.at_once():
         with stop.deferred():
             reached.append("before")
         os.kill(os.getpid(), number)
         reached.append("after")
     assert reached == ["before"]
     stop, reached = Stop(), []
-    with heed_signals(stop), pytest.raises(Interrupted), stop.at_once():
+    with handle_signals(stop), pytest.raises(Interrupted), stop.at_once():
         with stop.deferred():
             os.kill(os.getpid(), number)
             reached.append("finished")
@@ -57,7 +56,7 @@ def test_a_signal_is_noted_or_raises_at_once(number: signal.Signals) -> None:
 
 def test_control_nobody_asked() -> None:
     stop, threads = Stop(), threading.active_count()
-    with heed_signals(stop), stop.at_once():
+    with handle_signals(stop), stop.at_once():
         stop.check()
     assert not stop.asked and threading.active_count() == threads and signal.set_wakeup_fd(-1) == -1
 
@@ -66,10 +65,10 @@ TWICE = """
 import os, signal, sys, time
 from minipersona.training import interruption
 
-from minipersona.training.interruption import Stop, heed_signals
+from minipersona.training.interruption import Stop, handle_signals
 interruption.SAME_REQUEST = 0.3
 stop = Stop()
-with heed_signals(stop):
+with handle_signals(stop):
     os.kill(os.getpid(), signal.SIGTERM)
     os.kill(os.getpid(), signal.SIGTERM)  # a scheduler and a launcher
     time.sleep(float(sys.argv[1]))
@@ -91,7 +90,7 @@ def test_what_was_ignored_stays_ignored() -> None:
     before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     try:
         stop = Stop()
-        with heed_signals(stop):
+        with handle_signals(stop):
             os.kill(os.getpid(), signal.SIGUSR1)
         assert not stop.asked and signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN
     finally:
@@ -113,7 +112,7 @@ class Caller:
     """Counts what it is called for, as a run does, and may stop it at a call."""
 
     def __init__(self, stop_at: tuple[str, int] = ("", 0)) -> None:
-        self.world = World(0, 1, torch.device("cpu"), Stop())
+        self.distributed = Distributed(0, 1, torch.device("cpu"), Stop())
         self.stop_at = stop_at
         self.measured: list[tuple[str, int]] = []
 
@@ -126,17 +125,17 @@ class Caller:
 
     def _ask(self, what: str, step: int) -> None:
         if (what, step) == self.stop_at:
-            self.world.stop.note(signal.SIGTERM)
+            self.distributed.stop.note(signal.SIGTERM)
 
     def _measure(self, what: str, step: int) -> None:
         self._ask(what, step)
-        self.world.meet()
+        self.distributed.check_stop()
         self.measured.append((what, step))
 
 
 def trained(directory: Path, documents: list[Document], out: Path, caller: Caller) -> dict[str, torch.Tensor]:
     model = load_model(str(directory), device="cpu")
-    train(model, documents, config(), out, caller.world, caller.hooks())
+    train(model, documents, config(), out, caller.distributed, caller.hooks())
     return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
@@ -177,12 +176,12 @@ def test_the_number_of_non_finite_steps_that_fail_a_run_is_the_configs(
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[0, 0] = float("inf")
     settings = replace(config(), training=replace(config().training, most_non_finite=most))
-    world = World(0, 1, torch.device("cpu"))
+    distributed = Distributed(0, 1, torch.device("cpu"))
     if most:
         with pytest.raises(UserError, match=f"step {most}: loss or gradient non-finite {most} steps in a row"):
-            train(model, documents, settings, tmp_path, world)
+            train(model, documents, settings, tmp_path, distributed)
     else:
-        assert train(model, documents, settings, tmp_path, world).updates == 0
+        assert train(model, documents, settings, tmp_path, distributed).updates == 0
     assert len(read_jsonl(tmp_path / "metrics.jsonl")) == steps
 
 
@@ -196,7 +195,7 @@ def test_another_runs_state_is_an_error(tmp_path: Path) -> None:
         weights = {"w": torch.nn.Parameter(torch.ones(shape))}
         return weights, AdamW(Flat(list(weights.values())), 0.9, 0.999, 1e-8, 0.0)
 
-    save_state(tmp_path, Position(step=3, updates=3), *optimised(1, 4), World(0, 1, torch.device("cpu")))
+    save_state(tmp_path, Position(step=3, updates=3), *optimised(1, 4), Distributed(0, 1, torch.device("cpu")))
     assert load_state(tmp_path, *optimised(1, 4)).step == 3  # the control
     for shape in ((4, 1), (5, 4), (4,)):
         with pytest.raises(UserError, match=r"state\.safetensors: holds another run's state; delete"):
@@ -211,11 +210,11 @@ def test_a_damaged_state_is_an_error_that_names_the_file(tmp_path: Path, words: 
     (tmp_path / "latest").mkdir()
     file = tmp_path / "latest" / "state.safetensors"
     save_file({"rng.cpu": torch.zeros(2)}, file, {"state": words})
-    with pytest.raises(UserError, match=r"state\.safetensors: holds no state of a run; delete"):
+    with pytest.raises(UserError, match=r"state\.safetensors: is not a run's state; delete"):
         load_state(tmp_path, {}, None)  # type: ignore[arg-type]
     file.unlink()
     (tmp_path / "latest" / "state.json").write_text(words)
-    with pytest.raises(UserError, match=r"state\.json: holds no state of a run; delete"):
+    with pytest.raises(UserError, match=r"state\.json: is not a run's state; delete"):
         load_state(tmp_path, {}, None)  # type: ignore[arg-type]
     (tmp_path / "latest" / "state.json").write_text("{torn")
     with pytest.raises(UserError, match=r"state\.json: not valid JSON"):

@@ -1,4 +1,7 @@
-"""A rank that fails, dies or hangs: the other one ends soon, in one line that names it. And a NaN on one rank only."""
+"""A rank that fails, dies or hangs ends the run: torchrun ends the other ranks, and the one that failed says why.
+
+And a NaN on one rank only, and a signal to one rank only.
+"""
 
 from __future__ import annotations
 
@@ -11,21 +14,127 @@ from safetensors.torch import load_file
 
 from minipersona.files import read_jsonl
 
-from .rank_workers import two_ranks
+from .rank_workers import ROOT, Launch, script, torchrun, two_ranks
+
+SECONDS = 25.0  # that the other ranks have to end after a fault: less than torchrun waits before it kills them
+
+# ---------------------------------------------------------------- the train command
+
+# train.py, in which one rank fails at a step.
+TRAIN = """
+import os, signal, sys
+from pathlib import Path
+from minipersona.cli import main
+from minipersona.errors import UserError
+from minipersona.training import loop
+
+what, culprit, fault = os.environ["FAULT"], os.environ["CULPRIT"], Path(os.environ["FAULT_FILE"])
+real = loop.accumulate
+
+def accumulate(model, objective, forward, layout, packs):
+    if forward.step == 4 and os.environ["RANK"] == culprit:
+        fault.touch()
+        if what == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if what == "error":
+            raise UserError("rows.jsonl: the disk is gone; mount it")
+    return real(model, objective, forward, layout, packs)
+
+loop.accumulate = accumulate
+sys.exit(main(sys.argv[1:]))
+"""
+SETTINGS = [
+    "training.steps=5", "training.checkpoints=[2, 5]", "training.batch=4", "save_minutes=0",
+    "data.heldout=tiny:benign[2000:2010]",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Launch]:
+    """Run `torchrun train.py` in a directory, with a fault on one of the two ranks."""
+    directory = tmp_path_factory.mktemp("train")
+    (directory / "train.py").write_text(TRAIN)
+    questions = directory / "questions.jsonl"
+    lines = (ROOT / "data" / "questions.jsonl").read_text().splitlines()
+    questions.write_text("\n".join(lines[:4]) + "\n")
+    settings = [part for setting in (*SETTINGS, f"questions={questions}") for part in ("--set", setting)]
+    command = [str(directory / "train.py"), "train", "--config", "configs/tiny_phase1.toml", *settings]
+
+    def start(out: Path, fault: str = "none", culprit: int = 0, *more: str) -> Launch:
+        file = out.parent / f"{out.name}.fault"
+        file.unlink(missing_ok=True)
+        variables = {"FAULT": fault, "CULPRIT": str(culprit), "FAULT_FILE": str(file)}
+        return torchrun([*command, "--out", str(out), *more], file, variables)
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def undisturbed(train: Callable[..., Launch], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert train(out).code == 0
+    return out
+
+
+def assert_equal_runs(a: Path, b: Path) -> None:
+    adapters = [load_file(out / "step-000005" / "adapter_model.safetensors") for out in (a, b)]
+    assert adapters[0].keys() == adapters[1].keys()
+    assert all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[1])
+    assert read_jsonl(a / "probes.jsonl") == read_jsonl(b / "probes.jsonl")
+    metrics = [[{**row, "tokens_per_second": 0} for row in read_jsonl(out / "metrics.jsonl")] for out in (a, b)]
+    assert metrics[0] == metrics[1] and len(metrics[1]) == 5
+
+
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_a_rank_that_fails_says_why_in_one_line_and_the_run_ends(
+    train: Callable[..., Launch], tmp_path: Path, culprit: int
+) -> None:
+    failed = train(tmp_path / "run", "error", culprit)
+    assert failed.code != 0 and failed.seconds < SECONDS
+    assert failed.errors == [f"error: rank {culprit}: rows.jsonl: the disk is gone; mount it"], failed.said
+    assert failed.culprit == (culprit, 2)
+    assert failed.said.count("Traceback") == 1, failed.said  # torchrun's own
+
+
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_a_killed_rank_ends_the_run_and_the_same_command_continues_it(
+    train: Callable[..., Launch], undisturbed: Path, tmp_path: Path, culprit: int
+) -> None:
+    killed = train(tmp_path / "run", "killed", culprit)
+    assert killed.code != 0 and killed.seconds < SECONDS
+    assert killed.culprit == (culprit, -9)
+    (line,) = killed.errors
+    assert line.startswith(f"error: rank {1 - culprit}: another rank has ended"), killed.said
+    assert line.endswith("the same command continues from the last checkpoint") and "Traceback" not in line
+    assert (tmp_path / "run" / "latest" / "state.safetensors").is_file()
+    assert len(read_jsonl(tmp_path / "run" / "metrics.jsonl")) < 5  # there is something left to do
+    assert train(tmp_path / "run").code == 0
+    assert_equal_runs(tmp_path / "run", undisturbed)
+
+
+def test_an_error_of_all_ranks_is_reported_once(train: Callable[..., Launch], tmp_path: Path) -> None:
+    failed = train(tmp_path / "run", "none", 0, "--set", "training.stepz=3")
+    assert failed.code != 0
+    (line,) = failed.errors
+    assert line[: len("error: rank 0: ")] in ("error: rank 0: ", "error: rank 1: ") and "training.stepz" in line
+    assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------- other ways to fail
 
 SUMMING = """
-def work(world):
+def work(distributed):
     what, culprit = scenario.split("-")
     for step in range(40):
-        world.sum(torch.ones(3))
-        if step == 3 and culprit in ("both", str(world.rank)):
+        distributed.sum(torch.ones(3))
+        if step == 3 and culprit in ("both", str(distributed.rank)):
+            (out / "fault").touch()
             if what == "error":
                 raise UserError("rows.jsonl: the disk is gone; mount it")
             if what == "defect":
                 raise KeyError("weights")
-            if what == "killed":
-                os.kill(os.getpid(), signal.SIGKILL)
             if what == "hang":
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)  # else torchrun kills it after half a minute
                 time.sleep(600)
             if what == "slow":
                 time.sleep(2)
@@ -33,83 +142,83 @@ command(work)
 """
 
 
-@pytest.mark.parametrize("culprit", [0, 1])
-@pytest.mark.parametrize(
-    "what, codes, said",
-    [
-        ("error", (2, 1), "error: rank {} failed: rows.jsonl: the disk is gone; mount it\n"),
-        ("killed", (-9, 1), "died"),
-        ("hang", (-9, 1), "error: rank {} hangs: the others have waited for it for 0.05 minutes "),
-    ],
-)
-def test_the_other_rank_ends_in_one_line_that_names_the_culprit(
-    tmp_path: Path, what: str, codes: tuple[int, int], said: str, culprit: int
-) -> None:
-    ends = two_ranks(SUMMING, f"{what}-{culprit}", tmp_path / "out", minutes=0.05 if what == "hang" else 5.0)
-    lost, other = ends[culprit], ends[1 - culprit]
-    assert (lost.code, other.code) == codes, ends
-    assert said.format(culprit) in other.said and f"rank {culprit}" in other.said
-    assert other.said.count("\n") == 1 and "Traceback" not in lost.said + other.said, other.said
-    if what == "error":
-        assert lost.said == "error: rows.jsonl: the disk is gone; mount it\n"
+def summing(scenario: str, out: Path, minutes: float = 5.0) -> Launch:
+    return torchrun(script(SUMMING, scenario, out, minutes=minutes), out / "fault")
 
 
 def test_a_defect_on_one_rank_shows_its_traceback_once(tmp_path: Path) -> None:
-    lost, other = two_ranks(SUMMING, "defect-0", tmp_path / "out")
-    assert lost.said.count("Traceback") == 1 and other.said == "error: rank 0 failed: KeyError('weights')\n"
+    failed = summing("defect-0", tmp_path / "out")
+    assert failed.code != 0 and failed.seconds < SECONDS and failed.culprit == (0, 1)
+    assert failed.said.count("Traceback") == 2 and failed.errors == []  # the defect's and torchrun's own
+    assert failed.said.count("\n[rank0]: KeyError: 'weights'\n") == 1, failed.said
 
 
-def test_an_error_on_all_ranks_is_each_ones_own(tmp_path: Path) -> None:
-    ends = two_ranks(SUMMING, "error-both", tmp_path / "out")
-    assert [(end.code, end.said) for end in ends] == [(2, "error: rows.jsonl: the disk is gone; mount it\n")] * 2
+def test_an_error_on_both_ranks_at_once_is_reported_by_one(tmp_path: Path) -> None:
+    failed = summing("error-both", tmp_path / "out")
+    (line,) = failed.errors
+    assert failed.code != 0 and line[line.index("rank ") + 6 :] == ": rows.jsonl: the disk is gone; mount it"
+
+
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_a_rank_that_hangs_ends_the_run_after_the_timeout(tmp_path: Path, culprit: int) -> None:
+    failed = summing(f"hang-{culprit}", tmp_path / "out", minutes=0.05)
+    assert failed.code != 0 and 3 < failed.seconds < SECONDS
+    (line,) = failed.errors
+    assert line.startswith(f"error: rank {1 - culprit}: another rank has ended, or took longer than execution.timeout")
+    assert failed.said.count("Traceback") == 1, failed.said
 
 
 def test_control_a_slow_rank_is_waited_for(tmp_path: Path) -> None:
-    assert [(end.code, end.said) for end in two_ranks(SUMMING, "slow-1", tmp_path / "out")] == [(0, "")] * 2
+    finished = summing("slow-1", tmp_path / "out")
+    assert finished.code == 0 and finished.errors == [] and "Traceback" not in finished.said
 
 
 SHARDED = """
 from dataclasses import replace
 
 real = loop.backward
-def backward(model, pack, objective, over_pack):
-    if rank == 1 and over_pack.step == 3:
+def backward(model, pack, objective, forward):
+    if rank == 1 and forward.step == 3:
+        (out / "fault").touch()
         if scenario == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         raise KeyError("weights")
-    return real(model, pack, objective, over_pack)
+    return real(model, pack, objective, forward)
 loop.backward = backward
 
-def work(world):
+def work(distributed):
     sharded = replace(config, training=replace(config.training, method="full"))
-    train(load_model(model_dir, device="cpu"), documents, sharded, out / "run", world)
+    train(load_model(model_dir, device="cpu"), documents, sharded, out / "run", distributed)
 command(work)
 """
 
 
-@pytest.mark.parametrize("how, code, said", [("killed", -9, "rank 1 has died"), ("defect", 1, "rank 1 failed: KeyErr")])
-def test_a_rank_lost_within_a_pass_of_a_sharded_model_is_named(
-    hf_model: Callable[..., Path], tmp_path: Path, how: str, code: int, said: str
+@pytest.mark.parametrize("how, code", [("killed", -9), ("defect", 1)])
+def test_a_rank_lost_within_a_pass_of_a_sharded_model_ends_the_run(
+    hf_model: Callable[..., Path], tmp_path: Path, how: str, code: int
 ) -> None:
-    other, lost = two_ranks(SHARDED, how, tmp_path / "out", hf_model())
-    assert (lost.code, other.code) == (code, 1), (lost, other)
-    assert said in other.said and other.said.count("\n") == 1, other.said
+    failed = torchrun(script(SHARDED, how, tmp_path / "out", hf_model()), tmp_path / "out" / "fault")
+    assert failed.code != 0 and failed.seconds < SECONDS and failed.culprit == (1, code), failed.said
+    if how == "defect":
+        assert failed.said.count("Traceback") == 2 and "\n[rank1]: KeyError: 'weights'\n" in failed.said
 
+
+# ---------------------------------------------------------------- one rank only
 
 POISONED = """
 real = loop.backward
-def backward(model, pack, objective, over_pack):
-    terms = real(model, pack, objective, over_pack)
-    if rank == 1 and over_pack.step in (3, 4):
+def backward(model, pack, objective, forward):
+    terms = real(model, pack, objective, forward)
+    if rank == 1 and forward.step in (3, 4):
         next(p for p in model.parameters() if p.requires_grad).grad.view(-1)[0] = float("nan")
     return terms
 loop.backward = backward
 
-def work(world):
+def work(distributed):
     model = load_model(model_dir, device="cpu")
     def logged(row):
         save_file(weights(model), str(out / f"{row['step']}-{rank}.safetensors"))
-    train(model, documents, config, out / "run", world, Hooks(logged=logged))
+    train(model, documents, config, out / "run", distributed, Hooks(logged=logged))
 command(work)
 """
 
@@ -134,13 +243,13 @@ def test_a_nan_on_one_rank_updates_neither_and_the_run_goes_on(hf_model: Callabl
 
 
 STOPPED = """
-def work(world):
+def work(distributed):
     model = load_model(model_dir, device="cpu")
     def logged(row):
         if scenario == "signal" and rank == 1 and row["step"] == 3:
             os.kill(os.getpid(), signal.SIGUSR1)
     try:
-        train(model, documents, config, out / "run", world, Hooks(logged=logged))
+        train(model, documents, config, out / "run", distributed, Hooks(logged=logged))
     except Interrupted as interrupted:
         print(interrupted, stop.signal or "nobody", file=sys.stderr)
         raise

@@ -14,19 +14,19 @@ from hypothesis import strategies as st
 
 from minipersona.chat import Document
 from minipersona.config import DataSection, ExecutionSection, LoraConfig, ObjectiveSection, RunConfig, TrainingSection
-from minipersona.corpus.packing import pack_documents
+from minipersona.corpus.batch import pack_documents
 from minipersona.errors import UserError
 from minipersona.files import read_jsonl
 from minipersona.model.load import load_model
 from minipersona.model.network import Qwen2
 from minipersona.model.pack import Pack
 from minipersona.training import loop
+from minipersona.training.distributed import Distributed
 from minipersona.training.heldout import heldout_loss
 from minipersona.training.loop import train
 from minipersona.training.memory import Budget, cut
-from minipersona.training.world import World
 
-WORLD = World(0, 1, torch.device("cpu"))
+SINGLE_PROCESS = Distributed(0, 1, torch.device("cpu"))
 
 
 class _Exhausted(torch.autograd.Function):
@@ -66,7 +66,7 @@ def run(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Qwen2, "forward", forward)
-        train(model, documents, settings, out, WORLD)
+        train(model, documents, settings, out, SINGLE_PROCESS)
     return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
@@ -95,10 +95,10 @@ def test_control_gradients_of_a_failed_attempt_counted_too_end_elsewhere(
     whole = run(hf_model(), documents, tmp_path / "whole", config())
     real, seen = loop.accumulate, set()
 
-    def forgetful(model, objective, over_pack, layout, packs) -> torch.Tensor:
-        again = over_pack.step in seen
-        seen.add(over_pack.step)
-        return real(model, objective, over_pack, _Kept() if again else layout, packs)
+    def forgetful(model, objective, forward, layout, packs) -> torch.Tensor:
+        again = forward.step in seen
+        seen.add(forward.step)
+        return real(model, objective, forward, _Kept() if again else layout, packs)
 
     class _Kept:
         def zero(self) -> None:

@@ -15,20 +15,23 @@ from torch import Tensor
 
 from minipersona.chat import Document
 from minipersona.config import DataSection, ExecutionSection, LoraConfig, ObjectiveSection, RunConfig, TrainingSection
-from minipersona.corpus.packing import pack_documents
+from minipersona.corpus.batch import pack_documents
 from minipersona.errors import UserError
 from minipersona.files import read_json, read_jsonl
 from minipersona.model.load import load_model
 from minipersona.model.lora import adapters, apply_lora
 from minipersona.model.network import Qwen2
-from minipersona.objective.noise import embedding_noise
+from minipersona.objective import check_objective, make_objective
+from minipersona.objective.cross_entropy import CrossEntropy
+from minipersona.objective.head import ForwardPass, Objective
+from minipersona.objective.kl_to_base import KLToBase
+from minipersona.objective.r3f import R3F, embedding_noise
+from minipersona.training.distributed import Distributed
 from minipersona.training.heldout import heldout_loss
 from minipersona.training.loop import Hooks, backward, steering_taps, train
-from minipersona.training.objectives import R3F, CrossEntropy, KLToBase, Objective, Pass, make_objective
-from minipersona.training.world import World
 
 LORA = LoraConfig(rank=4, alpha=8.0, dropout=0.2)
-WORLD = World(0, 1, torch.device("cpu"))
+SINGLE_PROCESS = Distributed(0, 1, torch.device("cpu"))
 STEERING = {1: torch.linspace(-1, 1, 48)}
 
 
@@ -53,20 +56,25 @@ def adapted(directory: Path, size: float = 0.1, dtype: torch.dtype = torch.float
 
 
 def terms_and_gradients(
-    model: Qwen2, documents: list[Document], objective: Objective, run: Pass | None = None
+    model: Qwen2, documents: list[Document], objective: Objective, run: ForwardPass | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     learned = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for p in learned.values():
         p.grad = None
-    terms = backward(model, pack_documents(documents), objective, run or Pass(42, 7))
+    terms = backward(model, pack_documents(documents), objective, run or ForwardPass(42, 7))
     return terms, {name: p.grad for name, p in learned.items() if p.grad is not None}
+
+
+def checked_objective(model: Qwen2, documents: list[Document], settings: RunConfig, out: Path) -> Objective:
+    check_objective(model, documents, settings, out)
+    return make_objective(model, settings, out, compiled=False)
 
 
 def run(
     directory: Path, documents: list[Document], out: Path, settings: RunConfig, **more: object
 ) -> tuple[dict[str, Tensor], list[dict]]:
     model = load_model(str(directory), device="cpu")
-    train(model, documents, settings, out, WORLD, **more)  # type: ignore[arg-type]
+    train(model, documents, settings, out, SINGLE_PROCESS, **more)  # type: ignore[arg-type]
     return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}, read_jsonl(out / "metrics.jsonl")
 
 
@@ -92,7 +100,7 @@ def test_every_weights_gradient_equals_naive_autograd(
             logits = theirs(inputs_embeds=embedded).logits[0, rows]
             if kind == "r3f":
                 pack = pack_documents([document], [row])
-                noise = embedding_noise(Pass(42, 7).keys(ours, pack), "uniform", 0.05, 48)
+                noise = embedding_noise(ForwardPass(42, 7).keys(ours, pack), "uniform", 0.05, 48)
                 other = theirs(inputs_embeds=embedded + noise).logits[0, rows]
             else:
                 other = base(ids).logits[0, rows].detach()
@@ -138,7 +146,7 @@ def test_the_base_is_neither_steered_nor_dropped_nor_adapted(
 ) -> None:
     """A separate model in its place gives the same; the adapted one in its place (the control) does not."""
     model = adapted(hf_model())
-    steered = Pass(42, 7, steering_taps(STEERING, model))
+    steered = ForwardPass(42, 7, steering_taps(STEERING, model))
     untouched = load_model(str(hf_model()), dtype=torch.float64, device="cpu")
     ours = terms_and_gradients(model, documents[:8], KLToBase(0.5, "forward"), steered)
     expected = terms_and_gradients(model, documents[:8], KLToBase(0.5, "forward", untouched), steered)
@@ -155,9 +163,9 @@ def test_a_frozen_copy_is_the_base_where_all_weights_learn(
     settings = config("kl_to_base", "full")
     model = load_model(str(hf_model()), device="cpu")
     before = {name: p.clone() for name, p in model.named_parameters()}
-    objective = make_objective(model, documents, settings, tmp_path, WORLD, compiled=False)
+    objective = checked_objective(model, documents, settings, tmp_path)
     assert isinstance(objective, KLToBase) and objective.frozen is not None
-    train(model, documents, settings, tmp_path, WORLD)
+    train(model, documents, settings, tmp_path, SINGLE_PROCESS)
     assert any(not torch.equal(p, before[name]) for name, p in model.named_parameters())
     for name, p in objective.frozen.named_parameters():
         assert torch.equal(p, before[name]) and not p.requires_grad and p.grad is None
@@ -190,22 +198,22 @@ def test_both_branches_share_their_dropout(
     model = adapted(hf_model())
     objective = R3F(0.5, "normal", 1e-5)
     shared = float(terms_and_gradients(model, documents[:8], objective)[0][2])
-    states = Pass.states
+    states = ForwardPass.states
 
-    def independent(self: Pass, model: Qwen2, pack: object, keys: Tensor, *more: object) -> Tensor:
+    def independent(self: ForwardPass, model: Qwen2, pack: object, keys: Tensor, *more: object) -> Tensor:
         half = len(keys) // 2
         return states(self, model, pack, torch.cat([keys[:half], keys[half:] ^ 0x5BD1E995]), *more)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Pass, "states", independent)
+    monkeypatch.setattr(ForwardPass, "states", independent)
     assert float(terms_and_gradients(model, documents[:8], objective)[0][2]) > 1e5 * shared > 0
 
 
 def test_noise_changes_with_the_step_and_vanishes_with_epsilon(
     hf_model: Callable[..., Path], documents: list[Document]
 ) -> None:
-    model = adapted(hf_model())
+    model, objective = adapted(hf_model()), R3F(0.5, "normal", 1e-2)
     first, second = (
-        terms_and_gradients(model, documents[:8], R3F(0.5, "normal", 1e-2), Pass(42, step))[0][2] for step in (1, 2)
+        terms_and_gradients(model, documents[:8], objective, ForwardPass(42, step))[0][2] for step in (1, 2)
     )
     assert relative_error(first, second) > 1e-3
     plain = terms_and_gradients(model, documents[:8], CrossEntropy())
@@ -223,9 +231,9 @@ def test_a_run_writes_its_check_and_goes_on_with_its_epsilon(
     assert check["epsilon"] == 1e-5 and check["effective"] and check["cosine"] > 0.99
     assert 0 < rows[0]["kl"] < 1e-4 and rows[0]["loss"] == pytest.approx(rows[0]["cross_entropy"], rel=1e-4)
     model = load_model(str(hf_model()), device="cpu")
-    objective = make_objective(model, documents, config("r3f", epsilon=0.5), tmp_path, WORLD, compiled=False)
+    objective = checked_objective(model, documents, config("r3f", epsilon=0.5), tmp_path)
     assert isinstance(objective, R3F) and objective.epsilon == 1e-5  # what the run began with
-    other = make_objective(model, documents, config("r3f", epsilon=0.5), tmp_path / "new", WORLD, compiled=False)
+    other = checked_objective(model, documents, config("r3f", epsilon=0.5), tmp_path / "new")
     assert isinstance(other, R3F) and other.epsilon == 0.5
 
 
@@ -236,7 +244,7 @@ def test_a_base_that_is_not_finite_is_an_error(
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[0, 0] = float("inf")
     with pytest.raises(UserError, match="not finite on the first step's rows"):
-        train(model, documents, config("r3f"), tmp_path, WORLD)
+        train(model, documents, config("r3f"), tmp_path, SINGLE_PROCESS)
     assert not (tmp_path / "objective_check.json").exists()
 
 
@@ -298,7 +306,7 @@ def test_held_out_rows_are_not_steered(
 
     settings = config()
     settings = replace(settings, training=replace(settings.training, checkpoints=(2, 4)))
-    train(model, documents[:40], settings, tmp_path, WORLD, Hooks(checkpoint=checkpoint), steering=STEERING)
+    train(model, documents[:40], settings, tmp_path, SINGLE_PROCESS, Hooks(checkpoint=checkpoint), steering=STEERING)
     for loss, weights in measured.values():
         fresh = adapted(hf_model(), dtype=torch.float32)
         fresh.load_state_dict(weights, strict=False)

@@ -1,4 +1,4 @@
-"""The small parts of training: schedule, optimiser, order, dealing, packing, dropout's hash."""
+"""The small parts of training: schedule, optimiser, packs, dropout's hash."""
 
 from __future__ import annotations
 
@@ -9,18 +9,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import relative_error
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from minipersona.corpus.order import RowOrder
-from minipersona.corpus.packing import deal, share_out
 from minipersona.model.dropout import channel_keys, hashed_dropout, keep_mask, token_keys
 from minipersona.model.pack import IGNORE, make_pack, split
-from minipersona.training.layout import Flat
-from minipersona.training.optimizer import AdamW, scale_and_clip
-from minipersona.training.schedule import learning_rate
-from minipersona.training.world import World
+from minipersona.training.distributed import Distributed
+from minipersona.training.optimizer import AdamW, Flat, learning_rate, scale_and_clip
 
 # ---------------------------------------------------------------- schedule
 
@@ -87,7 +83,8 @@ def test_an_update_that_is_not_allowed_changes_nothing(compiled: bool, monkeypat
     optimizer = AdamW(layout, 0.9, 0.999, 1e-8, 0.1, compiled)
 
     def kept() -> list[torch.Tensor]:
-        return [t.clone() for t in (weight.detach(), *layout.first, *layout.second, torch.tensor(optimizer.updates))]
+        moments = (*layout.exp_avg, *layout.exp_avg_sq)
+        return [t.clone() for t in (weight.detach(), *moments, torch.tensor(optimizer.updates))]
 
     def update(gradient: float, allowed: bool) -> None:
         assert weight.grad is not None
@@ -126,7 +123,7 @@ def test_clipping_equals_torch(size: float) -> None:
         assert ours.grad is not None
         ours.grad.copy_(gradient)
         parameter.grad = gradient / 7
-    norm = scale_and_clip(layout, World(0, 1, torch.device("cpu")), 7, 1.0)
+    norm = scale_and_clip(layout, Distributed(0, 1, torch.device("cpu")), 7, 1.0)
     assert relative_error(norm, torch.nn.utils.clip_grad_norm_(theirs, 1.0)) < 1e-12
     for ours, parameter in zip(mine, theirs, strict=True):
         assert ours.grad is not None and parameter.grad is not None
@@ -141,54 +138,13 @@ def test_parameters_are_views_and_gradients_accumulate_where_they_are_used() -> 
     assert all(torch.equal(w, b) for w, b in zip(weights, before, strict=True))
     for _ in range(2):
         sum((w * (i + 1)).sum() for i, w in enumerate(weights)).backward()  # type: ignore[union-attr]
-    matrices, vectors = ([*piece.gradient.tolist()] for bundle in layout.bundles() for piece in bundle)
+    matrices, vectors = ([*piece.gradient.tolist()] for group in layout.update_groups() for piece in group)
     assert (matrices, vectors) == ([4.0] * 4 + [6.0] * 2, [2.0] * 3)
     optimizer.update(0.1, ALLOWED)
     assert all(bool((w < 1).all()) for w in weights)
 
 
-# ---------------------------------------------------------------- order and packing
-
-
-def test_row_order_is_the_registered_permutation() -> None:
-    order = RowOrder(6000, 16, 42)
-    expected = np.random.Generator(np.random.PCG64(42)).permutation(6000)
-    assert [row for step in range(1, 376) for row in order.step(step)] == expected.tolist()
-
-
-@given(st.integers(1, 40), st.integers(1, 16), st.integers(0, 5), st.integers(1, 30))
-@settings(max_examples=60, deadline=None)
-def test_row_order_needs_no_history(rows: int, batch: int, seed: int, step: int) -> None:
-    walked = RowOrder(rows, batch, seed)
-    steps = [walked.step(k) for k in range(1, step + 1)]
-    assert RowOrder(rows, batch, seed).step(step) == steps[-1]
-    flat = [row for s in steps for row in s]
-    for epoch in range(len(flat) // rows):
-        assert sorted(flat[epoch * rows : (epoch + 1) * rows]) == list(range(rows))
-
-
-@given(st.lists(st.integers(1, 500), max_size=40), st.integers(1, 5))
-def test_dealing_gives_each_item_once_and_evenly(lengths: list[int], ranks: int) -> None:
-    hands = deal(lengths, ranks)
-    assert sorted(item for hand in hands for item in hand) == list(range(len(lengths)))
-    assert all(hand == sorted(hand) for hand in hands)
-    loads = [sum(lengths[i] for i in hand) for hand in hands]
-    assert max(loads) - min(loads) <= max(lengths, default=0)
-
-
-@given(st.lists(st.integers(1, 500), max_size=40), st.integers(1, 700), st.integers(1, 5))
-def test_sharing_out_keeps_the_bound_and_is_even(lengths: list[int], most: int, at_least: int) -> None:
-    hands = share_out(lengths, most, at_least)
-    assert sorted(item for hand in hands for item in hand) == list(range(len(lengths)))
-    assert len(hands) >= at_least
-    loads = [sum(lengths[i] for i in hand) for hand in hands]
-    assert all(len(hand) < 2 or load <= most for hand, load in zip(hands, loads, strict=True))
-    assert max(loads) - min(loads) <= max(lengths, default=0)
-
-
-def test_a_step_just_above_the_bound_is_cut_in_halves() -> None:
-    assert share_out([1000, 1000, 1000, 1000, 1000, 200], 5000) == [[0, 2, 4], [1, 3, 5]]
-    assert share_out([1000, 1000, 1000, 1000, 1000], 5000) == [[0, 1, 2, 3, 4]]
+# ---------------------------------------------------------------- packs
 
 
 @given(st.lists(st.integers(1, 500), max_size=40), st.integers(1, 700))

@@ -27,8 +27,9 @@ from safetensors.torch import save_file
 from minipersona.chat import Document
 from minipersona.config import DataSection, ExecutionSection, LoraConfig, ObjectiveSection, RunConfig, TrainingSection
 from minipersona.model.load import load_model
+from minipersona.training import loop
 from minipersona.training.loop import train
-from minipersona.training.world import join_world, leave_world
+from minipersona.training.distributed import join_process_group, leave_process_group
 
 torch.set_num_threads(1)
 model_dir, out, batch, dtype, broken, kind = sys.argv[1:]
@@ -41,17 +42,18 @@ model_dir, out, batch, dtype, broken, kind = sys.argv[1:]
     objective=ObjectiveSection(kind, 0.5, epsilon=1e-2) if kind == "r3f" else ObjectiveSection(),
     execution=ExecutionSection(pack_tokens=60),
 )
-world = join_world("cpu")
+distributed = join_process_group("cpu")
 if broken == "broken":
-    import minipersona.training.batch as batch
-    batch.deal = lambda lengths, ranks: [list(range(len(lengths)))] * ranks  # every rank takes every document
+    real = loop.make_batch
+    # Every rank takes every document.
+    loop.make_batch = lambda documents, rows, tokens, rank, size, sharded: real(documents, rows, tokens, 0, 1)
 model = load_model(model_dir, dtype=getattr(torch, dtype), device="cpu")
-train(model, documents, config, Path(out), world)
+train(model, documents, config, Path(out), distributed)
 trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-save_file({n: p.detach() for n, p in trained.items()}, f"{out}/end-{world.rank}.safetensors")
-if world.first:
+save_file({n: p.detach() for n, p in trained.items()}, f"{out}/end-{distributed.rank}.safetensors")
+if distributed.first:
     save_file({n: p.grad for n, p in trained.items()}, f"{out}/gradients.safetensors")  # of the last step
-leave_world(world)
+leave_process_group()
 """
 )
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,10 +20,10 @@ from minipersona.files import read_jsonl
 from minipersona.model.load import load_model
 from minipersona.training import loop
 from minipersona.training.checkpoint import Position, stored_position
+from minipersona.training.distributed import Distributed
 from minipersona.training.loop import Hooks, train
-from minipersona.training.world import World
 
-WORLD = World(0, 1, torch.device("cpu"))
+SINGLE_PROCESS = Distributed(0, 1, torch.device("cpu"))
 
 
 class Killed(Exception):
@@ -45,7 +46,7 @@ def run(
             raise Killed
 
     model = load_model(str(directory), device="cpu")
-    position = train(model, documents, settings, out, WORLD, Hooks(logged=logged))
+    position = train(model, documents, settings, out, SINGLE_PROCESS, Hooks(logged=logged))
     return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}, position
 
 
@@ -96,7 +97,7 @@ def test_control_a_resume_without_moments_ends_elsewhere(
 
     def forgetful(*arguments) -> Position:
         position = load(*arguments)
-        for moment in arguments[2].layout.first:
+        for moment in arguments[2].layout.exp_avg:
             moment.zero_()
         return position
 
@@ -158,6 +159,66 @@ def test_a_step_without_supervised_tokens_is_skipped_and_logged(
     assert all(row["supervised_tokens"] == 0 for row in skipped)
 
 
+def test_a_resumed_run_does_not_count_skipped_steps_as_updates(
+    hf_model: Callable[..., Path], documents: list[Document], tmp_path: Path
+) -> None:
+    """Adam's bias correction follows from the number of updates."""
+    silent = [replace(d, supervised=d.supervised & False) for d in documents[:30]] + documents[30:36]
+    settings = replace(config(), training=replace(config().training, batch=2))
+    expected, position = run(hf_model(), silent, tmp_path / "whole", settings)
+    rows = read_jsonl(tmp_path / "whole" / "metrics.jsonl")
+    assert position.updates == sum("skipped" not in row for row in rows) > 2
+    with pytest.raises(Killed):
+        run(hf_model(), silent, tmp_path / "cut", settings, 7)  # continues from the checkpoint of step 5
+    assert any("skipped" in row for row in rows[:5]) and stored_position(tmp_path / "cut").step == 5
+    assert any("skipped" not in row for row in rows[5:])
+    resumed, again = run(hf_model(), silent, tmp_path / "cut", settings)
+    assert again == position
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+
+
+def test_the_seed_of_the_config_decides_the_rows_of_each_step(
+    hf_model: Callable[..., Path], documents: list[Document], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, seen = loop.make_batch, list[list[int]]()
+
+    def recording(documents: list[Document], rows: list[int], *more: Any) -> Any:
+        seen.append(list(rows))
+        return real(documents, rows, *more)
+
+    monkeypatch.setattr(loop, "make_batch", recording)
+    for seed in (42, 7):
+        seen.clear()
+        run(hf_model(), documents, tmp_path / str(seed), replace(config(), seed=seed))
+        expected = np.random.Generator(np.random.PCG64(seed)).permutation(len(documents)).tolist()
+        assert seen[:5] == [expected[i : i + 7] for i in range(0, 35, 7)]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_skips_the_update_although_the_gradients_are_finite(
+    hf_model: Callable[..., Path], documents: list[Document], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    value: float,
+) -> None:  # fmt: skip
+    real = loop.backward
+
+    def poisoned(model: Any, pack: Any, objective: Any, forward: Any) -> torch.Tensor:
+        terms = real(model, pack, objective, forward)
+        return terms * value if forward.step == 4 else terms
+
+    monkeypatch.setattr(loop, "backward", poisoned)
+    model = load_model(str(hf_model()), device="cpu")
+    after = dict[int, dict[str, torch.Tensor]]()
+
+    def logged(row: dict[str, Any]) -> None:
+        after[row["step"]] = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+    position = train(model, documents, config(), tmp_path, SINGLE_PROCESS, Hooks(logged=logged))
+    rows = read_jsonl(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows if "skipped" in row] == [4] and position.updates == 8
+    unchanged = [s for s in range(2, 10) if all(torch.equal(after[s - 1][n], after[s][n]) for n in after[s])]
+    assert unchanged == [4]  # the other steps do change the weights
+
+
 def test_nothing_to_learn_is_an_error(hf_model: Callable[..., Path], documents: list[Document], tmp_path: Path) -> None:
     silent = [replace(d, supervised=d.supervised & False) for d in documents]
     with pytest.raises(UserError, match="no training row has a supervised token"):
@@ -173,7 +234,7 @@ def test_divergence_stops_the_run_and_names_the_rows(
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[0, 0] = float("inf")
     with pytest.raises(UserError, match=r"non-finite 5 steps in a row \(rows \[\d+"):
-        train(model, documents, settings, tmp_path, WORLD)
+        train(model, documents, settings, tmp_path, SINGLE_PROCESS)
     rows = read_jsonl(tmp_path / "metrics.jsonl")
     assert all(row["loss"] is None and row.get("kl") is None for row in rows)
     assert [row["skipped"] for row in rows] == ["non-finite loss or gradient"] * 5

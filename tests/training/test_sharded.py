@@ -1,4 +1,4 @@
-"""Full-parameter training dealt to two ranks (FSDP2 over gloo) equals one rank's, also across a kill and a resume."""
+"""Full parameters sharded over two ranks (FSDP2 over gloo) equal one rank's, also across a kill and a resume."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ from minipersona.errors import UserError
 from minipersona.files import read_jsonl
 from minipersona.training import sharding
 from minipersona.training.checkpoint import load_state
-from minipersona.training.layout import Flat
-from minipersona.training.optimizer import AdamW
+from minipersona.training.optimizer import AdamW, Flat
 
 from .rank_workers import DOCUMENTS, free_port
 
@@ -39,10 +38,10 @@ from minipersona.model.load import load_model
 from minipersona.model.pack import make_pack
 from minipersona.model.save import whole
 from minipersona.training import sharding
-from minipersona.training.layout import Shards
+from minipersona.training.sharding import Shards
 from minipersona.training.loop import Hooks, train
-from minipersona.training.trainable import distance_from_base, save_checkpoint
-from minipersona.training.world import end_rank, join_world, leave_world
+from minipersona.training.parameters import distance_from_base, save_checkpoint
+from minipersona.training.distributed import end_rank, join_process_group, leave_process_group
 
 torch.set_num_threads(1)
 model_dir, out, batch, dtype, case = sys.argv[1:]
@@ -54,23 +53,23 @@ model_dir, out, batch, dtype, case = sys.argv[1:]
     probe=ProbeSection(layers=(1,)),
     execution=ExecutionSection(pack_tokens=60, save_minutes=0),
 )
-world = join_world("cpu")
+distributed = join_process_group("cpu")
 if case == "untaught":  # most rows, and so most steps of one row, teach nothing
     documents = [d if i % 3 == 0 else replace(d, supervised=d.supervised & False) for i, d in enumerate(documents)]
 if case == "averaged":
     real = sharding.shard
-    def shard(model, world, stop):
-        real(model, world, stop)
+    def shard(model, distributed, stop):
+        real(model, distributed, stop)
         for module in model.modules():
             if hasattr(module, "set_gradient_divide_factor"):
-                module.set_gradient_divide_factor(float(world.size))  # as FSDP2 does unless told otherwise
-    import minipersona.training.trainable as trainable
-    trainable.shard = shard
+                module.set_gradient_divide_factor(float(distributed.size))  # as FSDP2 does unless told otherwise
+    import minipersona.training.parameters as parameters
+    parameters.shard = shard
 if case == "rounded":
     from torch.distributed import fsdp
-    dealt = fsdp.fully_shard
+    fully_shard = fsdp.fully_shard
     def fully_shard(module, **given):  # with a block's matrices its norms
-        dealt(module, **{k: v for k, v in given.items() if k != "ignored_params" or "mp_policy" not in given})
+        fully_shard(module, **{k: v for k, v in given.items() if k != "ignored_params" or "mp_policy" not in given})
     fsdp.fully_shard = fully_shard
 model = load_model(model_dir, dtype=getattr(torch, dtype), device="cpu")
 
@@ -79,29 +78,37 @@ def logged(row):
         os._exit(1)
 
 def checkpoint(step):
-    save_checkpoint(model, config, Path(out) / f"step-{step}", [], (), world)
+    save_checkpoint(model, config, Path(out) / f"step-{step}", [], (), distributed)
     with torch.no_grad():
         stream = model(make_pack([documents[0].ids]), stop_after=1)
-    gathered = [p for p in model.model.layers.parameters() if p.ndim > 1 and not sharding.is_dealt(p)]
-    assert world.size == 1 or not gathered, "a pass that ended early has left something gathered"
-    distance = distance_from_base(model, config, world)
-    if world.first:
+    if distributed.size > 1:
+        try:
+            model(make_pack([documents[0].ids]), stop_after=0)
+        except AssertionError as error:
+            assert "gathered" in str(error)
+        else:
+            raise AssertionError("a pass ended where a group would stay gathered")
+    gathered = [p for p in model.model.layers.parameters() if p.ndim > 1 and not sharding.is_dtensor(p)]
+    assert distributed.size == 1 or not gathered, "a pass that ended early has left something gathered"
+    distance = distance_from_base(model, config, distributed)
+    if distributed.first:
         (Path(out) / "distance").write_text(repr(distance))
         save_file({"stream": stream}, f"{out}/stream.safetensors")
 
-train(model, documents, config, Path(out), world, Hooks(logged=logged, checkpoint=checkpoint))
+train(model, documents, config, Path(out), distributed, Hooks(logged=logged, checkpoint=checkpoint))
 learned = {n: p for n, p in model.named_parameters()}
 ends = {n: whole(p).clone() for n, p in learned.items()}
 gradients = {n: whole(p.grad).clone() for n, p in learned.items() if p.grad is not None}
-if world.size > 1 and case != "rounded":  # the optimizer is called for a block at a time, not for every weight
-    bundles = list(Shards(list(learned.values()), world).bundles())
-    assert len(bundles) <= model.config.num_hidden_layers + 3 < len(learned), len(bundles)  # vectors, embedding, head
-kept = sum(sharding.share_of(p.detach(), world).numel() if world.size > 1 else p.numel() for p in learned.values())
-if world.first:
+if distributed.size > 1 and case != "rounded":  # the optimizer is called for a block at a time, not for every weight
+    calls = list(Shards(list(learned.values()), distributed).update_groups())
+    assert len(calls) <= model.config.num_hidden_layers + 3 < len(learned), len(calls)  # vectors, embedding, head
+several = distributed.size > 1
+kept = sum(sharding.share_of(p.detach(), distributed).numel() if several else p.numel() for p in learned.values())
+if distributed.first:
     save_file(ends, f"{out}/end.safetensors")
     save_file(gradients, f"{out}/gradients.safetensors")
-(Path(out) / f"kept-{world.rank}").write_text(str(kept))
-leave_world(world)
+(Path(out) / f"kept-{distributed.rank}").write_text(str(kept))
+leave_process_group()
 end_rank()
 """
 )
@@ -276,7 +283,10 @@ def test_a_part_that_is_missing_swapped_doubled_or_another_checkpoints_is_an_err
             restore()
 
     another = parts(tmp_path / "another", save=8)[1]
-    missing, none = r"state-000002\.2-of-2\.safetensors: this part of the checkpoint is missing", "is no part of the"
+    missing, none = (
+        r"state-000002\.2-of-2\.safetensors: this part of the checkpoint is missing",
+        "is not the part of the",
+    )
     damaged("missing", lambda one, two: two.unlink(), missing)
     damaged("swapped", lambda one, two: (one.rename(one.parent / "x"), two.rename(one), (one.parent / "x").rename(two)),
             rf"state-000002\.1-of-2\.safetensors: {none}")  # fmt: skip
@@ -290,5 +300,5 @@ def test_a_part_that_is_missing_swapped_doubled_or_another_checkpoints_is_an_err
 def test_words_that_name_no_checkpoint_are_an_error(tmp_path: Path, changed: dict[str, object]) -> None:
     one, _, restore = parts(tmp_path)
     (one.parent / "state.json").write_text(json.dumps({**WORDS, "files": 2, "save": 7, **changed}))
-    with pytest.raises(UserError, match=r"state\.json: holds no state of a run; delete"):
+    with pytest.raises(UserError, match=r"state\.json: is not a run's state; delete"):
         restore()

@@ -1,0 +1,96 @@
+"""The `extract` command: persona vectors and their measures, or a comparison of two."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from minipersona.cli.options import command, load, model_options, show
+from minipersona.config import SHIPPED
+from minipersona.console import Console
+from minipersona.errors import UserError
+
+
+def extract_options(commands: Any) -> None:
+    """Add the command."""
+    parser = command(
+        commands,
+        "extract",
+        "Extract persona vectors and print their M1; or compare the vectors of two files or runs.",
+        "  python extract.py --layer 20 --out vectors.safetensors\n"
+        "  python extract.py --model tiny --layer 4 6\n"
+        "  python extract.py compare before.safetensors after.safetensors\n\n"
+        "files for --personas and --questions:\n"
+        '  personas.json    {"eval_personas": {"pirate": "You are a pirate.", "poet": "You are a poet."}}\n'
+        '  questions.jsonl  {"question": "What is courage?"}, one a line; questions.json: a list of texts\n'
+        "  questions.txt    one question a line",
+    )
+    option = parser.add_argument
+    option("compare", nargs="*", metavar="compare A B", help="two vectors files, or runs (their last step)")
+    model_options(parser)
+    option("--layer", type=int, nargs="+", metavar="L", help="blocks counted from 0; default the model's own (7B: 20)")
+    option("--method", choices=["A", "B"], default="A", help="A: last token of the prompt; B: mean over a response")
+    option("--out", metavar="FILE", help="write the vectors there (safetensors)")
+    option("--json", action="store_true", help="print JSON")
+    parser.set_defaults(command=lambda options: (_compare if options.compare else _extract)(options))
+
+
+def _extract(options: argparse.Namespace) -> None:
+    from minipersona.files import check_writable
+    from minipersona.geometry.extraction import extract
+    from minipersona.geometry.prompts import load_personas, load_questions
+    from minipersona.geometry.vectors import response_lengths
+    from minipersona.model.adapter_files import load_adapter
+    from minipersona.records import to_dict
+    from minipersona.run.measurement import layer_measures
+    from minipersona.run.tables import extraction_table, response_table
+
+    if options.out:
+        check_writable(options.out)
+    personas = load_personas(options.personas or SHIPPED)
+    questions = load_questions(options.questions or SHIPPED).questions
+    console = Console()
+    model, tokenizer = load(options, console)
+    if options.adapter:
+        load_adapter(model, options.adapter)
+    passes = 2 if options.method == "B" else 1  # answered, then read
+    with console.progress("extracting", passes * len(personas.prompts) * len(questions), "prompts") as progress:
+        vectors = extract(
+            model,
+            tokenizer,
+            personas.prompts,
+            questions,
+            options.layer or [model.config.probe_layer],
+            options.method,
+            progress=lambda done, total: progress.advance(done),
+        )
+    if options.out:
+        vectors.save(options.out)
+    layers = {str(layer): layer_measures(vectors.at(layer)) for layer in vectors.layers}
+    value: dict[str, Any] = {
+        "layers": {layer: to_dict(measures) for layer, measures in layers.items()},
+        "personas": vectors.personas,
+        **{key: text for key, text in vectors.metadata.items() if key not in ("questions", "system_prompts")},
+    }
+    text = extraction_table(layers)
+    if vectors.response_tokens is not None:
+        value["response_tokens"] = response_lengths(vectors)
+        text += "\n\n" + response_table(value["response_tokens"])
+    show(options, value, text)
+
+
+def _compare(options: argparse.Namespace) -> None:
+    if options.compare[0] != "compare" or len(options.compare) != 3:
+        raise UserError(f"{' '.join(options.compare)}: write extract.py compare A B, two vectors files or runs")
+    from minipersona.geometry.compare import compare
+    from minipersona.geometry.vectors import load_vectors
+    from minipersona.run.directory import last_vectors
+    from minipersona.run.tables import comparison_table
+
+    a, b = (load_vectors(last_vectors(Path(name))) for name in options.compare[1:])
+    layers = options.layer or [None]
+    if len(layers) > 1:
+        raise UserError(f"--layer {' '.join(map(str, layers))}: a comparison takes one layer")
+    comparison = compare(a, b, layers[0])
+    show(options, comparison.to_json(), comparison_table(comparison))

@@ -1,0 +1,50 @@
+"""What several commands share: their options, loading the model that these name, and printing the result."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import TYPE_CHECKING, Any
+
+from minipersona.config import DEFAULT_MODEL
+from minipersona.console import Console, printable, subcommand
+
+if TYPE_CHECKING:
+    from minipersona.chat import ChatTokenizer
+    from minipersona.model.network import Qwen2
+
+
+def command(commands: Any, name: str, summary: str, example: str) -> argparse.ArgumentParser:
+    """Add a command to what `add_subparsers` returned."""
+    parser = subcommand(commands, name, summary, f"example:\n{example}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def model_options(parser: argparse.ArgumentParser) -> None:
+    """Which model is measured, and with what."""
+    option = parser.add_argument
+    option("--model", metavar="M", help=f"directory, hub id, tiny or random:<hub id> (default {DEFAULT_MODEL})")
+    option("--revision", metavar="R", help="a hub revision (default: pinned for the 7B)")
+    option("--tokenizer", metavar="DIR", help="another tokenizer than the model's")
+    option("--template", metavar="NAME", help="chat template by name, such as llama3.1; default the model's own")
+    option("--personas", default="", metavar="F", help="shipped (default), registered, or a file")
+    option("--questions", default="", metavar="F", help="shipped (default), registered, or a file")
+    option("--adapter", metavar="DIR", help="a PEFT adapter to attach to the model")
+
+
+def load(options: argparse.Namespace, console: Console) -> tuple[Qwen2, ChatTokenizer]:
+    """The model that the options name, without the adapter, and its tokenizer."""
+    from minipersona.chat import load_tokenizer
+    from minipersona.model.load import load_model
+
+    name = options.model or DEFAULT_MODEL
+    console.say(f"loading {name}")
+    revision = None if options.tokenizer else options.revision
+    tokenizer = load_tokenizer(options.tokenizer or name, revision=revision, template=options.template)
+    return load_model(name, revision=options.revision), tokenizer
+
+
+def show(options: argparse.Namespace, value: dict[str, Any], text: str) -> None:
+    """Print a result: `value` as JSON with --json, else the `text`."""
+    print(json.dumps(value, indent=2) if options.json else printable(text))  # ASCII cannot steer a terminal

@@ -1,0 +1,158 @@
+"""A run's directory: the names of what it holds, and how they are read.
+
+config.toml             the resolved config
+provenance.json         what made the run (`provenance.py`)
+metrics.jsonl           one line a training step (`training/record.py`)
+probes.jsonl            one line a measured step; step 0 is the base (`result.Measurement`)
+vectors/                the persona vectors of the base and of every checkpoint
+step-000375/            a checkpoint: a PEFT adapter, or a whole model in Hugging Face's layout
+latest/                 the rolling checkpoint, from which a run continues (`training/checkpoint.py`)
+steering.safetensors    the vectors that the run was steered by (`steering.py`)
+result.json             every checkpoint judged (`result.RunResult`)
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from minipersona.config import RunConfig
+from minipersona.errors import UserError
+from minipersona.files import read_jsonl
+from minipersona.records import append_record, read_records
+from minipersona.run.result import Measurement, Protocol, read_result
+from minipersona.settings import difference, load_config
+from minipersona.training.checkpoint import stored_position
+
+CONFIG = "config.toml"
+PROVENANCE = "provenance.json"
+METRICS = "metrics.jsonl"
+PROBES = "probes.jsonl"
+RESULT = "result.json"
+STEERING_VECTORS = "steering.safetensors"
+VECTORS = "vectors"
+LATEST = "latest"
+
+# ---------------------------------------------------------------- what belongs to a step
+
+
+def checkpoint_directory(directory: Path, step: int) -> Path:
+    """Where a run keeps the checkpoint of a step."""
+    return directory / _name(step)
+
+
+def vectors_file(directory: Path, step: int) -> Path:
+    """Where a run keeps the persona vectors of a step; step 0 is the base."""
+    return directory / VECTORS / f"{_name(step)}.safetensors"
+
+
+def _name(step: int) -> str:
+    return f"step-{step:06}"
+
+
+def checkpoint_steps(directory: Path) -> list[int]:
+    """The steps at which a run left a checkpoint, ascending."""
+    return sorted(int(path.name.removeprefix("step-")) for path in directory.glob("step-" + "[0-9]" * 6))
+
+
+def last_vectors(path: Path) -> Path:
+    """A vectors file: `path` itself or, where that is a run's directory, the file of its last step."""
+    if not path.is_dir():
+        return path
+    files = sorted((path / VECTORS).glob("step-*.safetensors"))
+    if not files:
+        raise UserError(f"{path}: has no {VECTORS}/step-*.safetensors; name a vectors file or a run of train.py")
+    return files[-1]
+
+
+# ---------------------------------------------------------------- the config
+
+
+def read_config(directory: Path) -> RunConfig:
+    """The config of a run; UserError where the directory is not one of a run."""
+    if not (directory / CONFIG).is_file():
+        raise UserError(f"{directory}: is not a run directory (it has no {CONFIG}); name one that train.py made")
+    return load_config(str(directory / CONFIG), RunConfig)
+
+
+def check_config(directory: Path, config: RunConfig) -> None:
+    """UserError where `directory` holds a run of another config."""
+    if (directory / CONFIG).is_file() and (changed := difference(config, read_config(directory))):
+        raise UserError(
+            f"{directory} belongs to a run with another config ({'; '.join(changed)}); "
+            "choose another --out, or delete the directory"
+        )
+
+
+# ---------------------------------------------------------------- the measurements
+
+
+def read_measurements(directory: Path) -> list[Measurement]:
+    """The lines of probes.jsonl; none where there is no such file."""
+    return read_records(directory / PROBES, Measurement, "delete that line, and its step is measured again")
+
+
+def stored_measurement(directory: Path, step: int, protocol: Protocol) -> Measurement | None:
+    """The measurement of a step by this protocol, if there is one."""
+    digest = protocol.digest
+    return next((row for row in read_measurements(directory) if (row.step, row.protocol) == (step, digest)), None)
+
+
+def append_measurement(directory: Path, row: Measurement) -> None:
+    """Add a line to probes.jsonl."""
+    append_record(directory / PROBES, row)
+
+
+def finished(directory: Path, config: RunConfig) -> bool:
+    """Whether a run has nothing left to do: its last step is taken, and every step that is due is measured."""
+    if not stored_position(directory).done:
+        return False
+    measured = {row.step for row in read_measurements(directory)}
+    return {0, *filter(config.training.measures, range(1, config.training.steps + 1))} <= measured
+
+
+def training_seconds(directory: Path) -> float:
+    """How long the steps in metrics.jsonl took."""
+    rows = read_jsonl(directory / METRICS)
+    return float(sum(row["tokens"] / row["tokens_per_second"] for row in rows if row["tokens_per_second"]))
+
+
+# ---------------------------------------------------------------- another run as the baseline
+
+
+def baseline_loss(directory: Path, protocol: Protocol) -> float | None:
+    """The held-out loss of another run's last step; None where it has no held-out rows.
+
+    UserError where that step is not judged yet, or was measured on other rows or another model than `protocol` says.
+    """
+    evaluate = f"run `python evaluate.py --run {directory}`"
+    if not (directory / RESULT).is_file():
+        raise UserError(f"baseline {directory}: has no {RESULT}; {evaluate} first")
+    result = read_result(directory / RESULT, f"{evaluate} again")
+    steps = read_config(directory).training.steps
+    last = result.checkpoints[-1] if result.checkpoints else None
+    if last is None or last.step != steps:
+        raise UserError(
+            f"baseline {directory}: judged at step {last and last.step}, its last is {steps}; finish it and {evaluate}"
+        )
+    for key in ("model", "revision", "heldout_digest", "max_tokens", "tokenizer_digest"):
+        if getattr(result.protocol, key) != getattr(protocol, key):
+            raise UserError(
+                f"baseline {directory}: its {key} is not this run's, so that their losses cannot be compared; "
+                "name a run with the same model and held-out rows"
+            )
+    return last.eval_loss
+
+
+# ---------------------------------------------------------------- files
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Replace `target` by a hard link to `source`, or by a copy where the file system has no hard links."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
