@@ -17,8 +17,10 @@ from minipersona.config import DEFAULT_MODEL
 from minipersona.errors import UserError
 from minipersona.files import read_json
 from minipersona.hub import locate, resolved_revision
-from minipersona.model.config import ModelConfig, known_config, read_config
+from minipersona.model.config import ModelConfig
+from minipersona.model.config_file import read_config
 from minipersona.model.network import Qwen2
+from minipersona.model.sizes import known_config
 from minipersona.model.tensor_file import FLOATS, open_safetensors
 
 RANDOM = "random:"

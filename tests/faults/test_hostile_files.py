@@ -31,7 +31,7 @@ from minipersona.files import data_dir, parse_json, read_json
 from minipersona.geometry.extraction import extract
 from minipersona.geometry.prompts import load_personas, load_questions
 from minipersona.model.adapter_files import load_adapter, read_adapter_config, save_adapter
-from minipersona.model.config import read_config
+from minipersona.model.config_file import read_config
 from minipersona.model.load import load_model
 from minipersona.model.lora import adapters, apply_lora
 from minipersona.model.network import Qwen2
