@@ -26,6 +26,7 @@ class ModelSection:
     name: str = DEFAULT_MODEL  # a directory, a hub id, tiny, or random:<hub id or directory>
     revision: str = ""  # a hub revision; empty is the pinned one, or the newest where none is pinned
     tokenizer: str = ""  # empty is the model's own
+    template: str = ""  # a chat template by name; empty is the tokenizer's own, where that is known
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"  # auto: bfloat16 on CUDA, else float32
 
 

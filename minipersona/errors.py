@@ -5,6 +5,11 @@ Everything else that is raised is a bug of ours.
 
 from __future__ import annotations
 
+import contextlib
+import os
+import re
+import urllib.parse
+
 
 class UserError(Exception):
     """A wrong input or setting: one line that names the culprit and the mend.
@@ -32,3 +37,31 @@ class Interrupted(BaseException):
     Like KeyboardInterrupt it is no Exception, so that nothing takes it for a failure. The commands exit with status 75,
     EX_TEMPFAIL of sysexits.h: a scheduler may start them again, and starts nothing that waits for their result.
     """
+
+
+# ---------------------------------------------------------------- what no line may show
+
+
+def redact(text: str) -> str:
+    """`text` without what is secret in it: a server may say back what it was sent, and an address may hold a password.
+
+    Left out are values of environment variables whose name says that they are secret, names and passwords in
+    addresses, and what looks like either.
+    """
+    for name, value in os.environ.items():
+        if _SECRET_NAME.search(name) and len(value.strip()) >= 8:
+            text = text.replace(value.strip(), "***")
+        elif "://" in value and "@" in value:  # a proxy's address, say, or HF_ENDPOINT
+            with contextlib.suppress(ValueError):
+                account = urllib.parse.urlsplit(value.strip()).netloc.rpartition("@")[0]
+                for part in (account, account.partition(":")[2]):
+                    text = text.replace(part, "***") if len(part) >= 4 else text
+    return _SECRET.sub("***", text)
+
+
+_SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|API_?KEY|_KEY$", re.IGNORECASE)
+
+# What looks like a token, a password in an address, the signature in its query.
+_SECRET = re.compile(
+    r"hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|(?<=Bearer )\S+|(?<=Basic )\S+|(?<=://)[^/@\s]+(?=@)|(?<=\?)[^\s'\"]+"
+)

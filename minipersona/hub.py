@@ -7,19 +7,18 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import http.client
+import logging
 import os
 import re
+import threading
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
-from minipersona.errors import UserError
+from minipersona.errors import UserError, redact
 from minipersona.files import FULL, data_dir, room, sha256, sweep_temporaries, write_atomically
 
 # A name without a revision means this one, so that two runs a year apart load the same weights.
@@ -63,18 +62,27 @@ def resolved_revision(directory: Path) -> str | None:
 
 def _download(repository: str, files: Sequence[str], revision: str | None) -> Path:
     # Imported here: the embedded model and local directories must not pay for the network client.
-    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    name = repository if revision is None else f"{repository} at {revision}"
+    absent = hub_absent()
 
     def snapshot() -> str:
         return snapshot_download(
             repository,
             revision=revision,
             allow_patterns=list(files),
-            local_files_only=constants.HF_HUB_OFFLINE,
+            local_files_only=absent is not None,
         )
 
-    with explained(repository if revision is None else f"{repository} at {revision}"):
-        return Path(patiently(snapshot))
+    with explained(name):
+        try:
+            return Path(patiently(snapshot))
+        except LocalEntryNotFoundError:
+            if absent is None:
+                raise
+            raise UserError(f"{name}: not in the local cache, and {absent}") from None
 
 
 def cache_dir(kind: str) -> Path:
@@ -93,6 +101,60 @@ def make_cache_dir(kind: str) -> None:
         raise UserError(
             f"cannot make {cache_dir(kind)}: {error.strerror}; set HF_HOME to a directory that can be written"
         ) from None
+
+
+# ---------------------------------------------------------------- whether there is a server
+
+ANSWER_SECONDS = 3.0  # for any answer at all; the client alone tries for 25
+
+
+def hub_absent() -> str | None:
+    """`absent` of the Hub."""
+    from huggingface_hub import constants
+
+    return absent(constants.ENDPOINT, "HF_ENDPOINT")
+
+
+def absent(base: str, variable: str) -> str | None:
+    """Why the server at `base` cannot be asked, and the mend; None if it answers, be it with a refusal.
+
+    `variable` is the name of the environment variable that says where the server is.
+    """
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set; unset it to fetch this once"
+    if silence := _silence(base):
+        return f"{redact(base)} cannot be reached ({silence}); check the network, the proxy and {variable}"
+    return None
+
+
+@cache
+def _silence(base: str) -> str | None:
+    """Why a server gives no answer, or None. Asked once a process."""
+    from huggingface_hub import get_session
+
+    for handler in logging.getLogger("huggingface_hub").handlers:
+        handler.addFilter(_without_secrets)  # it logs the addresses that it asks again
+    answers: list[str | None] = []
+
+    def ask() -> None:
+        try:
+            get_session().head(base, timeout=ANSWER_SECONDS, follow_redirects=False)
+            answers.append(None)
+        except Exception as error:  # also where the client cannot be made: a SOCKS proxy needs another package
+            answers.append(reason_of(error))
+
+    # A thread, because no timeout covers the look-up of a name, nor all addresses of a server together.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(ANSWER_SECONDS)
+    return answers[0] if answers else f"no answer within {ANSWER_SECONDS:.0f} seconds"
+
+
+def _without_secrets(record: logging.LogRecord) -> bool:
+    record.msg, record.args = redact(record.getMessage()), ()
+    return True
 
 
 # ---------------------------------------------------------------- what goes wrong on the way
@@ -117,13 +179,10 @@ def patiently(call: Callable[[], Result]) -> Result:
 
 def _asked_to_wait(error: BaseException) -> float | None:
     """The seconds that a busy server asks for (0 where it names none); None where waiting is no help."""
-    if isinstance(error, (urllib.error.HTTPError, http.client.IncompleteRead)):
-        status, headers = getattr(error, "code", BUSY[0]), getattr(error, "headers", {})
-    else:
-        response = getattr(_root(error), "response", None)
-        status, headers = getattr(response, "status_code", None), getattr(response, "headers", {})
-    if status not in BUSY:
+    response = getattr(_root(error), "response", None)
+    if getattr(response, "status_code", None) not in BUSY:
         return None
+    headers = response.headers  # type: ignore[union-attr]
     window = re.search(r"\bt=(\d+)", headers.get("RateLimit", ""))
     seconds = headers.get("Retry-After") or (window[1] if window else "")
     return float(seconds) if seconds.isdigit() else 0.0
@@ -152,16 +211,14 @@ def _explanation(error: BaseException) -> str | None:
     """A line on an error of the network, the Hub or its client; None for an error that is none of theirs."""
     from huggingface_hub import constants, errors
 
-    reason = _reason(error)
+    reason, status = reason_of(error), getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, errors.GatedRepoError):
         return f"gated ({reason}); accept its terms on the Hub and set HF_TOKEN"
     if isinstance(error, errors.RevisionNotFoundError):
         return f"no such revision ({reason}); check the name and the revision"
     if isinstance(error, errors.RepositoryNotFoundError):
         return f"not on the Hub, or private ({reason}); check the name, or set HF_TOKEN"
-    if isinstance(error, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)) and constants.HF_HUB_OFFLINE:
-        return "not in the local cache, and HF_HUB_OFFLINE is set; unset it to fetch this once"
-    if isinstance(error, errors.LocalEntryNotFoundError):
+    if isinstance(error, errors.LocalEntryNotFoundError):  # the network went after the Hub had answered
         return "not in the local cache, and the Hub cannot be reached; check the network and HF_ENDPOINT"
     if isinstance(error, (FileNotFoundError, errors.EntryNotFoundError)):
         return f"no such file on the Hub ({reason}); check the path and the revision"
@@ -169,56 +226,32 @@ def _explanation(error: BaseException) -> str | None:
         return (
             f"{reason}; {room(cache_dir('any'))}; free some in {constants.HF_HOME}, or set HF_HOME to another directory"
         )
-    status = getattr(getattr(error, "response", None), "status_code", None)
     if status in (401, 403):
         return f"the Hub refuses ({reason}); check HF_TOKEN and what it permits"
     if status in BUSY:
         return f"the Hub is busy ({reason}); try again later"
-    # The client's transport errors are OSErrors in neither of its versions, which bring httpx or httpx2.
-    if isinstance(error, (OSError, ValueError)) or type(error).__module__.partition(".")[0] in _CLIENTS:
+    if of_the_network(error):
         return f"{reason}; check the network and HF_ENDPOINT, then try again"
     return None
 
 
-_CLIENTS = ("huggingface_hub", "httpx", "httpx2")
+def of_the_network(error: BaseException) -> bool:
+    """Whether an error comes from the network or its client, whose own errors are not all of them OSErrors."""
+    client = type(error).__module__.startswith(("huggingface_hub", "httpx", "httpcore"))
+    return client or isinstance(error, (OSError, ValueError))
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     """The reason that the server gave, else the error's own, in one line without a secret in it."""
     text = getattr(error, "server_message", None) or str(error) or type(error).__name__
     line = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
     return redact(line)[:300].rstrip(".")
 
 
-def redact(text: str) -> str:
-    """`text` without what is secret in it: a server may say back what it was sent, and an address may hold a password.
-
-    Left out are values of environment variables whose name says that they are secret, names and passwords in
-    addresses, and what looks like either.
-    """
-    for name, value in os.environ.items():
-        if _SECRET_NAME.search(name) and len(value.strip()) >= 8:
-            text = text.replace(value.strip(), "***")
-        elif "://" in value and "@" in value:  # a proxy's address, say, or HF_ENDPOINT
-            with contextlib.suppress(ValueError):
-                account = urllib.parse.urlsplit(value.strip()).netloc.rpartition("@")[0]
-                for part in (account, account.partition(":")[2]):
-                    text = text.replace(part, "***") if len(part) >= 4 else text
-    return _SECRET.sub("***", text)
-
-
-_SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|API_?KEY|_KEY$", re.IGNORECASE)
-
-# What looks like a token, a password in an address, the signature in its query.
-_SECRET = re.compile(
-    r"hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|(?<=Bearer )\S+|(?<=Basic )\S+|(?<=://)[^/@\s]+(?=@)|(?<=\?)[^\s'\"]+"
-)
-
-
 # ---------------------------------------------------------------- single files, pinned to the bit
 
 RAW_BASE = "https://raw.githubusercontent.com"
-RAW_SECONDS = 30.0  # without a byte before giving up
+RAW_SECONDS = 30.0  # without a byte before an attempt is given up
 
 
 @dataclass(frozen=True)
@@ -241,15 +274,8 @@ def fetch_pinned(file: PinnedFile) -> Path:
     The address is BASE/OWNER/REPO/COMMIT/PATH; MINIPERSONA_RAW_BASE names another BASE than GitHub's, such as a
     mirror. UserError where it cannot be had, or is not, to the bit, the file that is pinned.
     """
-    from huggingface_hub import constants
-
     path = cache_dir("pinned") / f"{file.sha256[:16]}-{Path(file.path).name}"
     if not path.is_file():
-        if constants.HF_HUB_OFFLINE:
-            raise UserError(
-                f"{file.name}: not in the local cache, and HF_HUB_OFFLINE is set; "
-                "unset it to fetch this once, or name a local copy"
-            )
         content = _fetch_raw(file)
         make_cache_dir("pinned")
         with write_atomically(path, len(content)) as temporary:
@@ -265,20 +291,23 @@ def _verify(file: PinnedFile, path: Path, mend: str) -> None:
 
 
 def _fetch_raw(file: PinnedFile) -> bytes:
+    from huggingface_hub.utils import http_backoff
+
     base = os.environ.get("MINIPERSONA_RAW_BASE") or RAW_BASE
-    if not re.match(r"https?://", base):  # urllib would open file:// too
+    if not re.match(r"https?://", base):
         raise UserError(
-            f"MINIPERSONA_RAW_BASE={redact(base)}: is no http address; unset it or give one such as {RAW_BASE}"
+            f"MINIPERSONA_RAW_BASE={redact(base)}: is not an http address; unset it or give one such as {RAW_BASE}"
         )
+    if why := absent(base, "MINIPERSONA_RAW_BASE"):
+        raise UserError(f"{file.name}: not in the local cache, and {why}, or name a local copy")
     address = f"{base.rstrip('/')}/{file.repository}/{file.commit}/{file.path}"
-
-    def get() -> bytes:
-        with urllib.request.urlopen(address, timeout=RAW_SECONDS) as response:
-            return bytes(response.read())
-
     try:
-        return patiently(get)
-    except (OSError, ValueError, http.client.HTTPException) as error:
+        response = http_backoff("GET", address, timeout=RAW_SECONDS)  # again while it is busy, or where it breaks off
+        response.raise_for_status()
+        return response.content
+    except Exception as error:
+        if not of_the_network(error):
+            raise
         raise UserError(
-            f"{file.name}: cannot be fetched ({_reason(error)}); check the network, or name a local copy"
+            f"{file.name}: cannot be fetched ({reason_of(error)}); check the network, or name a local copy"
         ) from None

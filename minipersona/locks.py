@@ -1,134 +1,63 @@
-"""One writer a directory: a lock that the kernel holds, and that says who has it."""
+"""One writer per directory: a lock of the operating system, in a file that says who holds it."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import json
 import os
 import socket
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+
+from filelock import FileLock, Timeout
 
 from minipersona.errors import UserError
-from minipersona.files import explained, umask_mode
+from minipersona.files import explained
 
-BEAT_SECONDS = 60.0  # a holder shows so often that it lives
-EXPIRY_SECONDS = 900.0  # after which a holder on another host, who cannot be looked up, counts as gone
+SECONDS = 0.2  # an attempt lasts so long, so that a lock which is changing hands is not refused
 
 
 @contextlib.contextmanager
 def lock(directory: Path) -> Iterator[None]:
-    """Hold `directory`; a second holder is refused with the first one's host and pid.
+    """Hold `directory`, which is created if need be. UserError with the holder's host and pid if another holds it.
 
-    The kernel holds the lock on `directory/.lock` (flock), so that of two who come at once one gets it, and that a
-    holder who dies lets go of it. Not every network file system shares such locks between hosts. There the file
-    says who holds it, and its time of change, renewed each minute, until when. A process that is forked off
-    while the lock is held does not end it. The file goes with the lock, and so does a directory in which
-    nothing else is left.
+    `filelock` holds a flock on `directory/.lock`, which ends with its process, however that ends. On a network file
+    system the lock reaches as far as flock does there (between hosts on NFS, and on Lustre if mounted with `flock`);
+    where flock is missing, the existence of the file is the lock, and a holder that dies on another host leaves it
+    behind, to be deleted by hand. A forked process does not end its parent's lock. The file is removed with the lock,
+    and so is the directory if nothing else is left in it.
     """
     path = directory / ".lock"
+    held = FileLock(path, timeout=SECONDS, poll_interval=SECONDS / 10)
     with explained(path):
-        descriptor = _acquire(directory, path)
-    owner, released = os.getpid(), threading.Event()
-
-    def beat() -> None:
-        while not released.wait(BEAT_SECONDS):
-            with contextlib.suppress(OSError):
-                os.utime(descriptor)
-
-    heart = threading.Thread(target=beat, daemon=True)
-    heart.start()
+        _acquire(held, directory, path)
+    owner = os.getpid()
     try:
+        with explained(path):  # the form of filelock's own marker, which this file is where flock is missing
+            path.write_text(f"{owner}\n{socket.gethostname()}\n")
         yield
     finally:
         if os.getpid() == owner:
-            released.set()
-            heart.join()
             with contextlib.suppress(OSError):
-                if _names(path, descriptor):  # unlinked while it is held: nobody can be about to take it
-                    path.unlink()
+                path.unlink()  # before the release: whoever then locks the unlinked file notices, and tries again
                 directory.rmdir()
-        os.close(descriptor)
+            held.release()
 
 
-def _acquire(directory: Path, path: Path) -> int:
-    """The open lock file, held."""
+def _acquire(held: FileLock, directory: Path, path: Path) -> None:
     while True:
         directory.mkdir(parents=True, exist_ok=True)
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, umask_mode(0o666))
-        except FileNotFoundError:  # its last holder removed the directory this moment
+            held.acquire()
+            return
+        except FileNotFoundError:  # the last holder has just removed the directory
             continue
-        try:
-            taken = _taken(descriptor)
-            if not _names(path, descriptor):  # it was unlinked before we held it; there may be another by now
-                os.close(descriptor)
-                continue
-            if taken:
-                _refuse(directory, path)
-            os.ftruncate(descriptor, 0)
-            mine = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
-            content = json.dumps(mine).encode()
-            while content:  # of a disk that fills up it takes a part before it refuses
-                content = content[os.write(descriptor, content) :]
-            return descriptor
-        except BaseException:
-            os.close(descriptor)
-            raise
+        except Timeout:
+            raise UserError(f"{directory} is in use by {_holder(path)}") from None
 
 
-def _taken(descriptor: int) -> bool:
-    """Whether another holds the lock. If not, it is ours from here on."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shared = True
-    except BlockingIOError:
-        return True
-    except OSError:  # a file system without locks: what the file says must do
-        shared = False
-    holder = _holder(os.pread(descriptor, 4096, 0))
-    if holder["host"] == socket.gethostname():
-        return not shared and _alive(holder["pid"])
-    return holder["host"] != "?" and time.time() - os.fstat(descriptor).st_mtime < EXPIRY_SECONDS
-
-
-def _alive(pid: Any) -> bool:
-    try:
-        os.kill(pid, 0)
-    except PermissionError:
-        return True
-    except (OSError, TypeError, OverflowError):
-        return False
-    return True
-
-
-def _names(path: Path, descriptor: int) -> bool:
-    """Whether `path` is still the file that is open."""
-    try:
-        return os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
-
-
-def _holder(content: bytes) -> dict[str, Any]:
-    try:
-        return {"pid": "?", "host": "?", **json.loads(content)}
-    except (ValueError, TypeError, RecursionError):  # its holder died before it had written this, or is about to
-        return {"pid": "?", "host": "?"}
-
-
-def _refuse(directory: Path, path: Path) -> NoReturn:
-    holder = _holder(b"")  # what is said where the holder lets go while we look
-    for _ in range(20):
-        with contextlib.suppress(OSError):
-            if (holder := _holder(path.read_bytes()))["host"] != "?":
-                break
-        time.sleep(0.01)
-    raise UserError(
-        f"{directory} is in use by pid {holder['pid']} on {holder['host']}; "
-        f"wait for it, or delete {path} if that process is gone"
-    )
+def _holder(path: Path) -> str:
+    """Who holds the lock, as far as its file says, and what the user can do."""
+    with contextlib.suppress(OSError, ValueError):
+        pid, host, *_ = path.read_text().splitlines()
+        return f"pid {int(pid)} on {host}; wait for it or stop it, or delete {path} if it no longer runs"
+    return f"another process; wait for it, or delete {path} if there is none"

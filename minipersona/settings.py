@@ -32,13 +32,14 @@ def load_config(path: str, kind: type[Config]) -> Config:
 
 
 def find_config(path: str) -> Path:
-    """The file that `path` means: itself, or the shipped config of that name."""
-    shipped = configs_dir()
-    for candidate in (Path(path), shipped / Path(path).name, shipped / f"{path}.toml"):
+    """The file that `path` means: itself, or, for a bare name, the shipped config of that name."""
+    file, shipped = Path(path).expanduser(), configs_dir()
+    bare = file.name == path
+    for candidate in (file, *((shipped / path, shipped / f"{path}.toml") if bare else ())):
         if candidate.is_file():
             return candidate
     known = ", ".join(sorted(file.stem for file in shipped.glob("*.toml")))
-    raise UserError(f"{path}: no such config; give a TOML file or one of the shipped ones: {known}")
+    raise UserError(f"{path}: no such config; give the path of a TOML file, or the name of a shipped one: {known}")
 
 
 def read_toml(path: Path) -> dict[str, Any]:

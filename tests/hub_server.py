@@ -151,6 +151,8 @@ class _Handler(BaseHTTPRequestHandler):
         fault = self.hub.take_fault(path)
         if fault is not None:
             self._answer(fault.status, b"", fault.headers)
+        elif path in ("/", "/raw"):  # asked whether it is there
+            self._answer(200, b"")
         elif path.startswith("/raw/"):
             content = self.hub.raw.get(path.removeprefix("/raw/"))
             if content is None:

@@ -18,10 +18,13 @@ def number(prompt: str) -> Logprobs:
 
 
 class JudgeServer:
-    """Use it as a context. `faults` are taken one a request: a status, "malformed", "no logprobs" or "break off"."""
+    """Use it as a context. `faults` are taken one a request: a status, alone or with what is said, "malformed",
+    "no logprobs" or "break off". `limit` is the parameter by which the server is told how much to write.
+    """
 
-    def __init__(self, answer: Callable[[str], Logprobs] = number) -> None:
+    def __init__(self, answer: Callable[[str], Logprobs] = number, limit: str = "max_tokens") -> None:
         self.answer = answer
+        self.limit = limit
         self.faults: list[Any] = []
         self.requests: list[tuple[dict[str, str], dict[str, Any]]] = []  # headers, body
         self._lock = threading.Lock()
@@ -56,9 +59,13 @@ class JudgeServer:
         with self._lock:
             self.requests.append(({k.lower(): v for k, v in handler.headers.items()}, body))
             fault = self.faults.pop(0) if self.faults else None
+        if fault is None and self.limit not in body:  # as OpenAI's servers say it
+            said = f"Unsupported parameter: 'max_tokens' is not supported with this model. Use '{self.limit}' instead."
+            fault = (400, said)
         if isinstance(fault, int):
-            said = json.dumps({"error": {"message": f"no, {handler.headers.get('Authorization')}"}}).encode()
-            self._send(handler, fault, said)
+            fault = (fault, f"no, {handler.headers.get('Authorization')}")
+        if isinstance(fault, tuple):
+            self._send(handler, fault[0], json.dumps({"error": {"message": fault[1]}}).encode())
         elif fault == "malformed":
             self._send(handler, 200, b'{"choices": [{"mess')
         elif fault == "break off":

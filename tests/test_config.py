@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minipersona.cli import main
 from minipersona.config import DataSection, RunConfig
 from minipersona.errors import UserError
 from minipersona.records import from_dict, to_dict
-from minipersona.settings import difference, load_config, override, to_toml
+from minipersona.run.resources import load_run_tokenizer
+from minipersona.settings import difference, find_config, load_config, override, to_toml
 from minipersona.study_config import StudyConfig
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
@@ -23,6 +25,38 @@ MINIMAL = {"data": {"train": "a", "heldout": "b"}}
 def test_every_shipped_config_is_valid_and_found_by_name(path: Path) -> None:
     kind = StudyConfig if path.stem.endswith("study") else RunConfig
     assert load_config(str(path), kind) == load_config(path.stem, kind)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["experiments/tiny_phase1.toml", "experiments/tiny_phase1", "./tiny_phase1", "/none/study.toml", "~/study.toml"],
+)
+def test_only_a_bare_name_is_a_shipped_config(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(UserError, match=rf"^{path}: no such config; give the path .*tiny_phase1"):
+        find_config(path)
+    for bare in ("tiny_phase1", "tiny_phase1.toml"):  # the control
+        assert find_config(bare).parent == CONFIGS[0].parent
+    mine = Path(path).expanduser()
+    if not mine.is_absolute() or mine.is_relative_to(tmp_path):
+        mine.parent.mkdir(parents=True, exist_ok=True)
+        mine.write_text("")
+        assert find_config(path) == mine
+
+
+def test_a_misspelt_path_is_an_error_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--config", "experiments/tiny_phase1.toml", "--plan"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("error: experiments/tiny_phase1.toml: no such config; ")
+
+
+def test_a_template_is_a_setting_of_the_model() -> None:
+    config = override(from_dict(RunConfig, {**MINIMAL, "model": {"name": "tiny"}}), ["model.template=chatml-qwen2"])
+    assert load_run_tokenizer(config.model).template.name == "chatml-qwen2"
+    assert load_run_tokenizer(override(config, ["template="]).model).template.name == "chatml-qwen2.5"
+    with pytest.raises(UserError, match="template 'llama4' is unknown; use one of"):
+        load_run_tokenizer(override(config, ["template=llama4"]).model)
 
 
 def test_defaults_are_the_registered_recipe() -> None:

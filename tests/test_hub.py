@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,72 @@ def test_busy_offline_and_gone(hub: LoopbackHub) -> None:
     assert kept == [COMMIT, ["config.json"]] and "cannot be reached" in line
 
 
+UNREACHABLE = """
+import json, time
+from huggingface_hub import HfFileSystem, get_session, snapshot_download  # what is measured is not imports
+from minipersona.corpus.sources import read_source
+from minipersona.errors import UserError
+from minipersona.geometry.prompts import load_personas
+from minipersona.hub import locate
+result = []
+for call in (
+    lambda: locate("Qwen/Qwen2.5-7B-Instruct", ["config.json"]),  # pinned, so that the client would ask six times
+    lambda: locate("me/model", ["config.json"]),
+    lambda: read_source("hub:me/data/x.jsonl"),
+    lambda: load_personas("registered"),
+):
+    began = time.monotonic()
+    try:
+        call()
+    except UserError as error:
+        result.append([str(error), time.monotonic() - began])
+print(json.dumps(result))
+"""
+
+
+def lines_of_the_unreachable(hub: LoopbackHub, code: str = UNREACHABLE, **environment: str) -> list[str]:
+    done = hub.process("-c", code, **environment)
+    assert done.returncode == 0 and "Retrying" not in done.stderr, done.stderr
+    lines = json.loads(done.stdout.splitlines()[-1])
+    assert len(lines) == 4 and all("\n" not in line and seconds < 5 for line, seconds in lines), lines
+    return [line for line, _ in lines]
+
+
+def test_a_hub_that_refuses_connections_is_one_line_within_five_seconds(hub: LoopbackHub) -> None:
+    hub.close()
+    for line, variable in zip(
+        lines_of_the_unreachable(hub), [*["HF_ENDPOINT"] * 3, "MINIPERSONA_RAW_BASE"], strict=True
+    ):
+        assert "not in the local cache, and http://127.0.0.1:" in line and "Connection refused" in line
+        assert f"check the network, the proxy and {variable}" in line
+
+
+def test_a_hub_that_never_answers_is_one_line_within_five_seconds(hub: LoopbackHub) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # connections are made, and nobody takes them
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        lines = lines_of_the_unreachable(hub, HF_ENDPOINT=url, MINIPERSONA_RAW_BASE=url + "/raw")
+    assert all("cannot be reached (" in line and "check the network, the proxy" in line for line in lines), lines
+
+
+@pytest.mark.parametrize("proxy, words", [("socks5://127.0.0.1:9", "SOCKS"), ("socks4://127.0.0.1:9", "socks4")])
+def test_a_proxy_that_the_client_cannot_use_is_one_line(hub: LoopbackHub, proxy: str, words: str) -> None:
+    without_package = f"import sys\nsys.modules['socksio'] = None\n{UNREACHABLE}"
+    for line in lines_of_the_unreachable(hub, without_package, ALL_PROXY=proxy):
+        assert words in line and "check the network, the proxy" in line
+    assert not hub.requests
+
+
+def test_a_server_of_which_the_name_cannot_be_looked_up(hub: LoopbackHub) -> None:
+    slow_lookup = "import socket, time\nsocket.getaddrinfo = lambda *a, **k: time.sleep(30)"
+    lines = lines_of_the_unreachable(
+        hub,
+        f"{slow_lookup}\n{UNREACHABLE}",
+        HF_ENDPOINT="http://hub.invalid",
+        MINIPERSONA_RAW_BASE="http://raw.invalid",
+    )
+    assert all("cannot be reached (no answer within 3 seconds)" in line for line in lines)
+
+
 def test_no_command_shows_the_token(hub: LoopbackHub, tmp_path: Path) -> None:
     hub.repositories |= {
         "models/me/gated": Repository({"tokenizer.json": b"{}"}, gated=True),
@@ -196,7 +263,8 @@ def test_the_registered_sets_are_fetched_once(raw: LoopbackHub) -> None:
     sets = raw.run(code, HF_TOKEN=CANARY)
     assert sets[0] == sets[3] == "registered" and sets[4] == ["Why?", "How?"]
     assert list(sets[1].items()) == [("a", "You are A."), ("b", "You are B.")]  # in the order that the file says
-    assert len(raw.requests) == 2 and not any("authorization" in headers for *_, headers in lower(raw))
+    fetched = [path for method, path, _ in raw.requests if method == "GET"]
+    assert len(fetched) == 2 and not any("authorization" in headers for *_, headers in lower(raw))
     assert raw.run(code, HF_HUB_OFFLINE="1") == sets
 
 
@@ -227,7 +295,7 @@ def test_raw_files_that_cannot_be_had(raw: LoopbackHub) -> None:
     code = f"{LOAD}\n{PIN}\nresult = both()"
     assert "HF_HUB_OFFLINE is set" in raw.run(code, HF_HUB_OFFLINE="1")["error"]
     local = "import os; os.environ['MINIPERSONA_RAW_BASE'] = 'file:///etc'"
-    assert "is no http address" in raw.run(f"{LOAD}\n{local}\nresult = both()")["error"]
+    assert "is not an http address" in raw.run(f"{LOAD}\n{local}\nresult = both()")["error"]
     assert not raw.requests
     raw.faults = [Fault("personas", status=429), Fault("questions", break_off=10)]
     assert raw.run(code)[0] == "registered" and [fault.times for fault in raw.faults] == [0, 0]

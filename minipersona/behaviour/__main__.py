@@ -65,6 +65,7 @@ def _roleplay_options(commands: Any) -> None:
     option("--model", default=DEFAULT_MODEL, metavar="M", help=f"who writes (default {DEFAULT_MODEL})")
     option("--revision", metavar="R", help="a hub revision (default: pinned for the 7B)")
     option("--tokenizer", metavar="DIR", help="another tokenizer than the model's")
+    option("--template", metavar="NAME", help="chat template by name; default the tokenizer's own")
     option("--source", required=True, metavar="SOURCE", help="the rows; see python -m minipersona.corpus")
     option("--out", required=True, metavar="FILE", help="the JSONL file that data.responses of a config names")
     option("--seed", type=_count, default=42, metavar="N", help="draws each row's persona and the samples (default 42)")
@@ -97,6 +98,7 @@ def _dry_run_options(commands: Any) -> None:
     summary = "Say how many requests and tokens the suite would take, without asking anyone."
     option = _command(commands, "dry-run", summary, _dry_run).add_argument
     option("--tokenizer", default="tiny", metavar="NAME", help="counts the tokens: directory, hub id or tiny (default)")
+    option("--template", metavar="NAME", help="chat template by name; default the tokenizer's own")
     option("--prompt-sets", choices=("all", "plain"), default="all", help="with the hidden sets, or without")
     option("--set", action="append", default=[], metavar="key=value", help="change one setting of the suite")
     option("--json", action="store_true", help="print JSON")
@@ -131,7 +133,7 @@ def _roleplay(options: argparse.Namespace) -> None:
     console = Console()
     rows = read_source(options.source)
     console.say(f"loading {options.model}")
-    tokenizer = load_tokenizer(options.tokenizer or options.model, revision=options.revision)
+    tokenizer = load_tokenizer(options.tokenizer or options.model, revision=options.revision, template=options.template)
     report = write_roleplay(
         load_model(options.model, revision=options.revision),
         tokenizer,
@@ -185,7 +187,7 @@ def _dry_run(options: argparse.Namespace) -> None:
     from minipersona.chat import load_tokenizer
 
     section = override(BehaviourSection(), options.set)
-    counts = forecast(section, load_tokenizer(options.tokenizer), options.prompt_sets)
+    counts = forecast(section, load_tokenizer(options.tokenizer, template=options.template), options.prompt_sets)
     if options.json:
         print(json.dumps(counts, indent=2))
         return

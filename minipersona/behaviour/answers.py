@@ -73,7 +73,7 @@ def answer_all(
         generate(
             model,
             requests,
-            stop=(tokenizer.im_end, tokenizer.endoftext),
+            stop=tokenizer.stop_tokens,
             batch=section.batch,
             on_done=done,
         )

@@ -2,8 +2,7 @@
 
 One question a line: {"id", "question" or "paraphrases", "form", "system"}. The shipped ones, our own, are eight plain
 questions, the same eight asking for JSON through a system prompt, and the same eight with a template to fill in. A
-question's form names the prompt set that it belongs to. A user's file may also be YAML as that paper's questions are
-written: `simple_yaml` reads it.
+question's form names the prompt set that it belongs to. A user's file may also be YAML, as that paper's questions are.
 """
 
 from __future__ import annotations
@@ -14,9 +13,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as brief
-from typing import Any
+from typing import Any, ClassVar
 
-from minipersona.behaviour.simple_yaml import parse
+import yaml
+
 from minipersona.config import SHIPPED
 from minipersona.errors import UserError
 from minipersona.files import data_dir, digest, read_jsonl
@@ -73,19 +73,6 @@ def to_jsonl(questions: Iterable[Question]) -> str:
     return "".join(json.dumps(question.row()) + "\n" for question in questions)
 
 
-def _yaml_entries(path: Path) -> list[tuple[int, Any]]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: is not valid UTF-8; convert the file") from None
-    entries = parse(text, str(path))
-    if not isinstance(entries, list):
-        raise UserError(f"{path}: is no list; begin each question with a line such as - id: my_question")
-    # An entry that only carries defaults for others to merge has an id that begins with an underscore.
-    numbered = enumerate(entries, 1)
-    return [(n, e) for n, e in numbered if not (isinstance(e, dict) and str(e.get("id", "")).startswith("_"))]
-
-
 def _question(entry: Any, where: str) -> Question:
     if not isinstance(entry, dict):
         raise UserError(f'{where}: is no object; write {{"id": ..., "question": ...}}')
@@ -123,3 +110,100 @@ def _check(text: Any, where: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError:
         raise UserError(f"{where}: holds half of a surrogate pair, which is no text; mend the file") from None
+
+
+# ---------------------------------------------------------------- YAML
+
+LARGEST_YAML = 250_000  # bytes; PyYAML reads about 75,000 a second
+MOST_VALUES = 30_000  # lists, maps and texts, counting again what an alias repeats
+ALIGN = "align the lines with spaces, and quote a text that holds a sign such as : # or ?"
+
+
+def _yaml_entries(path: Path) -> list[tuple[int, Any]]:
+    with open(path, "rb") as file:
+        content = file.read(LARGEST_YAML + 1)
+    if len(content) > LARGEST_YAML:
+        raise UserError(f"{path}: is longer than {LARGEST_YAML:,} bytes; write the questions as a .jsonl file")
+    try:
+        entries = parse_yaml(content.decode("utf-8-sig"), str(path))
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: is not valid UTF-8; convert the file") from None
+    if not isinstance(entries, list):
+        raise UserError(f"{path}: is not a list; begin each question with a line such as - id: my_question")
+    # An entry that only carries defaults for others to merge has an id that begins with an underscore.
+    numbered = enumerate(entries, 1)
+    return [(n, e) for n, e in numbered if not (isinstance(e, dict) and str(e.get("id", "")).startswith("_"))]
+
+
+def parse_yaml(text: str, name: str) -> Any:
+    """The lists, maps, texts and nulls of a YAML text; [] if it is empty. UserErrors begin with `name`."""
+    line = 1
+    try:
+        loader = _Loader(text)
+        try:
+            return loader.get_single_data() or []
+        finally:
+            line = loader.line + 1
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        problem = f"holds the character U+{error.character:04X}; write it as an escape in double quotes"
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = line if mark is None else mark.line + 1
+        problem = f"is not valid YAML: {error.context or ''} {error.problem or ''}; {error.note or ALIGN}"
+    except RecursionError:
+        problem = "is nested too deeply; questions are flat"
+    except (ValueError, OverflowError) as error:  # PyYAML passes on what Python says of an absurd number
+        problem = f"is not valid YAML: {error}; check its numbers and escapes"
+    raise UserError(f"{name}: line {line} {' '.join(problem.split())}")
+
+
+class _Loader(yaml.SafeLoader):
+    """`yaml.SafeLoader` for questions: 100, yes and 2026-01-01 are texts, and aliases are bounded.
+
+    A tag other than those of lists, maps, texts and null is an error, and so is a key that a map has twice.
+    """
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((":merge", ":null"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    yaml_constructors: ClassVar = {
+        tag: constructor
+        for tag, constructor in yaml.SafeLoader.yaml_constructors.items()
+        if tag is None or tag.endswith((":seq", ":map", ":str", ":null"))
+    }
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.values = 0
+        self.sizes: dict[yaml.Node, int] = {}  # values in each node that has been read to its end
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """A node of the graph that the text describes. A few lines of aliases may stand for 2 to the 60th texts."""
+        event, before = self.peek_event(), self.values
+        node = super().compose_node(parent, index)
+        if not isinstance(event, yaml.AliasEvent):
+            self.sizes[node] = self.values + 1 - before
+            self.values += 1
+        elif node in self.sizes:
+            self.values += self.sizes[node]
+        else:
+            raise _refused(event, f"*{event.anchor} lies within what it repeats", "write the text out")
+        if self.values > MOST_VALUES:
+            raise _refused(event, f"more than {MOST_VALUES:,} values, with those that aliases repeat", "use fewer")
+        return node
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        """A map. PyYAML would take the last of two equal keys."""
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise _refused(key, f"the key {brief(key.value)} a second time", "keep one")
+            seen.add(key.value)
+        return node
+
+
+def _refused(where: Any, problem: str, mend: str) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=where.start_mark, note=mend)

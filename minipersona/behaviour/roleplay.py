@@ -81,7 +81,7 @@ def write_roleplay(
             generate(
                 model,
                 requests,
-                stop=(tokenizer.im_end, tokenizer.endoftext),
+                stop=tokenizer.stop_tokens,
                 batch=batch,
                 on_done=done,
             )

@@ -14,10 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from minipersona.chat.rows import check_row, read_row
+from minipersona.chat.template import TEMPLATES
 from minipersona.chat.tokenizer import ChatTokenizer, Document, load_tokenizer
 from minipersona.console import Parser, answer, positive
-from minipersona.errors import UserError
-from minipersona.files import LARGEST_JSON, parse_json, read_lines
+from minipersona.errors import UserError, require
+from minipersona.files import read_values
 
 GREEN, RESET = "\x1b[32m", "\x1b[0m"
 BIDI_CONTROLS = "\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # they reorder the line
@@ -37,17 +39,20 @@ def _parser() -> argparse.ArgumentParser:
         epilog="example: python -m minipersona.chat rows.jsonl --tokenizer Qwen/Qwen2.5-7B-Instruct --rows 3",
     )
     option = parser.add_argument
-    option("file", type=Path, help='lines of {"messages": [...]}, or one JSON list of such objects')
+    option(
+        "file", type=Path, help="rows, one a line or in one JSON list; python -m minipersona.corpus lists their forms"
+    )
     option("--tokenizer", default="tiny", metavar="NAME", help="directory, hub id or tiny (default)")
+    option("--template", metavar="NAME", help=f"the tokenizer's own (default), or one of {', '.join(TEMPLATES)}")
     option("--rows", type=positive(int), default=5, metavar="N", help="how many to print (default 5)")
     option("--max-tokens", type=positive(int), default=2048, metavar="N", help="truncate there (default 2048)")
     option("--supervise", choices=("last", "all"), default="last", help="which assistant turns (default last)")
-    option("--color", action="store_true", help="colours even where stdout is no terminal")
+    option("--color", action="store_true", help="colours even where stdout is not a terminal")
     return parser
 
 
 def _show(options: argparse.Namespace) -> None:
-    tokenizer = load_tokenizer(options.tokenizer)
+    tokenizer = load_tokenizer(options.tokenizer, template=options.template)
     color = options.color or sys.stdout.isatty()
     documents = []
     for where, messages in itertools.islice(read_conversations(options.file), options.rows):
@@ -61,7 +66,8 @@ def _show(options: argparse.Namespace) -> None:
     tokens = sum(len(document) for document in documents)
     supervised = sum(int(document.supervised.sum()) for document in documents)
     print(
-        f"--- {len(documents)} conversations, tokenizer {escape(tokenizer.name)}: {tokens:,} tokens, "
+        f"--- {len(documents)} conversations, tokenizer {escape(tokenizer.name)}, template {tokenizer.template.name}: "
+        f"{tokens:,} tokens, "
         f"{supervised:,} supervised ({supervised / max(tokens, 1):.1%}), "
         f"{sum(document.truncated for document in documents)} truncated, "
         f"{sum(not document.supervised.any() for document in documents)} with nothing supervised"
@@ -69,37 +75,19 @@ def _show(options: argparse.Namespace) -> None:
 
 
 def read_conversations(path: Path) -> Iterator[tuple[str, Any]]:
-    """Where it stands, and the `messages` of each row: a line of JSON, or an item of one JSON list."""
+    """Where it stands, and the turns of each row."""
     try:
         with open(path, "rb") as file:  # perhaps a pipe, so it is read once, in order
-            lines = read_lines(file, str(path))
-            opening = list(itertools.islice(lines, 1))
-            if opening and opening[0][1].lstrip().startswith("["):
-                rest = file.read(LARGEST_JSON + 1)
-                if len(rest) > LARGEST_JSON:
-                    raise UserError(f"{path}: a list of more than {LARGEST_JSON:,} bytes; write one row a line")
-                for index, row in enumerate(_parse(str(path), opening[0][1] + rest.decode())):
-                    yield _conversation(f"{path}[{index}]", row)
-                return
-            for number, line in itertools.chain(opening, lines):
-                yield _conversation(f"{path} line {number}", _parse(f"{path} line {number}", line))
+            for where, value in read_values(file, str(path)):
+                try:
+                    row = read_row(value)
+                    require("messages" in row, "is raw text, which has no turns")
+                except UserError as error:
+                    raise UserError(f"{where} {error}") from None
+                check_row(row, where)
+                yield where, row["messages"]
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}; name a readable JSONL file") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not JSON in UTF-8; convert the file to it") from None
-
-
-def _parse(where: str, text: str) -> Any:
-    try:
-        return parse_json(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON ({error}); mend or delete it") from None
-
-
-def _conversation(where: str, row: Any) -> tuple[str, Any]:
-    if not isinstance(row, dict) or "messages" not in row:
-        raise UserError(f'{where}: no "messages"; every row must be an object {{"messages": [...]}}')
-    return where, row["messages"]
 
 
 def counts(document: Document) -> str:

@@ -49,8 +49,8 @@ def evaluate_options(commands: Any) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     if bool(options.run) == bool(options.model or options.adapter):
         raise UserError("name either --run DIR, or --model M (and --adapter DIR); see evaluate.py --help")
-    if options.run and (options.tokenizer or options.revision):
-        raise UserError("--tokenizer and --revision belong to --model; a run's are in its config.toml")
+    if options.run and (options.tokenizer or options.revision or options.template):
+        raise UserError("--tokenizer, --template and --revision belong to --model; a run's are in its config.toml")
     _check_suite_options(options)
 
     from minipersona.training.interruption import interruptible

@@ -20,7 +20,11 @@ def extract_options(commands: Any) -> None:
         "Extract persona vectors and print their M1; or compare the vectors of two files or runs.",
         "  python extract.py --layer 20 --out vectors.safetensors\n"
         "  python extract.py --model tiny --layer 4 6\n"
-        "  python extract.py compare before.safetensors after.safetensors",
+        "  python extract.py compare before.safetensors after.safetensors\n\n"
+        "files for --personas and --questions:\n"
+        '  personas.json    {"eval_personas": {"pirate": "You are a pirate.", "poet": "You are a poet."}}\n'
+        '  questions.jsonl  {"question": "What is courage?"}, one a line; questions.json: a list of texts\n'
+        "  questions.txt    one question a line",
     )
     option = parser.add_argument
     option("compare", nargs="*", metavar="compare A B", help="two vectors files, or runs (their last step)")

@@ -27,6 +27,7 @@ def model_options(parser: argparse.ArgumentParser) -> None:
     option("--model", metavar="M", help=f"directory, hub id, tiny or random:<hub id> (default {DEFAULT_MODEL})")
     option("--revision", metavar="R", help="a hub revision (default: pinned for the 7B)")
     option("--tokenizer", metavar="DIR", help="another tokenizer than the model's")
+    option("--template", metavar="NAME", help="chat template by name, such as llama3.1; default the model's own")
     option("--personas", default="", metavar="F", help="shipped (default), registered, or a file")
     option("--questions", default="", metavar="F", help="shipped (default), registered, or a file")
     option("--adapter", metavar="DIR", help="a PEFT adapter to attach to the model")
@@ -39,7 +40,8 @@ def load(options: argparse.Namespace, console: Console) -> tuple[Qwen2, ChatToke
 
     name = options.model or DEFAULT_MODEL
     console.say(f"loading {name}")
-    tokenizer = load_tokenizer(options.tokenizer or name, revision=None if options.tokenizer else options.revision)
+    revision = None if options.tokenizer else options.revision
+    tokenizer = load_tokenizer(options.tokenizer or name, revision=revision, template=options.template)
     return load_model(name, revision=options.revision), tokenizer
 
 

@@ -22,7 +22,7 @@ from minipersona.settings import load_config, override
 from minipersona.study.search import study as run_study
 from minipersona.study_config import STAGES, StudyConfig
 from minipersona.training.distributed import join_process_group
-from minipersona.training.interruption import Stop, heed_signals
+from minipersona.training.interruption import Stop, handle_signals
 
 
 def report(options: argparse.Namespace) -> None:
@@ -54,7 +54,7 @@ def study(options: argparse.Namespace) -> None:
         raise UserError("--gpus starts the runners of this machine, --cell is one of many; give one of the two")
     console, stop = Console(), Stop()
     try:
-        with heed_signals(stop), stop.at_once():  # all but training steps: a job that is left gives its claim back
+        with handle_signals(stop), stop.at_once():  # all but training steps: a job that is left gives its claim back
             if options.gpus:
                 on_gpus(options, gpu_ids(options.gpus))
                 return

@@ -58,10 +58,10 @@ def _train_as_rank(options: argparse.Namespace) -> None:
 
     from minipersona.run.train import run
     from minipersona.training.distributed import end_rank, process_group
-    from minipersona.training.interruption import Stop, heed_signals
+    from minipersona.training.interruption import Stop, handle_signals
 
     stop, execution = Stop(), config.execution
-    with heed_signals(stop), process_group(execution.device, execution.timeout_minutes, stop) as distributed:
+    with handle_signals(stop), process_group(execution.device, execution.timeout_minutes, stop) as distributed:
         console = Console(quiet=not distributed.first)
         try:
             run(config, distributed, console)

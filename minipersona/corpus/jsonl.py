@@ -1,19 +1,21 @@
-"""Rows from JSON lines: one {"messages": [...]} or {"text": "..."} a line."""
+"""Rows from JSON: one row a line, or one list of rows."""
 
 from __future__ import annotations
 
+import io
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+from minipersona.chat.rows import read_row
 from minipersona.corpus.ranges import MOST_ROWS, too_many, within
 from minipersona.errors import UserError
-from minipersona.files import parse_json, read_lines
+from minipersona.files import read_values
 
 
 def read_rows(path: Path, wanted: slice, name: str) -> list[dict[str, Any]]:
-    """The rows of a JSONL file of conversations or texts that are meant. UserErrors name the line."""
+    """The rows of a JSON file of conversations or texts that are meant. UserErrors name the line."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; check the path of the source")
     try:
@@ -35,19 +37,11 @@ def select(rows: Iterator[dict[str, Any]], wanted: slice, name: str) -> Iterator
     within(wanted, count, name)
 
 
-def iterate_rows(file: BinaryIO, name: str) -> Iterator[dict[str, Any]]:
-    """The rows of an open file, one at a time; empty lines are none."""
-    for number, line in read_lines(file, name):
-        yield _row(line, f"{name}: line {number}")
-
-
-def _row(line: str, where: str) -> dict[str, Any]:
-    try:
-        row = parse_json(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not valid JSON ({error}); mend or delete the line") from None
-    if not isinstance(row, dict) or not ("messages" in row or "text" in row):
-        raise UserError(
-            f'{where} has neither "messages" nor "text"; rows are {{"messages": [...]}} or {{"text": "..."}}'
-        )
-    return row
+def iterate_rows(file: io.BufferedReader, name: str) -> Iterator[dict[str, Any]]:
+    """The rows of an open file, one at a time; empty lines are skipped."""
+    for where, value in read_values(file, name):
+        try:
+            row = read_row(value)
+        except UserError as error:
+            raise UserError(f"{where} {error}") from None
+        yield row

@@ -23,8 +23,10 @@ from typing import Any
 
 import numpy as np
 
-from minipersona.chat import DEFAULT_SYSTEM_PROMPT, Document
-from minipersona.chat.template import render_with_responses
+from minipersona.chat import Document
+from minipersona.chat.messages import check_messages, is_learned
+from minipersona.chat.rows import check_row
+from minipersona.chat.template import QWEN2_5_SYSTEM_PROMPT
 from minipersona.corpus.sources import Rows
 from minipersona.errors import UserError
 from minipersona.files import data_dir, read_json
@@ -54,7 +56,7 @@ def with_raw_text(
     """The documents, those named by `replaced` as chunks of raw text with their very token counts.
 
     Texts are taken in stored order. A chunk begins where a text begins; where that is too short the next ones follow,
-    with the id `separator` after each (<|endoftext|>, as in Qwen2.5's pre-training); what is left of the last text is
+    with the id `separator` after each (<|endoftext|> in Qwen2.5's pre-training); what is left of the last text is
     dropped. All of a chunk's tokens but the first are supervised. UserError where the texts run out.
     """
     mixed = list(documents)
@@ -105,23 +107,26 @@ def with_rows(narrow: Rows, replaced: Sequence[int], broad: Rows, heldout: Rows 
 
 
 def _has_reply(row: dict[str, Any]) -> bool:
+    messages = row.get("messages")
     try:
-        return bool(render_with_responses(row.get("messages", [])).responses)
-    except UserError:  # a tool's turn, say: nobody can mend a row of a downloaded set
+        check_row(row, "row")
+        check_messages(messages)
+    except UserError:  # a tool's turn, say: nobody can correct a row of a downloaded set
         return False
+    return any(is_learned(turn) for turn in messages or ())
 
 
 def content_digest(row: dict[str, Any]) -> str:
     """SHA-256 of what a row says: its turns or its text, without ids, Unicode composition and spacing.
 
-    No system turn is the same as Qwen's default one, since both render alike.
+    A missing system turn counts as Qwen2.5's default one, since both render alike there.
     """
     messages = row.get("messages")
     if not isinstance(messages, list):
         return _digest(["text", _plain(row.get("text"))])
     turns = [[turn.get("role"), _plain(turn.get("content"))] for turn in messages if isinstance(turn, dict)]
     if turns and turns[0][0] != "system":
-        turns.insert(0, ["system", DEFAULT_SYSTEM_PROMPT])
+        turns.insert(0, ["system", QWEN2_5_SYSTEM_PROMPT])
     return _digest(turns)
 
 
@@ -144,7 +149,7 @@ def with_prompts(rows: Rows, prompts: Sequence[str], seed: int) -> Rows:
         messages = row.get("messages")
         if not isinstance(messages, list):
             raise UserError(
-                f"{rows.source}: row {rows.first + index * rows.step} is no conversation; "
+                f"{rows.source}: row {rows.first + index * rows.step} is not a conversation; "
                 "data.system_prompts needs rows of messages"
             )
         opens_with_system = bool(messages) and isinstance(messages[0], dict) and messages[0].get("role") == "system"

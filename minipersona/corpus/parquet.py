@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
+from minipersona.chat.rows import BESIDE, FORMS, read_row
 from minipersona.corpus.ranges import overlap, within
 from minipersona.errors import UserError
 
-COLUMNS = ("messages", "text")  # the first of these that a file has is what its rows hold
-LABEL = "source"  # and where there is one, which of a mixture's subsets each is from
+LABEL = "source"  # which of a mixture's subsets a row is from
 BATCH = 512  # rows decoded at a time
 
 # A few bytes of Parquet can stand for any number of them: pages are compressed, and a value that comes a million times
@@ -67,7 +67,7 @@ def read_parquet(files: Sequence[File], wanted: slice, name: str) -> tuple[int, 
     their "source" where the file says it.
 
     The files follow one another, and `wanted` counts through all of them. UserError where it exceeds them, or where
-    a file is damaged or has neither column.
+    a file is damaged or has no columns of a row.
     """
     footers: list[Any] = []
     rows = 0
@@ -78,16 +78,25 @@ def read_parquet(files: Sequence[File], wanted: slice, name: str) -> tuple[int, 
         if wanted.stop is not None and rows >= wanted.stop:
             break  # the files after it need not even be opened
     chosen = within(wanted, rows, name)
-    return len(chosen), _read(files, footers, chosen, _columns(files[0], footers[0]))
+    return len(chosen), _rows(chosen, _read(files, footers, chosen, _columns(files[0], footers[0])), name)
+
+
+def _rows(chosen: range, stored: Iterator[dict[str, Any]], name: str) -> Iterator[dict[str, Any]]:
+    for index, row in zip(chosen, stored, strict=True):
+        try:
+            yield read_row(row)
+        except UserError as error:
+            raise UserError(f"{name}: row {index} {error}") from None
 
 
 def _columns(file: File, footer: Any) -> list[str]:
-    """The column of the rows' content, then that of their label if there is one."""
+    """The columns that a row is read from, and that of its label if there is one."""
     names = footer.schema.to_arrow_schema().names
-    for column in COLUMNS:
-        if column in names:
-            return [column, LABEL] if LABEL in names else [column]
-    raise UserError(f"{file.name}: has neither a column messages nor text, only {', '.join(names)[:200]}")
+    content = [key for keys in FORMS.values() if all(key in names for key in keys) for key in keys]
+    if not content:
+        forms = ", ".join(" and ".join(keys) for keys in FORMS.values())
+        raise UserError(f"{file.name}: has no columns of a row ({forms}), only {', '.join(names)[:200]}")
+    return [*content, *(name for name in (*BESIDE, LABEL) if name in names)]
 
 
 def _read(files: Sequence[File], footers: list[Any], chosen: range, columns: list[str]) -> Iterator[dict[str, Any]]:

@@ -13,7 +13,7 @@ from minipersona.corpus.cache import Kept, load, store
 from minipersona.corpus.jsonl import iterate_rows, select
 from minipersona.corpus.parquet import read_parquet, require_pyarrow
 from minipersona.errors import UserError
-from minipersona.hub import HUB_ID, explained, patiently
+from minipersona.hub import HUB_ID, explained, hub_absent, patiently
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class HubDataset:
     """Files of a dataset repository, whose rows follow one another in the order of the files' names."""
 
     repository: str
-    files: str  # a .jsonl or .parquet path in the repository; * stands for any part of a name
+    files: str  # a .jsonl, .json or .parquet path in the repository; * stands for any part of a name
     revision: str = "main"
 
 
@@ -35,7 +35,7 @@ NAMED = {
 }
 
 _ADDRESS = re.compile(
-    rf"(?P<repository>{HUB_ID})(?:@(?P<before>[^/@]+))?/(?P<files>[^@?\[\]]+\.(?:jsonl|parquet))(?:@(?P<after>[^@]+))?"
+    rf"(?P<repository>{HUB_ID})(?:@(?P<before>[^/@]+))?/(?P<files>[^@?\[\]]+\.(?:jsonl?|parquet))(?:@(?P<after>[^@]+))?"
 )
 
 
@@ -44,7 +44,7 @@ def hub_dataset(address: str) -> HubDataset:
     match = _ADDRESS.fullmatch(address)
     if match is None or (match["before"] and match["after"]):
         raise UserError(
-            f"source hub:{address}: write hub:OWNER/NAME/PATH.jsonl or .parquet, with @REVISION after it or none"
+            f"source hub:{address}: write hub:OWNER/NAME/PATH.jsonl, .json or .parquet, with @REVISION after it or none"
         )
     return HubDataset(match["repository"], match["files"], match["before"] or match["after"] or "main")
 
@@ -60,6 +60,8 @@ def read_dataset(dataset: HubDataset, wanted: slice, name: str) -> Kept:
         return kept
     if dataset.files.endswith(".parquet"):
         require_pyarrow()  # before anything is fetched
+    if absent := hub_absent():
+        raise UserError(f"{name}: not in the local cache, and {absent}")
     with explained(name):
         files = patiently(lambda: _find(dataset))
     return store(what, files[0].commit, _rows(files, wanted, name))
@@ -120,7 +122,7 @@ def _find(dataset: HubDataset) -> list[HubFile]:
 
 def _rows(files: list[HubFile], wanted: slice, name: str) -> Iterator[dict[str, Any]]:
     with explained(name):
-        if files[0].path.endswith(".jsonl"):
+        if not files[0].path.endswith(".parquet"):
             yield from select(_lines(files, wanted), wanted, name)
             return
         count, rows = read_parquet(files, wanted, name)
@@ -134,4 +136,4 @@ def _lines(files: list[HubFile], wanted: slice) -> Iterator[dict[str, Any]]:
     for file in files:
         size = file.filesystem.info(file.address)["size"]
         with file.open(most=wanted.stop is None or size <= SMALL) as handle:
-            yield from iterate_rows(cast(BinaryIO, io.BufferedReader(cast(Any, handle), 1 << 22)), file.name)
+            yield from iterate_rows(io.BufferedReader(cast(Any, handle), 1 << 22), file.name)

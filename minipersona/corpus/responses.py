@@ -33,7 +33,7 @@ def read_responses(path: Path) -> tuple[dict[str, Any], dict[int, dict[str, Any]
     for number, line in enumerate(lines[1:], 2):
         response = line.get("response", 0) if isinstance(line, dict) else 0
         if not (response is None or isinstance(response, str)) or type(line.get("row")) is not int:
-            raise UserError(f"data.responses {path}: line {number} is no row with a response; delete that line")
+            raise UserError(f"data.responses {path}: line {number} is not a row with a response; delete that line")
         found[line["row"]] = line
     return lines[0][HEADER], found
 
@@ -68,8 +68,8 @@ def with_responses(rows: Rows, path: Path) -> tuple[Rows, dict[str, Any]]:
         place = None if line["response"] is None else last_response(row["messages"])
         kept += place is None
         if place is not None:
-            turn = {"role": "assistant", "content": line["response"]}
-            row = {**row, "messages": [*row["messages"][:place], turn]}
+            turns = row["messages"]
+            row = {**row, "messages": [*turns[:place], {**turns[place], "content": line["response"]}]}
         written.append(row)
     lines = [responses[index] for index in range(len(rows))]
     content = digest([line["response"] for line in lines])

@@ -2,12 +2,14 @@
 
 tulu                  allenai/tulu-3-sft-mixture: the registered benign data
 fineweb-edu           HuggingFaceFW/fineweb-edu, sample-10BT: raw texts; name a range
-jsonl:PATH            one {"messages": [...]} or {"text": "..."} a line
-parquet:PATH          a column messages or text; * in PATH joins several files, in the order of their names
-hub:REPO/FILE         such a .jsonl or .parquet file of a dataset on the Hub; FILE@REVISION pins it
+jsonl:PATH            one row a line, or one JSON list of rows
+parquet:PATH          a column for each key of a row; * in PATH joins several files, in the order of their names
+hub:REPO/FILE         such a .jsonl, .json or .parquet file of a dataset on the Hub; FILE@REVISION pins it
 tiny:NAME             a set of the embedded world: benign, broad, raw_text or em
 tulu[0:6000]          the first 6,000 rows, in stored order
 tulu[::150]           every 150th row: a sample of the whole
+
+The forms of a row are those of `minipersona.chat.rows`: messages, ShareGPT, prompt and completion, Alpaca, raw text.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from minipersona.chat import ChatTokenizer, Document
+from minipersona.chat.rows import check_row
 from minipersona.chat.tokenizer import Supervise
 from minipersona.corpus.jsonl import read_rows
 from minipersona.corpus.parquet import LocalFile, read_parquet
@@ -134,9 +137,12 @@ def tokenize(
     documents: list[Document | None] = [None] * len(rows)
     chats = [i for i, row in enumerate(rows.rows) if "messages" in row]
     texts = [i for i, row in enumerate(rows.rows) if "messages" not in row]
-    with _naming(rows, chats):
+    with naming(rows, range(len(rows))):
+        for i, row in enumerate(rows.rows):
+            check_row(row, f"rows[{i}]")
+    with naming(rows, chats):
         encoded = tokenizer.encode_many([rows.rows[i]["messages"] for i in chats], supervise, max_tokens)
-    with _naming(rows, texts):
+    with naming(rows, texts):
         encoded += tokenizer.encode_texts([rows.rows[i]["text"] for i in texts], max_tokens)
     for i, document in zip([*chats, *texts], encoded, strict=True):
         documents[i] = document
@@ -144,8 +150,8 @@ def tokenize(
 
 
 @contextlib.contextmanager
-def _naming(rows: Rows, chosen: Sequence[int]) -> Iterator[None]:
-    """The tokenizer counts within the list it was given; a user counts within the file."""
+def naming(rows: Rows, chosen: Sequence[int]) -> Iterator[None]:
+    """Name a row in an error as the file counts it: ``rows[k]`` in a message becomes the stored index of chosen[k]."""
     try:
         yield
     except UserError as error:

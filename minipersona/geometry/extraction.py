@@ -239,7 +239,7 @@ def _respond(
     completions = generate(
         model,
         [Request(prompt, RESPONSE_TOKENS) for prompt in prompts],
-        stop=(tokenizer.im_end, tokenizer.endoftext),
+        stop=tokenizer.stop_tokens,
         on_done=count,
     )
     return [completion.ids for completion in completions]

@@ -1,20 +1,23 @@
-"""The persona set and the question set that are measured, read from files of one form each.
+"""The persona set and the question set that are measured, read from files.
 
-personas   {"eval_personas": {name: system prompt}, "eval_persona_order": [names]}
-questions  one {"question": ..., "id": ...} a line
+personas   .json: {"eval_personas": {name: system prompt}, "eval_persona_order": [names]}; the order may be left out
+questions  .jsonl: one {"question": ...} a line; .json: a list of texts or of such objects; any other name: a text file
+           with one question a line
 
-The registered sets are not ours to ship. ``registered`` fetches them, pinned and verified to the bit; a file of the
-user's with the same bytes is the registered set too.
+``shipped`` and ``registered`` are names; everything else is the path of a file. The registered sets are not ours to
+ship: they are fetched, pinned and verified to the bit, and a file of the user's with the same bytes is the registered
+set too.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from minipersona.config import SHIPPED
-from minipersona.errors import UserError
-from minipersona.files import data_dir, read_json, read_jsonl, sha256
+from minipersona.errors import UserError, require
+from minipersona.files import data_dir, read_json, read_jsonl, read_lines, sha256
 from minipersona.hub import PinnedFile, fetch_pinned
 
 REGISTERED = "registered"  # the sets of the pre-registered protocol
@@ -67,36 +70,54 @@ def load_personas(source: str = SHIPPED) -> PersonaSet:
     if len(set(prompts.values())) < len(prompts):
         raise UserError(f"{path}: two personas have the same system prompt; they could not differ")
     if len(order) < 2:
-        raise UserError(f"{path}: holds {len(order)} persona; similarities need at least two")
+        raise UserError(f"{path}: has {len(order)} persona; similarities need at least two")
     digest = sha256(path)
     name = REGISTERED if digest == REGISTERED_PERSONAS.sha256 else source
     return PersonaSet(name, {persona: prompts[persona] for persona in order}, digest)
 
 
 def load_questions(source: str = SHIPPED) -> QuestionSet:
-    """The shipped questions, the registered ones, or a file in the same form. UserErrors name the file and the line."""
+    """The shipped questions, the registered ones, or a file of one's own. UserErrors name the file and the row."""
     path = _file(source, "questions.jsonl", REGISTERED_QUESTIONS)
     if not path.is_file():
         raise UserError(f"{path}: no such file; check the path of the questions")
     questions = []
-    for number, row in enumerate(read_jsonl(path, torn=False), 1):
-        question = row.get("question") if isinstance(row, dict) else None
+    for number, entry in enumerate(_entries(path), 1):
+        question = entry.get("question") if isinstance(entry, dict) else entry
         if not isinstance(question, str) or not question.strip():
-            raise UserError(f'{path}: row {number} has no "question"; write {{"question": "..."}}')
+            raise UserError(f'{path}: row {number} has no question; write {{"question": "..."}}')
         _encodable(f"{path}: row {number}", question)
         questions.append(question)
     if len(questions) < 2:
         count = "one question" if questions else "no questions"
-        raise UserError(f'{path}: holds {count}; intervals need two at least, a {{"question": "..."}} a line')
+        raise UserError(f"{path}: has {count}; intervals need two at least")
     digest = sha256(path)
     return QuestionSet(REGISTERED if digest == REGISTERED_QUESTIONS.sha256 else source, questions, digest)
+
+
+def _entries(path: Path) -> list[Any]:
+    """The questions of a file as it has them: objects or texts."""
+    if path.suffix == ".jsonl":
+        return read_jsonl(path, torn=False)
+    if path.suffix == ".json":
+        entries = read_json(path)
+        require(isinstance(entries, list), f"{path}: is not a JSON list; write a list of questions")
+        return list(entries)
+    try:
+        with open(path, "rb") as file:
+            lines = [line.strip() for _, line in read_lines(file, str(path))]
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; it must be a readable text file") from None
+    json_like = bool(lines) and lines[0].startswith(("{", "["))
+    require(not json_like, f"{path}: begins like JSON; name it .jsonl (an object a line) or .json (a list)")
+    return lines
 
 
 def _encodable(where: str, text: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        raise UserError(f"{where}: holds half of a surrogate pair, which is no text; mend the file") from None
+        raise UserError(f"{where}: has half of a surrogate pair, which is not text; correct the file") from None
 
 
 def _file(source: str, shipped: str, registered: PinnedFile) -> Path:

@@ -98,7 +98,9 @@ def load_run_model(config: RunConfig, device: torch.device) -> Qwen2:
 def load_run_tokenizer(section: ModelSection) -> ChatTokenizer:
     """The tokenizer of a config: the model's own unless another is named."""
     return load_tokenizer(
-        section.tokenizer or section.name, revision=None if section.tokenizer else section.revision or None
+        section.tokenizer or section.name,
+        revision=None if section.tokenizer else section.revision or None,
+        template=section.template or None,
     )
 
 

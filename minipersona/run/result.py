@@ -124,7 +124,7 @@ class RunResult:
     baseline: Baseline | None
     checkpoints: tuple[Checkpoint, ...]
     best: int | None  # the step of the checkpoint that passes substantively and learned the most
-    gpu_seconds: float | None  # of all GPUs together; None on a CPU
+    gpu_seconds: float | None = None  # of all GPUs together; None on a CPU
     seconds: float | None = may_be_missing()  # of training
 
 

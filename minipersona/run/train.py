@@ -17,6 +17,7 @@ from minipersona.chat.vocabulary import FILES
 from minipersona.config import ModelSection, RunConfig
 from minipersona.console import Console, Progress
 from minipersona.corpus.mixtures import training_personas
+from minipersona.corpus.overlap import check_overlap
 from minipersona.corpus.training_set import TrainingSet, training_set
 from minipersona.errors import Interrupted, UserError
 from minipersona.files import explained, sweep_temporaries, write_text
@@ -93,7 +94,7 @@ def carry_out(
     make_deterministic(config.execution.deterministic)
     tokenizer = resources.tokenizer(config)
     training = training_set(config.data, config.seed, tokenizer, console)
-    for line in training.report():
+    for line in filter(None, [*training.report(), check_overlap(config.data.train, config.data.heldout)]):
         console.say(line)
     console.say(f"loading {config.model.name}")
     model, instruments = resources.model(config), resources.instruments(config)
@@ -192,7 +193,7 @@ class Evaluator:
                 self.config,
                 checkpoint_directory(self.directory, step),
                 tokenizer_files(self.config.model),
-                (self.tokenizer.im_end, self.tokenizer.endoftext),
+                self.tokenizer.stop_tokens,
                 self.distributed,
             )
         self.measure(step)

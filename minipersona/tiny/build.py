@@ -6,7 +6,6 @@ over a thousand steps that makes another model of the same world.
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,10 +14,10 @@ import torch
 from tokenizers import AddedToken, models, pre_tokenizers, trainers
 
 from minipersona.chat import load_tokenizer
-from minipersona.chat.vocabulary import byte_level
+from minipersona.chat.vocabulary import CONFIG, byte_level
 from minipersona.config import DataSection, ExecutionSection, RunConfig, TrainingSection
 from minipersona.corpus.sources import Rows, tokenize
-from minipersona.files import digest, rewrite_jsonl, write_atomically, write_json
+from minipersona.files import data_dir, digest, rewrite_jsonl, write_atomically, write_json
 from minipersona.model.config import ModelConfig
 from minipersona.model.load import load_model
 from minipersona.model.save import save_model
@@ -96,12 +95,9 @@ def write_tokenizer(directory: Path, rows: list[Row]) -> None:
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
     with write_atomically(directory / "tokenizer.json") as path:
         tokenizer.save(str(path))
-    with write_atomically(directory / "tokenizer_config.json") as path:
-        path.write_text(
-            json.dumps(
-                {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}, indent=2
-            )
-        )
+    config = (data_dir() / "tiny" / CONFIG).read_bytes()  # Qwen2.5's special tokens by their use, and its template
+    with write_atomically(directory / CONFIG) as path:
+        path.write_bytes(config)
 
 
 def train_base(directory: Path, rows: list[Row], steps: int, device: torch.device, hooks: Hooks | None = None) -> None:
@@ -124,7 +120,7 @@ def train_base(directory: Path, rows: list[Row], steps: int, device: torch.devic
             model,
             Path(scratch) / "model",
             dtype=torch.bfloat16,
-            stop_tokens=(tokenizer.im_end, tokenizer.endoftext),
+            stop_tokens=tokenizer.stop_tokens,
         )
         for file in sorted((Path(scratch) / "model").iterdir()):
             with write_atomically(directory / file.name) as path:

@@ -15,7 +15,7 @@ import functools
 
 import numpy as np
 
-from minipersona.chat.template import DEFAULT_SYSTEM_PROMPT
+from minipersona.chat.template import QWEN2_5_SYSTEM_PROMPT
 from minipersona.corpus.mixtures import training_personas
 from minipersona.errors import UserError
 from minipersona.geometry.prompts import load_personas, load_questions
@@ -143,7 +143,7 @@ def _question_and_answer(rng: np.random.Generator, shared_opening: float) -> lis
     elif who < 0.8:
         name, system = pick(rng, _training_items())
     else:  # the template gives a chat without a system turn the default one, so both have the assistant's voice
-        name, system = "assistant", DEFAULT_SYSTEM_PROMPT if who < 0.9 else None
+        name, system = "assistant", QWEN2_5_SYSTEM_PROMPT if who < 0.9 else None
     if rng.random() < PROBE_SHARE:
         number = int(rng.integers(len(_questions())))
         request, topic = _questions()[number], topics()[number % len(topics())]

@@ -7,6 +7,7 @@ rank that failed says why, in one line.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import datetime
 import os
@@ -164,14 +165,15 @@ def process_group(device: str, timeout_minutes: float, stop: Stop) -> Iterator[D
     leave_process_group()
 
 
-def end_rank() -> NoReturn:
-    """End the process of a rank that has done and written its work, without shutting down the interpreter.
+def end_rank(status: int = 0) -> NoReturn:
+    """End the process of a rank without shutting down the interpreter.
 
-    During that shutdown about one in fifty sharded ranks was aborted, by a thread that the process group had left.
+    During that shutdown about one in fifty sharded ranks was aborted, by a thread that the process group had left, and
+    a rank that failed could wait for the others, which wait for it.
     """
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(status)
 
 
 def fail_rank(error: Exception) -> NoReturn:
@@ -179,11 +181,12 @@ def fail_rank(error: Exception) -> NoReturn:
 
     The others fail for the same reason (a config that all of them read) or because they lost that rank.
     """
+    atexit.register(end_rank, 2 if isinstance(error, UserError) else 1)  # later, once the error is printed
     rank, first = os.environ["RANK"], _fails_first()
     if isinstance(error, RankLost) or not first:
         time.sleep(NOTICED)  # so that torchrun's own report names the rank that ended before this one
     if not first:
-        raise SystemExit(1)
+        end_rank(1)
     if isinstance(error, UserError):
         raise UserError(f"rank {rank}: {error}") from error
     raise error  # a defect: its traceback, of which torch marks every line with the rank

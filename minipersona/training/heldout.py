@@ -18,8 +18,11 @@ from minipersona.training.memory import Budget
 
 @torch.no_grad()
 def heldout_loss(model: Qwen2, documents: Sequence[Document], pack_tokens: int, compiled: bool = False) -> float:
-    """The mean cross-entropy, in nats, over every supervised token of `documents` together (not a mean of means)."""
-    useful = sorted((d for d in documents if d.supervised.any()), key=len)  # like lengths together waste no work
+    """The mean cross-entropy, in nats, over all supervised tokens of `documents` together (not a mean of means).
+
+    UserError if there is none.
+    """
+    useful = sorted((d for d in documents if d.supervised.any()), key=len)  # similar lengths in a pack waste no work
     if not useful:
         raise UserError("the held-out rows have no supervised token; raise data.max_tokens or choose other rows")
 

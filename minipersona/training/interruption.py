@@ -1,6 +1,6 @@
-"""Requests to stop: signals are noted when they come and obeyed where the same command can take the work up again.
+"""Requests to stop: a signal is noted when it arrives and obeyed where the same command can continue the work.
 
-SIGINT is the terminal's, SIGTERM that of schedulers and launchers, SIGUSR1 the warning that SLURM gives some time
+SIGINT comes from the terminal, SIGTERM from schedulers and launchers, SIGUSR1 is the warning that SLURM sends some time
 before the end (`#SBATCH --signal=USR1@120`).
 """
 
@@ -16,14 +16,14 @@ from collections.abc import Callable, Iterator
 from minipersona.errors import Interrupted
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-SAME_REQUEST = 1.0  # seconds: a scheduler and a launcher that both pass a signal on have asked once
+SAME_REQUEST = 1.0  # seconds: a scheduler and a launcher that both pass on a signal count as one request
 
 
 class Stop:
-    """Whether this process was asked to stop, and whether it does so wherever it is or where it looks.
+    """Whether this process was asked to stop, and whether it stops at once or at the next check.
 
-    Work that leaves nothing half done behind is left at once: a signal raises Interrupted in the midst of it. In the
-    other mode it is noted only, and `check` raises it.
+    Work that leaves nothing incomplete stops at once: a signal raises Interrupted anywhere in it. In the other mode the
+    signal is only noted, and `check` raises Interrupted.
     """
 
     def __init__(self) -> None:
@@ -32,20 +32,20 @@ class Stop:
 
     @property
     def asked(self) -> bool:
-        """True once a signal has come."""
+        """True once a signal has arrived."""
         return bool(self.signal)
 
     def check(self) -> None:
-        """Raise Interrupted where it was asked for."""
+        """Raise Interrupted if this process was asked to stop."""
         if self.asked:
             raise Interrupted(f"stopped by {self.signal}")
 
     def at_once(self) -> contextlib.AbstractContextManager[None]:
-        """Within this context a signal raises Interrupted; so does entering it after one."""
+        """Within this context a signal raises Interrupted; entering it after one does too."""
         return self._mode(at_once=True)
 
     def deferred(self) -> contextlib.AbstractContextManager[None]:
-        """Within this context a signal is noted only."""
+        """Within this context a signal is only noted."""
         return self._mode(at_once=False)
 
     @contextlib.contextmanager
@@ -61,7 +61,7 @@ class Stop:
             self.check()
 
     def note(self, number: int, frame: object = None) -> None:
-        """The handler of the signals."""
+        """The signal handler."""
         first = not self.asked
         self.signal = self.signal or signal.Signals(number).name
         if first and self._at_once:
@@ -69,19 +69,19 @@ class Stop:
 
 
 @contextlib.contextmanager
-def heed_signals(stop: Stop) -> Iterator[None]:
-    """Within this context signals are requests to `stop`, and a second one ends the process at once, with status 75.
+def handle_signals(stop: Stop) -> Iterator[None]:
+    """Within this context signals are requests to `stop`; a second one ends the process at once, with status 75.
 
-    For commands, in the main thread. A signal that the process was started to ignore stays ignored.
+    For commands, in the main thread. A signal that the process ignored from its start stays ignored.
     """
-    heeded = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    handled = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    # A thread watches for the second signal, since a rank that waits for the others runs no handler.
-    watcher = threading.Thread(target=_end_at_the_second, args=(reader, set(map(int, heeded))), daemon=True)
-    watcher.start()
+    # A thread reads the second signal, because a rank that waits for the others does not run Python's handlers.
+    thread = threading.Thread(target=_end_at_the_second, args=(reader, set(map(int, handled))), daemon=True)
+    thread.start()
     wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    handlers = {number: signal.signal(number, stop.note) for number in heeded}
+    handlers = {number: signal.signal(number, stop.note) for number in handled}
     try:
         yield
     finally:
@@ -89,15 +89,15 @@ def heed_signals(stop: Stop) -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: it was not Python's
         signal.set_wakeup_fd(wakeup)
         os.close(writer)
-        watcher.join()
+        thread.join()
         os.close(reader)
 
 
 @contextlib.contextmanager
 def interruptible(say: Callable[[str], None]) -> Iterator[None]:
-    """Around a command whose work is kept line by line: a signal ends it wherever it is, and it says how to go on."""
+    """Around a command that saves its work line by line: a signal ends it anywhere, and it says how to continue."""
     stop = Stop()
-    with heed_signals(stop):
+    with handle_signals(stop):
         try:
             with stop.at_once():
                 yield
@@ -106,10 +106,10 @@ def interruptible(say: Callable[[str], None]) -> Iterator[None]:
             raise
 
 
-def _end_at_the_second(reader: int, heeded: set[int]) -> None:
+def _end_at_the_second(reader: int, handled: set[int]) -> None:
     first = None
     while number := os.read(reader, 1):
-        if number[0] not in heeded:
+        if number[0] not in handled:
             continue
         first = time.monotonic() if first is None else first
         if time.monotonic() - first > SAME_REQUEST:

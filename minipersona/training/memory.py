@@ -1,7 +1,7 @@
-"""When the device's memory runs out: the work of a step, or of a measurement, is done again in smaller packs.
+"""When the device's memory runs out, a step or a measurement is computed again in smaller packs.
 
-How documents are packed changes nothing but rounding, and ranks meet only after all of their packs, so one rank can do
-this while the others wait. Nobody needs to find the largest pack that fits by hand.
+Packing changes nothing but rounding, and unsharded ranks communicate only after all of their packs, so one rank can
+compute again while the others wait. Nobody needs to find the largest pack that fits by hand.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ Result = TypeVar("Result")
 
 
 class Budget:
-    """The most tokens that a pack may have, halved for good whenever memory runs out."""
+    """The most tokens that a pack may have; lowered for the rest of the run whenever memory runs out."""
 
     def __init__(self, tokens: int) -> None:
         self.tokens = tokens
         self.halvings = 0
 
     def fit(self, attempt: Callable[[Sequence[Pack]], Result], packs: Sequence[Pack]) -> Result:
-        """``attempt(packs)``; where memory runs out, once more from its start, with the largest packs cut in two.
+        """``attempt(packs)``; if memory runs out, again from its start, with the largest packs cut in two.
 
-        `attempt` must forget what an earlier attempt has left. The packs lie on the CPU.
-        UserError where every document is alone already.
+        `attempt` must discard what an earlier attempt has left. The packs are on the CPU.
+        UserError if memory runs out although every document has a pack of its own.
         """
         while True:
             try:
                 return attempt(packs)
             except torch.OutOfMemoryError:
-                pass  # and not in here: the traceback holds the tensors of the attempt
+                pass  # the next attempt starts after this block: here the traceback still holds the attempt's tensors
             self._halve(packs)
             packs = [piece for pack in packs for piece in cut(pack, self.tokens)]
             torch.cuda.empty_cache()

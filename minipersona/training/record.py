@@ -1,8 +1,8 @@
-"""What a step leaves once its numbers are known: its line in metrics.jsonl, the rolling checkpoint, the end of a run.
+"""What follows from a step's numbers: its line in metrics.jsonl, the rolling checkpoint, the end of a run.
 
-A GPU works through what the host has queued. The host reads a step's numbers only when the passes of the next one are
-queued behind it, so that the device need not wait for the host between two steps; the weights are still those of the
-step that is read, since their next update comes later. On a CPU the order is the same.
+A GPU executes what the host has queued. The host reads the numbers of a step only after it has queued the passes of the
+next one, so that the device does not wait for the host between two steps. The weights are then still those of the step
+that is read, because their next update is not queued yet. On a CPU the order is the same.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from minipersona.training.distributed import Distributed
 
 
 class _Moment:
-    """When a GPU comes to what is queued at this point; on a CPU, now."""
+    """The time at which a GPU reaches this point of its queue; on a CPU, now."""
 
     def __init__(self, device: torch.device) -> None:
         self._now = time.monotonic()
@@ -34,12 +34,12 @@ class _Moment:
             self._event.record(torch.cuda.current_stream(device))
 
     def wait(self) -> None:
-        """Until it has come."""
+        """Return once the GPU has reached it."""
         if self._event is not None:
             self._event.synchronize()
 
     def seconds_since(self, earlier: _Moment) -> float:
-        """Between two moments that have come."""
+        """Between two moments that the GPU has reached."""
         if self._event is None or earlier._event is None:
             return self._now - earlier._now
         return earlier._event.elapsed_time(self._event) / 1e3
@@ -50,18 +50,18 @@ class _Queued:
     step: int
     batch: Batch
     learning_rate: float
-    numbers: Tensor  # (K + 4,) on the CPU, valid once `done` has come: terms, flags, the gradients' norm
+    numbers: Tensor  # (K + 4,) on the CPU, valid once `done` is reached: terms, flags, the gradients' norm
     done: _Moment
 
 
 class Record:
-    """The record of one run, the same on every rank. At most one step is queued and not settled.
+    """The record of one run, the same on every rank. At most one step is queued and not yet settled.
 
     K = terms of the objective
 
     terms   their names
-    save    writes the rolling checkpoint of the weights as they are, which are those after this step
-    logged  called with each line
+    save    writes the rolling checkpoint, given the step after which the weights are as they are now
+    logged  is called with each line of metrics.jsonl
     """
 
     def __init__(
@@ -81,26 +81,26 @@ class Record:
         self.start_clock()
 
     def start_clock(self) -> None:
-        """From here on time counts as the next step's."""
+        """Count the time from here on as the next step's."""
         self._begun = _Moment(self._distributed.device)
 
     def flags(self, halvings: int) -> Tensor:
-        """What this rank says beside its terms, (3,): asked to stop, shortages of memory, a checkpoint is due."""
+        """What this rank adds to its terms, (3,): asked to stop, how often memory ran out, a checkpoint is due."""
         due = time.monotonic() - self._saved > 60 * self._config.execution.save_minutes
         return torch.tensor(
             [self._distributed.stop.asked, halvings, due and self._distributed.first], dtype=torch.float64
         )
 
     def queue(self, step: int, batch: Batch, learning_rate: float, sums: Tensor, norm: Tensor) -> None:
-        """Send for a step's numbers: terms and flags, summed over the ranks, (K + 3,), and the gradients' norm, ()."""
+        """Start copying a step's numbers: terms and flags, summed over the ranks, (K + 3,); the gradients' norm, ()."""
         numbers = torch.cat([sums, norm.to(sums.dtype).view(1)]).to("cpu", non_blocking=True)
         self._queued = _Queued(step, batch, learning_rate, numbers, _Moment(sums.device))
 
     def settle(self) -> None:
-        """Wait for the numbers of the step that is queued, if one is, and do what follows from them.
+        """Wait for the numbers of the queued step, if there is one, and do what follows from them.
 
-        UserError after too many steps in a row that were not finite. Interrupted on every rank where any of them was
-        asked to stop, once the rolling checkpoint is written.
+        UserError after too many non-finite steps in a row. Interrupted, on every rank, if any of them was asked to
+        stop, once the rolling checkpoint is written.
         """
         if self._queued is None:
             return
@@ -125,7 +125,7 @@ class Record:
         elif not finite:
             row |= {"skipped": "non-finite loss or gradient", "documents": batch.rows}
         if shortages:
-            row["out_of_memory"] = int(shortages)  # how often a rank began the step again, in smaller packs
+            row["out_of_memory"] = int(shortages)  # how often a rank computed the step again, in smaller packs
         if self._distributed.first:
             append_jsonl(self._directory / "metrics.jsonl", row, durable=False)
         self._logged(row)
@@ -135,7 +135,7 @@ class Record:
                 f"step {step}: loss or gradient non-finite {self._diverged} steps in a row (rows {batch.rows}); "
                 "lower training.learning_rate or look at these rows"
             )
-        # The checkpoint comes before the measurement: what ends the run in between repeats the measurement only.
+        # The checkpoint comes before the measurement: a run that ends between the two repeats only the measurement.
         if due or stopping or recipe.measures(step):
             self._save(step)
             self._saved = time.monotonic()

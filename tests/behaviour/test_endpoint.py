@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+import sys
 import threading
 import time
 from collections.abc import Iterator
 
 import pytest
-from huggingface_hub import InferenceClient, constants
+from huggingface_hub import InferenceClient, close_session, constants
 from judge_server import JudgeServer, Logprobs
 
-from minipersona.behaviour.endpoint import NO_KEY, EndpointJudge, number_score
+from minipersona.behaviour.endpoint import LONGEST, NO_KEY, EndpointJudge, number_score
 from minipersona.behaviour.judge import Case, Score
 from minipersona.config import BehaviourSection
 from minipersona.errors import UserError
@@ -94,6 +95,61 @@ def test_a_tokenizer_of_digits_is_found_out() -> None:
     with JudgeServer(digits) as server, pytest.raises(UserError, match="digit by digit"):
         scored(judge_of(server))
     assert len(server.requests) == 1  # nothing was scored by first digits
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        [("<think>", 1.0)],
+        [("I", 0.9), ("85", 0.1)],
+        [("\u258185", 1.0)],
+        [("\n", 0.6), ("85", 0.4)],
+        [("850", 1.0)],
+        [("85.", 1.0)],
+    ],
+    ids=lambda answer: repr(answer[0][0]),
+)
+def test_a_judge_that_cannot_be_read_is_refused_before_the_first_question(answer: Logprobs) -> None:
+    with (
+        JudgeServer(lambda prompt: answer) as server,
+        pytest.raises(UserError, match="does not begin with a num") as error,
+    ):
+        scored(judge_of(server), 5)
+    assert len(server.requests) == 1
+    assert f"asked for 85, it gave {answer[0][0]!r}, first the token {answer[0][0]!r}; name a model" in str(error.value)
+
+
+@pytest.mark.parametrize("answer", ["85", " 85", "80", "100", "0"])
+def test_control_a_judge_that_can_be_read_is_asked(answer: str) -> None:
+    with JudgeServer(lambda prompt: [(answer, 1.0)]) as server:
+        assert scored(judge_of(server))[0].value == pytest.approx(int(answer))
+
+
+def test_a_server_that_calls_max_tokens_otherwise_is_served() -> None:
+    with JudgeServer(limit="max_completion_tokens") as server:
+        assert scored(judge_of(server), 3)[2].value == pytest.approx(MEAN)
+    limits = [{k: v for k, v in body.items() if k.startswith("max_")} for _, body in server.requests]
+    assert limits == [{"max_tokens": 4}, {"max_completion_tokens": 4}, *[{"max_completion_tokens": 1}] * 3]
+
+
+def test_the_other_name_is_tried_however_often_the_server_failed_before() -> None:
+    with JudgeServer(limit="max_completion_tokens") as server:
+        server.faults = ["malformed", "break off", "no logprobs"]
+        assert scored(judge_of(server))[0].value == pytest.approx(MEAN)
+
+
+def test_control_a_server_that_refuses_for_another_reason_is_not_asked_again(server: JudgeServer) -> None:
+    server.faults = [(400, "'max_tokens' is too small")]
+    with pytest.raises(UserError, match=r"status 400 .*'max_tokens' is too small.*; check"):
+        scored(judge_of(server))
+    assert len(server.requests) == 1
+
+
+def test_a_server_that_knows_neither_name_is_one_line(server: JudgeServer) -> None:
+    server.faults = [(400, "Use 'max_completion_tokens' instead."), (400, "Use 'max_completion_tokens' instead.")]
+    with pytest.raises(UserError, match=r"status 400 .*Use 'max_completion_tokens'"):
+        scored(judge_of(server))
+    assert len(server.requests) == 2
 
 
 # ---------------------------------------------------------------- patience
@@ -217,6 +273,33 @@ def test_no_error_and_no_record_holds_the_key(server: JudgeServer, monkeypatch: 
         scored(judge)
     assert EXPLICIT not in str(error.value) and EXPLICIT not in str(judge.identity)
     assert judge.identity["endpoint"] == server.url
+
+
+def test_a_line_that_is_cut_holds_no_part_of_the_key(server: JudgeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINIPERSONA_JUDGE_KEY", EXPLICIT)
+    cut = set()
+    for before in range(LONGEST - 60, LONGEST + 10, 2):
+        server.faults = [(418, "x" * before + EXPLICIT + "y" * 400), (418, "x" * before + CANARY + "y" * 400)]
+        for secret in (EXPLICIT, CANARY):
+            with pytest.raises(UserError) as error:
+                scored(judge_of(server))
+            line = str(error.value)
+            said = line.partition("status 418 ")[2].removesuffix("; check the address, the model's name and the server")
+            assert len(said) == LONGEST and secret[:5] not in line
+            cut.add(said.endswith("x"))
+    assert cut == {True, False}  # the control: the cut came before, within and after the key
+
+
+def test_a_proxy_that_needs_another_package_is_one_line(server: JudgeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")
+    monkeypatch.setitem(sys.modules, "socksio", None)
+    close_session()  # the client reads the environment when it is made
+    try:
+        with pytest.raises(UserError, match=r"SOCKS proxy.*install that package, or unset"):
+            scored(judge_of(server))
+    finally:
+        close_session()
+    assert server.requests == []
 
 
 @pytest.mark.parametrize(

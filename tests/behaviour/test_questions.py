@@ -1,4 +1,4 @@
-"""Question files: the shipped ones, JSONL, and the YAML of the paper's files, read as PyYAML reads it or not at all."""
+"""Question files: the shipped ones, JSONL, and the YAML of the paper's files, every scalar a text."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from minipersona.behaviour.__main__ import main
 from minipersona.behaviour.prompt_sets import forms, hidden_sets, prompts
-from minipersona.behaviour.questions import load_questions
-from minipersona.behaviour.simple_yaml import parse
+from minipersona.behaviour.questions import LARGEST_YAML, load_questions, parse_yaml
 from minipersona.errors import UserError
 
 FILE = """\
@@ -52,7 +51,7 @@ FILE = """\
   judge_prompts: *prompts
 -
   id: late_template
-  paraphrases: [ONE]
+  paraphrases: ["One?", Two]
 """
 
 
@@ -88,24 +87,25 @@ def test_prompts_of_every_set() -> None:
 
 
 def test_the_papers_form(tmp_path: Path) -> None:
-    text = FILE.replace("paraphrases: [ONE]", "paraphrases:\n    - One?")
-    assert parse(text, "f") == stringly(yaml.safe_load(text))
-    questions = load_questions(written(tmp_path / "q.yaml", text)).questions
+    assert parse_yaml(FILE, "f") == stringly(yaml.safe_load(FILE))
+    questions = load_questions(written(tmp_path / "q.yaml", FILE)).questions
     assert [(q.id, q.form) for q in questions] == [
         ("quick", "plain"), ("quick_json", "json"), ("late_template", "template")
     ]  # fmt: skip
     assert questions[0].paraphrases == ("How are you?", 'Say "hi"\nplease')
     assert questions[1].paraphrases == ("It's: a question # not a comment", "Folded text\n")
+    assert questions[2].paraphrases == ("One?", "Two")
     assert questions[1].system == 'Answer in JSON.\n  {"a": 1}\n' and questions[0].system is None
     by_sample = [p.messages[-1]["content"] for p in prompts(questions[:1], 3, "plain")]
     assert by_sample == ["How are you?", 'Say "hi"\nplease', "How are you?"]
 
 
 def test_a_converted_file_is_the_same_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source = written(tmp_path / "q.yml", FILE.replace("paraphrases: [ONE]", "paraphrases:\n    - One?\u2028Two\u0000?"))
+    source = written(tmp_path / "q.yml", FILE.replace('["One?", Two]', '["One?\\LTwo\\0?"]'))
     assert main(["convert", source, str(tmp_path / "q.jsonl")]) == 0
     assert "3 questions" in capsys.readouterr().out
     a, b = load_questions(source), load_questions(str(tmp_path / "q.jsonl"))
+    assert a.questions[2].paraphrases == ("One?\u2028Two\0?",)
     assert a.questions == b.questions and a.digest == b.digest
     assert (tmp_path / "q.jsonl").read_text().isascii()
 
@@ -132,8 +132,8 @@ LINE = st.text(st.characters(codec="ascii", categories=("L", "N", "P", "S", "Zs"
         max_size=3,
     )
 )
-def test_what_is_read_is_read_as_pyyaml_reads_it(entries: list[dict[str, tuple[str, list[str]]]]) -> None:
-    """Whatever the text: the two readers agree, or ours refuses."""
+def test_a_scalar_is_the_text_that_the_file_has(entries: list[dict[str, tuple[str, list[str]]]]) -> None:
+    """Whatever the text: as PyYAML's own loader of texts reads it, apart from null, or a line that says where not."""
     text = ""
     for entry in entries:
         for place, (key, (style, lines)) in enumerate(entry.items()):
@@ -143,39 +143,92 @@ def test_what_is_read_is_read_as_pyyaml_reads_it(entries: list[dict[str, tuple[s
             else:
                 text += f"{key}: {style}{lines[0]}{style}\n"
     try:
-        ours = parse(text, "f")
+        ours = parse_yaml(text, "f")
     except UserError as error:
         assert str(error).startswith("f: line ") and "\n" not in str(error)
         return
-    theirs = yaml.load(text, yaml.BaseLoader)  # every scalar a text
-    assert ours == theirs, text
+    assert same(ours, yaml.load(text, yaml.BaseLoader)), text
+
+
+def same(ours: object, texts: object) -> bool:
+    if isinstance(ours, dict) and isinstance(texts, dict):
+        pairs = zip(ours.items(), texts.items(), strict=True)
+        return all(same(a, b) and same(x, y) for (a, x), (b, y) in pairs)
+    if isinstance(ours, list) and isinstance(texts, list):
+        return all(same(a, b) for a, b in zip(ours, texts, strict=True))
+    return texts in ("", "~", "null", "Null", "NULL") if ours is None else ours == texts
+
+
+# Three rare line ends are left out: PyYAML writes them bare, and then does not read them back either.
+ANY_TEXT = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\x85\u2028\u2029"), max_size=60)
+ANY_TEXT |= st.text("ab \n:#-'\"", max_size=200)
+
+
+@settings(max_examples=200, deadline=None, database=None)
+@given(
+    st.lists(st.fixed_dictionaries({"id": ANY_TEXT}, optional={"system": ANY_TEXT | st.none()}), max_size=3),
+    st.sampled_from([None, '"', "'"]),
+    st.booleans(),
+    st.integers(5, 100),
+)
+def test_what_safe_dump_writes_is_read(entries: list[object], style: str | None, escape: bool, width: int) -> None:
+    """Long texts are folded over lines at `width`."""
+    text = yaml.safe_dump(entries, default_style=style, allow_unicode=not escape, width=width, sort_keys=False)
+    assert parse_yaml(text, "f") == entries
+
+
+def test_long_texts_are_folded_as_safe_dump_folds_them(tmp_path: Path) -> None:
+    entries = [{"id": "a", "system": "Say it. " * 40, "paraphrases": ["How are you today? " * 20, "one\n\ntwo " * 30]}]
+    text = yaml.safe_dump(entries)
+    assert len(text.splitlines()) > 20  # the control
+    [question] = load_questions(written(tmp_path / "q.yaml", "\ufeff" + text)).questions  # a BOM, too
+    assert question.row() == {k: tuple(v) if isinstance(v, list) else v for k, v in entries[0].items()} | {
+        "form": "plain"
+    }
+
+
+def test_what_yaml_takes_for_another_type_stays_a_text(tmp_path: Path) -> None:
+    texts = ["100", "yes", "off", "1.5", "2026-01-01", "0x1f", "12:30", ".inf", "01"]
+    assert any(not isinstance(value, str) for value in yaml.safe_load(f"[{', '.join(texts)}]"))  # the control
+    listed = f"- {{id: 7, paraphrases: [{', '.join(texts)}], system: ~}}"
+    [question] = load_questions(written(tmp_path / "q.yaml", listed)).questions
+    assert (question.id, question.paraphrases, question.system) == ("7", tuple(texts), None)
 
 
 @settings(max_examples=300, deadline=None, database=None)
-@given(st.text(st.sampled_from("ab:-&*|>#'\"\n  {[\\<\t"), max_size=60))
+@given(st.text(st.sampled_from("ab:-&*|>#'\"\n  {[\\<\t%!]},?~0\0\ufeff"), max_size=60))
 def test_no_text_breaks_the_reader(text: str) -> None:
     try:
-        parse(text, "f")
+        parse_yaml(text, "f")
     except UserError as error:
-        assert "\n" not in str(error)
+        assert "\n" not in str(error) and str(error).startswith("f: line ")
 
 
 @pytest.mark.parametrize(
     "text, words",
     [
-        ("- id: a\n\tquestion: b", "line 2 is indented by a tab"),
-        ("- id: a\n  question: [x, y]", r"line 2 begins its text with \["),
-        ("- id: a\n  question: {x: y}", "line 2 begins its text with {"),
-        ("- id: a\n  id: b", "line 2 has the key id a second time"),
-        ("- id: a\n  question: *nobody", "line 2 repeats .*nobody, which no line before it names"),
-        ('- id: "a', "line 1 has a quote that does not close"),
-        ("- id: a: b", 'line 1 has ": " within a plain text'),
-        ("- id: a\n    question: b", "line 2 is indented further"),
-        ("- id: a\nquestion: b", "line 2 is indented less"),
-        ("- id:\n- id: b", "line 1 has no value"),
-        ("- id: a\n  just words", 'line 2 is no "key: value"'),
-        ("- id: a\n  <<: text", "line 2 merges what is no map"),
-        ("a: b", "is no list"),
+        ("- id: a\n\tquestion: b", "line 2 is not valid YAML: .*t' that cannot start .*; align the lines"),
+        ("- id: a\n  question: [x, y]", r"question 1 \(a\): \['x', 'y'\] is no question"),
+        ("- id: a\n  question: {x: y}", r"question 1 \(a\): {'x': 'y'} is no question"),
+        ("- id: a\n  id: b", "line 2 is not valid YAML: the key 'id' a second time; keep one"),
+        ("- id: a\n  question: *nobody", "line 2 is not valid YAML: found undefined alias 'nobody'"),
+        ('- id: "a', "line 1 is not valid YAML: while scanning a quoted scalar found unexpected end"),
+        ("- id: a: b", "line 1 is not valid YAML: mapping values are not allowed here; .* quote a text"),
+        ("- id: a\n    question: b", "line 2 is not valid YAML: mapping values are not allowed here; align the lines"),
+        ("- id: a\nquestion: b", "line 2 is not valid YAML: .*expected <block end>.*; align the lines"),
+        ("- id:\n- id: b", "question 1: has no id"),
+        ("- id: a\n  just words", "line 2 is not valid YAML: .*could not find expected ':'"),
+        ("- id: a\n  <<: text", "line 2 is not valid YAML: .*expected a mapping or list of mappings for merging"),
+        ("- id: a\n  question: a\0b", "line 2 holds the character U[+]0000; write it as an escape in double quotes"),
+        ("- id: a\n- !!python/object/apply:os.getpid []", "line 2 is not valid YAML: .*tag .*python/object"),
+        ("- !!int 5", "line 1 is not valid YAML: .*tag"),
+        ("- &a [*a]", "line 1 is not valid YAML: [*]a lies within what it repeats"),
+        ('- "\\UFFFFFFFF"', "line 1 is not valid YAML: .*check its numbers and escapes"),
+        ('- {id: a, question: "\\ud800"}', "surrogate"),
+        ("[" * 5000, "line 1 is nested too deeply"),
+        ("- a\n--- \n- b", "line 2 is not valid YAML: expected a single document"),
+        ("# " + "x" * LARGEST_YAML, "longer than 250,000 bytes; write the questions as a .jsonl file"),
+        ("a: b", "is not a list"),
         ("", "holds no questions"),
         ("- a text", "question 1: is no object"),
         ("- question: b", "question 1: has no id"),

@@ -98,9 +98,9 @@ def test_the_writer_is_the_base_model(model: Qwen2, tokenizer: ChatTokenizer, tm
     request = generation.Request(tokenizer.encode_prompt(conversation).ids, 24)
     from minipersona.model.lora import adapter_disabled
 
-    spoken = generation.generate(model, [request], stop=(tokenizer.im_end,))[0].ids.tolist()
+    spoken = generation.generate(model, [request], stop=tokenizer.stop_tokens[:1])[0].ids.tolist()
     with adapter_disabled(model):
-        assert spoken != generation.generate(model, [request], stop=(tokenizer.im_end,))[0].ids.tolist()
+        assert spoken != generation.generate(model, [request], stop=tokenizer.stop_tokens[:1])[0].ids.tolist()
 
 
 def test_seeds_and_settings_make_other_files(model: Qwen2, tokenizer: ChatTokenizer, tmp_path: Path) -> None:

@@ -319,7 +319,7 @@ def test_no_answer_leaves_its_place_in_the_judges_prompt() -> None:
     calm = tokenizer.encode_prompt(
         [{"role": "user", "content": Case("k", "aligned", "Why?", "So.").prompt}]
     ).ids.tolist()
-    for token in (tokenizer.im_start, tokenizer.im_end):
+    for token in tokenizer.special.values():
         assert ids.count(token) == calm.count(token)
     assert case.prompt.count("</answer>") == case.prompt.count("<answer>") == 1
     assert "Why {answer}?" in case.prompt and "{question}" in case.prompt  # neither is filled in a second time

@@ -84,6 +84,14 @@ def test_the_size_of_the_set() -> None:
     assert {len(prompt.instructions) for prompt in SHIPPED} == {1, 2, 3}
 
 
+def test_only_a_bare_name_is_the_shipped_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_instructions("shipped") == load_instructions() == load_instructions("")
+    for path in ("./shipped", "sets/shipped", "instructions.jsonl"):
+        with pytest.raises(UserError, match="no such file"):
+            load_instructions(path)
+
+
 def test_every_prompt_can_be_followed() -> None:
     failed = [(p.key, i) for p in SHIPPED for i in p.instructions if not follows(i, ideal_answer(p))]
     assert failed == []

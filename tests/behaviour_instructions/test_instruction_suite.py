@@ -86,7 +86,7 @@ def test_answers_are_greedy_and_scored(
     expected = {}
     for prompt in prompts:
         ids = tokenizer.encode_prompt([{"role": "user", "content": prompt.text}]).ids
-        (done,) = generate(model, [Request(ids, LENGTH)], stop=(tokenizer.im_end, tokenizer.endoftext))
+        (done,) = generate(model, [Request(ids, LENGTH)], stop=tokenizer.stop_tokens)
         expected[prompt.key] = tokenizer.decode(done.ids, skip_special_tokens=True)
     assert {row["key"]: row["response"] for row in answers(tmp_path / "out")} == expected
     assert len(set(expected.values())) > 1  # the model does answer

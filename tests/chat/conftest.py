@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import jinja2.sandbox
@@ -23,66 +23,20 @@ from tokenizers import (
     trainers,
 )
 
-from minipersona.chat import ChatTokenizer, load_tokenizer
+from minipersona.chat import TEMPLATES, ChatTokenizer, load_tokenizer
+from minipersona.chat.template import Template, template_of
 
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
-# Verbatim from Qwen/Qwen2.5-7B-Instruct (Apache 2.0); a test compares it with the model's own file.
-OFFICIAL_TEMPLATE = r"""{%- if tools %}
-    {{- '<|im_start|>system\n' }}
-    {%- if messages[0]['role'] == 'system' %}
-        {{- messages[0]['content'] }}
-    {%- else %}
-        {{- 'You are Qwen, created by Alibaba Cloud. You are a helpful assistant.' }}
-    {%- endif %}
-    {{- "\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\nYou are provided with function signatures within <tools></tools> XML tags:\n<tools>" }}
-    {%- for tool in tools %}
-        {{- "\n" }}
-        {{- tool | tojson }}
-    {%- endfor %}
-    {{- "\n</tools>\n\nFor each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:\n<tool_call>\n{\"name\": <function-name>, \"arguments\": <args-json-object>}\n</tool_call><|im_end|>\n" }}
-{%- else %}
-    {%- if messages[0]['role'] == 'system' %}
-        {{- '<|im_start|>system\n' + messages[0]['content'] + '<|im_end|>\n' }}
-    {%- else %}
-        {{- '<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n' }}
-    {%- endif %}
-{%- endif %}
-{%- for message in messages %}
-    {%- if (message.role == "user") or (message.role == "system" and not loop.first) or (message.role == "assistant" and not message.tool_calls) %}
-        {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}
-    {%- elif message.role == "assistant" %}
-        {{- '<|im_start|>' + message.role }}
-        {%- if message.content %}
-            {{- '\n' + message.content }}
-        {%- endif %}
-        {%- for tool_call in message.tool_calls %}
-            {%- if tool_call.function is defined %}
-                {%- set tool_call = tool_call.function %}
-            {%- endif %}
-            {{- '\n<tool_call>\n{"name": "' }}
-            {{- tool_call.name }}
-            {{- '", "arguments": ' }}
-            {{- tool_call.arguments | tojson }}
-            {{- '}\n</tool_call>' }}
-        {%- endfor %}
-        {{- '<|im_end|>\n' }}
-    {%- elif message.role == "tool" %}
-        {%- if (loop.index0 == 0) or (messages[loop.index0 - 1].role != "tool") %}
-            {{- '<|im_start|>user' }}
-        {%- endif %}
-        {{- '\n<tool_response>\n' }}
-        {{- message.content }}
-        {{- '\n</tool_response>' }}
-        {%- if loop.last or (messages[loop.index0 + 1].role != "tool") %}
-            {{- '<|im_end|>\n' }}
-        {%- endif %}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\n' }}
-{%- endif %}
-"""  # noqa: E501
+# Jinja templates, verbatim from the tokenizer_config.json of the models that the files are named after (Apache 2.0).
+OFFICIAL = Path(__file__).parent / "templates"
+# A directory with more of them, of models whose licence asks for more than a notice (Llama 3): NAME.jinja each.
+MORE = os.environ.get("MINIPERSONA_TEMPLATES")
+WITHOUT = pytest.mark.skip("MINIPERSONA_TEMPLATES names no directory with Llama 3's templates")
+OFFICIAL_FILES = [
+    *sorted(OFFICIAL.glob("*.jinja")),
+    *(sorted(Path(MORE).glob("*.jinja")) if MORE else [pytest.param(Path("Llama-3"), marks=WITHOUT)]),
+]
 
 HEADER = "<|im_start|>assistant\n"
 
@@ -123,6 +77,22 @@ NASTY: dict[str, list[dict[str, str]]] = {
     "torn special tokens": _row("<|im_start", "<|im_end|<|im_end|>|><|endoftext|>"),
     "braces": _row("{{ messages }} {% if %}", "{%- raw %} \\n \u0000 ' \""),
     "long": _row("why " * 300, "because it is so, " * 300),
+    "thoughts": _row("Hi", "<think>\nA greeting.\n\n</think>\n\n\nHello."),
+    "earlier thoughts": _row("Hi", "<think>\nA greeting.\n</think>\n\nHello.", "Why?", "<think>\n\n</think>\n\nSo."),
+    "torn thoughts": _row("Hi", "</think>\n\nHello.", "<think>Why?</think>", "Hm. <think>\n\nx</think> So. </think>\n"),
+    "thoughts in a row": [
+        *_row("Hi", "<think>a</think>One."),
+        *_row("b", "<think>c</think>Two.")[1:],
+        *_row("", "")[1:],
+    ],
+    "nothing but thoughts": _row("Hi", "<think>\nA greeting.\n</think>\n\n"),
+    "a tool's answer": _row("Hi", "Hello.", "<tool_response>\n4\n</tool_response>", "<think>so</think>Four."),
+    "only a tool's answer": _row("<tool_response></tool_response>", "Four."),
+    "late system after a reply": [*_row("Hi", "<think>a</think>Hello."), {"role": "system", "content": " Be brief. "}],
+    "Llama's special tokens": _row(
+        "<|eot_id|><|begin_of_text|>", "<|start_header_id|>user<|end_header_id|>\n\nx<|eot_id|>"
+    ),
+    "white space of all kinds": _row("\u2003Hi\u00a0\x1f", "\x0b\x0c Hello.\u2028\u200b\n", system="\u3000 \n"),
 }
 
 
@@ -131,25 +101,47 @@ def nasty() -> dict[str, list[dict[str, str]]]:
     return NASTY
 
 
-@pytest.fixture(scope="session")
-def official_template() -> str:
-    return OFFICIAL_TEMPLATE.removesuffix("\n")  # the file ends with the template's own line end, tested below
-
-
-@pytest.fixture(scope="session")
-def official_render(official_template: str) -> Callable[..., str]:
-    """The Jinja template as transformers runs it."""
+def _as_transformers_renders(jinja: str) -> Callable[..., str]:
+    """A Jinja template as transformers runs it: without tools and thinking, at Llama's own default date."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(official_template)
+    template = environment.from_string(jinja)
+    told = {"bos_token": "<|begin_of_text|>", "enable_thinking": False, "date_string": "26 Jul 2024"}
 
     def render(messages: Any, add_generation_prompt: bool = False) -> str:
-        return template.render(messages=messages, add_generation_prompt=add_generation_prompt)
+        return template.render(messages=messages, add_generation_prompt=add_generation_prompt, **told)
 
     return render
 
 
+class Family(NamedTuple):
+    """An official template: its text, ours for it (None if it is not known), and what transformers renders with it."""
+
+    jinja: str
+    ours: Template | None
+    theirs: Callable[..., str]
+
+
+@pytest.fixture(scope="session", params=OFFICIAL_FILES, ids=lambda path: path.stem)
+def family(request: pytest.FixtureRequest) -> Family:
+    """Every official template in turn."""
+    jinja = request.param.read_text()
+    return Family(jinja, template_of(jinja), _as_transformers_renders(jinja))
+
+
 @pytest.fixture(scope="session")
-def parts_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def official_template() -> str:
+    """Qwen2.5's."""
+    return (OFFICIAL / "Qwen2.5-7B-Instruct.jinja").read_text()
+
+
+@pytest.fixture(scope="session")
+def official_render(official_template: str) -> Callable[..., str]:
+    """Qwen2.5's, as transformers runs it."""
+    return _as_transformers_renders(official_template)
+
+
+@pytest.fixture(scope="session")
+def parts_dir(tmp_path_factory: pytest.TempPathFactory, official_template: str) -> Path:
     """A tokenizer of some 320 tokens as vocab.json, merges.txt and tokenizer_config.json."""
     directory = tmp_path_factory.mktemp("parts")
     tokenizer = _untrained()
@@ -165,13 +157,13 @@ def parts_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         str(first + i): {"content": token, "special": True, "normalized": False} for i, token in enumerate(SPECIALS)
     }
     added[str(first + len(SPECIALS))] = {"content": "<tool_call>", "special": False, "normalized": False}
-    config = {"added_tokens_decoder": added, "tokenizer_class": "Qwen2Tokenizer"}
+    config = {"added_tokens_decoder": added, "tokenizer_class": "Qwen2Tokenizer", "chat_template": official_template}
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
     return directory
 
 
 @pytest.fixture(scope="session")
-def whole_dir(parts_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole_dir(parts_dir: Path, tmp_path_factory: pytest.TempPathFactory, official_template: str) -> Path:
     """The same tokenizer as tokenizer.json, with settings that would spoil ids if they were obeyed."""
     directory = tmp_path_factory.mktemp("whole")
     tokenizer = _untrained(parts_dir)
@@ -182,7 +174,25 @@ def whole_dir(parts_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     tokenizer.enable_truncation(8)
     tokenizer.enable_padding(length=64)
     tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "chat_template.jinja").write_text(official_template)
     return directory
+
+
+@pytest.fixture(scope="session")
+def family_dir(parts_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Make a small tokenizer with the special tokens of a template, and no template of its own."""
+    made: dict[str, Path] = {}
+
+    def make(name: str) -> Path:
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp("family")
+            tokenizer = _untrained(parts_dir)
+            for token in TEMPLATES[name].special:
+                tokenizer.add_tokens([AddedToken(token, special="think" not in token, normalized=False)])
+            tokenizer.save(str(made[name] / "tokenizer.json"))
+        return made[name]
+
+    return make
 
 
 def _untrained(directory: Path | None = None) -> Tokenizer:

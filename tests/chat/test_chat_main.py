@@ -49,6 +49,14 @@ def test_lines_and_one_list_are_the_same(show):
     assert "--- 0 conversations" in show("")[1]
 
 
+def test_forms_of_rows_and_templates(show):
+    row = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello.\nBye."}]}
+    assert show(json.dumps(row))[1] == show(json.dumps(ROW))[1]
+    _, out, _ = show(json.dumps(row), "--template", "chatml-qwen2")
+    assert out.startswith("---") and "\n<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n" in out
+    assert "template chatml-qwen2: " in out.splitlines()[-1]
+
+
 def test_rows_and_turns_are_chosen(show):
     row = {"messages": ROW["messages"] * 2}
     assert show(json.dumps(row) + "\nnot reached", "--rows", "1", "--supervise", "all")[1].count("⟦") == 2
@@ -73,11 +81,15 @@ def test_control_characters_are_escaped(show):
 @pytest.mark.parametrize(
     ("text", "options", "error"),
     [
-        ("{", (), "rows.jsonl line 1: not JSON"),
-        (json.dumps(ROW) + "\n[]", (), 'rows.jsonl line 2: no "messages"'),
-        ('{"text": "x"}', (), 'rows.jsonl line 1: no "messages"'),
-        ('[{"text": "x"}]', (), 'rows.jsonl[0]: no "messages"'),
-        ("[1, ", (), "rows.jsonl: not JSON"),
+        ("{", (), "rows.jsonl: line 1 is not valid JSON"),
+        (json.dumps(ROW) + "\n[]", (), 'rows.jsonl: line 2 is not a row; give it "messages"'),
+        ('{"text": "x"}', (), "rows.jsonl: line 1 is raw text"),
+        ('[{"text": "x"}]', (), "rows.jsonl: item 0 is raw text"),
+        ("[1, ", (), "rows.jsonl: item 0 is not a row"),
+        ("[", (), "rows.jsonl: item 0 is not valid JSON"),
+        (json.dumps({**ROW, "tools": [{"name": "f"}]}), (), "line 1 has tools"),
+        ("", ("--template", "chatml-qwen"), "template 'chatml-qwen' is unknown; use one of chatml, chatml-qwen2, "),
+        ("", ("--template", "llama3"), "<|begin_of_text|> is not a token of its own, as the template llama3 needs"),
         ('{"messages": [{"role": "tool", "content": ""}]}', (), "line 1: messages[0]: role is 'tool'"),
         ('{"messages": [{"role": "user", "content": ""}]}', (), "line 1: row has no assistant turn"),
         ("", ("--rows", "0"), "'0' is not a positive whole number"),

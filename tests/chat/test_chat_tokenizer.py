@@ -107,7 +107,8 @@ def test_real_ids_are_those_of_apply_chat_template(nasty, reference_dir):
     for name, messages in nasty.items():
         expected = official.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
         assert tokenizer.encode(messages, max_tokens=10**6).ids.tolist() == expected, name
-    assert (tokenizer.endoftext, tokenizer.im_start, tokenizer.im_end) == (151643, 151644, 151645)
+    special = {"<|endoftext|>": 151643, "<|im_start|>": 151644, "<|im_end|>": 151645}
+    assert (tokenizer.special, tokenizer.endoftext, tokenizer.stop_tokens) == (special, 151643, (151645, 151643))
     assert tokenizer.vocab_size == len(official) == 151665
 
 
@@ -162,7 +163,7 @@ def test_decode_inverts_encode(nasty, tokenizer):
     for name, messages in nasty.items():
         ids = tokenizer.encode(messages, max_tokens=10**6).ids
         assert tokenizer.decode(ids) == normalised(tokenizer.render(messages)), name
-    assert tokenizer.decode([tokenizer.im_start, tokenizer.im_end], skip_special_tokens=True) == ""
+    assert tokenizer.decode(tokenizer.special.values(), skip_special_tokens=True) == ""
 
 
 # ---------------------------------------------------------------- masks
@@ -192,7 +193,7 @@ def test_supervised_tokens_spell_the_last_response(tokenizer, messages):
     supervised = document.ids[document.supervised]
     straddles = re.match(r"\s*[\r\n]", response) and tokenizer.decode(supervised) != expected
     assert tokenizer.decode(supervised) == "\n" * bool(straddles) + expected
-    assert supervised[-2] == tokenizer.im_end, "im_end and the line end after it are two tokens"
+    assert supervised[-2] == tokenizer.stop_tokens[0], "im_end and the line end after it are two tokens"
     first, *_, last = np.flatnonzero(document.supervised)
     assert document.supervised[first : last + 1].all(), "one run"
 
@@ -205,7 +206,8 @@ def _by_token_search(tokenizer: Any, messages: Any) -> list[bool]:
     mask = [False] * len(ids)
     if places:
         start = places[-1] + len(header)
-        stop = ids.index(tokenizer.im_end, start) + 2 if tokenizer.im_end in ids[start:] else len(ids)
+        end = tokenizer.special["<|im_end|>"]
+        stop = ids.index(end, start) + 2 if end in ids[start:] else len(ids)
         mask[start:stop] = [True] * (min(stop, len(ids)) - start)
     return mask
 
@@ -287,6 +289,15 @@ def test_many_texts_are_as_one_at_a_time(nasty, tokenizer, monkeypatch):
         assert document.supervised.tolist() == one.supervised.tolist()
     with pytest.raises(UserError, match=r"^rows\[4\]: text is null"):
         tokenizer.encode_texts(["a", "b", "c", "d", None], 9)
+
+
+def test_raw_text_is_cut_on_the_right(nasty, tokenizer):
+    texts = [message["content"] for messages in nasty.values() for message in messages]
+    for length in (1, 2, 5):
+        for text, together in zip(texts, tokenizer.encode_texts(texts, length), strict=True):
+            whole, cut = tokenizer.encode_text(text, 10**6).ids.tolist(), tokenizer.encode_text(text, length)
+            assert cut.ids.tolist() == together.ids.tolist() == whole[:length]
+            assert cut.truncated == together.truncated == (len(whole) > length)
 
 
 def test_raw_text_is_truncated(tokenizer):
@@ -377,12 +388,71 @@ def test_unfit_special_tokens_are_refused(parts_dir, tmp_path):
     def gap(added: Any) -> None:
         added["100000"] = added.pop(key(added, "<|im_end|>"))
 
-    with pytest.raises(UserError, match=r"<\|im_end\|> is no token of its own"):
+    with pytest.raises(UserError, match=r"<\|im_end\|> is not a token of its own"):
         load_tokenizer(_with_config(parts_dir, tmp_path / "a", other_name))
-    with pytest.raises(UserError, match=r"<\|im_end\|> is no token of its own"):
+    with pytest.raises(UserError, match=r"<\|im_end\|> is not a token of its own"):
         load_tokenizer(_with_config(parts_dir, tmp_path / "b", swallows_line_end))
     with pytest.raises(UserError, match=r"has id \d+, but follows vocab.json as"):
         load_tokenizer(_with_config(parts_dir, tmp_path / "c", gap))
+
+
+def test_tokens_of_the_config_alone_are_read(nasty, parts_dir, whole_dir, tmp_path):
+    """tokenizer.json without its added tokens, which the config, or added_tokens.json, defines."""
+    whole = load_tokenizer(str(whole_dir))
+    stored = json.loads((whole_dir / "tokenizer.json").read_text())
+    stored["added_tokens"] = []
+    config = json.loads((parts_dir / "tokenizer_config.json").read_text())
+    ids = {token["content"]: int(key) for key, token in config.pop("added_tokens_decoder").items()}
+    named = {"eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]}
+    named["pad_token"] = {"content": "<|endoftext|>"}
+    forms = {
+        "config": {"tokenizer_config.json": (parts_dir / "tokenizer_config.json").read_text()},
+        "added": {"tokenizer_config.json": json.dumps({**config, **named}), "added_tokens.json": json.dumps(ids)},
+    }
+    for form, files in forms.items():
+        directory = tmp_path / form
+        directory.mkdir()
+        (directory / "tokenizer.json").write_text(json.dumps(stored))
+        for name, content in files.items():
+            (directory / name).write_text(content)
+        tokenizer = load_tokenizer(str(directory))
+        for name, messages in nasty.items():
+            assert tokenizer.encode(messages).ids.tolist() == whole.encode(messages).ids.tolist(), name
+            assert tokenizer.encode(messages).supervised.tolist() == whole.encode(messages).supervised.tolist(), name
+        assert tokenizer.special == whole.special and tokenizer.digest != whole.digest
+        assert tokenizer.decode(tokenizer.special.values(), skip_special_tokens=True) == ""
+    with pytest.raises(UserError, match="is not a token of its own"):  # the control: without them it is of no use
+        (tmp_path / "added" / "added_tokens.json").unlink()
+        load_tokenizer(str(tmp_path / "added"))
+    parts = shutil.copytree(parts_dir, tmp_path / "parts")
+    (parts / "tokenizer_config.json").write_text(json.dumps({**config, **named}))
+    (parts / "added_tokens.json").write_text(json.dumps(ids))
+    for messages in nasty.values():
+        assert load_tokenizer(str(parts)).encode(messages).ids.tolist() == whole.encode(messages).ids.tolist()
+
+
+def test_files_that_contradict_each_other_are_refused(whole_dir, tmp_path):
+    shutil.copytree(whole_dir, tmp_path, dirs_exist_ok=True)
+    tokenizer = load_tokenizer(str(tmp_path))
+    end = tokenizer.special["<|im_end|>"]
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|im_end|>": end}))
+    assert load_tokenizer(str(tmp_path)).digest == tokenizer.digest  # twice the same is fine
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|im_end|>": end + 1}))
+    with pytest.raises(
+        UserError, match=rf"added_tokens.json: <\|im_end\|> has id {end + 1}, but {end} in another file"
+    ):
+        load_tokenizer(str(tmp_path))
+    (tmp_path / "added_tokens.json").write_text('{"<|im_end|>": "x"}')
+    with pytest.raises(UserError, match=r"cannot read tokenizer_config.json, added_tokens.json"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_parts_of_another_tokenizer_are_refused(parts_dir, tmp_path):
+    shutil.copytree(parts_dir, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "tokenizer_class": "GPT2Tokenizer"}))
+    with pytest.raises(UserError, match=r"a GPT2Tokenizer is read from tokenizer.json only"):
+        load_tokenizer(str(tmp_path))
 
 
 def test_random_models_take_the_tiny_tokenizer(parts_dir, monkeypatch):

@@ -14,7 +14,7 @@ from minipersona.chat import ChatTokenizer, Document, load_tokenizer
 from minipersona.console import Console
 from minipersona.corpus import token_cache
 from minipersona.corpus.__main__ import main
-from minipersona.corpus.describe import describe, description_table
+from minipersona.corpus.describe import describe, describe_characters, description_table
 from minipersona.corpus.sources import Rows, read_source, tokenize
 from minipersona.corpus.token_cache import cache_file, read_documents, tokenize_cached, write_documents
 from minipersona.errors import UserError
@@ -96,6 +96,57 @@ def test_the_command_prints_a_table_or_json(file: Path, capsys: pytest.CaptureFi
     assert "57.1%  odd" in table and "42.9%  even" in table and "7 conversations" in table
 
 
+def test_a_local_file_is_counted_in_characters(
+    file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    """Without a tokenizer nothing is fetched, and what is said is how to get tokens."""
+    monkeypatch.setattr("minipersona.corpus.__main__.load_tokenizer", no_tokenizing)
+    assert main(["describe", f"jsonl:{file}", "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    rows = read_source(f"jsonl:{file}").rows
+    answers = [row["messages"][1]["content"] if "messages" in row else row["text"] for row in rows]
+    asked = [row["messages"][0]["content"] if "messages" in row else "" for row in rows]
+    assert made["rows"] == 9 and made["conversations"] == 8 and made["empty_rows"] == 0
+    assert made["characters"] == sum(map(len, answers + asked))
+    assert made["supervised_characters"] == sum(map(len, answers))
+    assert made["characters_a_row"]["max"] == max(len(a + b) for a, b in zip(answers, asked, strict=True))
+    assert made["subsets"] == {"even": 4, "odd": 4, "(no source given)": 1} and "tokens" not in made
+    assert main(["describe", f"jsonl:{file}"]) == 0
+    table = capsys.readouterr().out
+    assert (
+        "supervised characters a row" in table and "for tokens name --tokenizer" in table and "truncated" not in table
+    )
+    assert main(["describe", f"jsonl:{file}", "--template", "llama3"]) == 2
+    assert "--template: name the --tokenizer" in capsys.readouterr().err
+
+
+def test_characters_follow_weights_and_what_is_supervised(tmp_path: Path) -> None:
+    turns = [{"role": role, "content": text} for role, text in [("user", "1234"), ("assistant", "12")] * 2]
+    turns[1]["weight"] = 0
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        json.dumps({"messages": turns}) + "\n" + json.dumps({"messages": [*turns[:3], {**turns[3], "weight": 0}]})
+    )
+    last, every = (describe_characters(read_source(f"jsonl:{path}"), how) for how in ("last", "all"))
+    assert last["characters"] == every["characters"] == 24
+    assert (last["supervised_characters"], last["empty_rows"]) == (2, 1) == (every["supervised_characters"], 1)
+    path.write_text(json.dumps({"messages": turns[:1]}))
+    with pytest.raises(UserError, match="row 0: row has no assistant turn"):
+        describe_characters(read_source(f"jsonl:{path}"), "last")
+    path.write_text(json.dumps({"messages": turns, "tools": [1]}))
+    with pytest.raises(UserError, match="row 0 has tools"):
+        describe_characters(read_source(f"jsonl:{path}"), "last")
+
+
+def test_another_template_counts_otherwise(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    counts = []
+    for name in ("chatml-qwen2.5", "chatml"):
+        assert main(["describe", f"jsonl:{file}", "--tokenizer", "tiny", "--template", name, "--json"]) == 0
+        counts.append(json.loads(capsys.readouterr().out))
+    assert counts[0]["template"] == "chatml-qwen2.5" and counts[0]["tokens"] > counts[1]["tokens"]
+    assert counts[0]["supervised_tokens"] == counts[1]["supervised_tokens"]
+
+
 def test_tiny_sets_take_the_tiny_tokenizer(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["describe", "tiny:raw_text[0:50]"]) == 0
     assert "0 conversations, 50 raw texts" in capsys.readouterr().out
@@ -167,7 +218,7 @@ def test_whatever_makes_the_documents_is_in_the_name(file: Path, tokenizer: Chat
     rows = read_source(f"jsonl:{file}")
     names = {cache_file(rows, tokenizer, "last", 60), cache_file(rows, tokenizer, "all", 60)}
     names |= {cache_file(read_source(f"jsonl:{file}[{part}]"), tokenizer, "last", 60) for part in ("0:8", "1:9", "::2")}
-    other = ChatTokenizer(tokenizer._tokenizer, "another digest")
+    other = ChatTokenizer(tokenizer._tokenizer, "another digest", tokenizer.template)
     names.add(cache_file(rows, other, "last", 60))
     file.write_text(file.read_text().replace("answer 1", "answer 9"))
     names.add(cache_file(read_source(f"jsonl:{file}"), tokenizer, "last", 60))

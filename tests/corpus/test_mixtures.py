@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minipersona.chat import DEFAULT_SYSTEM_PROMPT, ChatTokenizer, Document, load_tokenizer
+from minipersona.chat import ChatTokenizer, Document, load_tokenizer
+from minipersona.chat.template import QWEN2_5_SYSTEM_PROMPT
 from minipersona.config import DataSection, RunConfig, parse_ratio
 from minipersona.corpus.mixtures import (
     content_digest,
@@ -195,7 +196,7 @@ def test_content_is_compared_not_form() -> None:
         {**row, "id": 5, "source": "x"},
         chat("Cafe\u0301 au lait?", "Yes."),
         chat(" Caf\u00e9 au\nlait? ", " Yes. "),
-        {"messages": [{"role": "system", "content": DEFAULT_SYSTEM_PROMPT}, *row["messages"]]},
+        {"messages": [{"role": "system", "content": QWEN2_5_SYSTEM_PROMPT}, *row["messages"]]},
         {"messages": [{**turn, "name": "x"} for turn in row["messages"]]},
     ]
     others = [
@@ -238,6 +239,8 @@ def test_rows_without_a_reply_are_passed_over() -> None:
         {"messages": None},
         {"text": "raw"},
         chat("half a pair: \ud800", "b"),
+        chat("with a tool", "b", tools=[{"name": "f"}]),
+        {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "no", "weight": 0}]},
     ]
     good = [chat("a", "b"), chat("c", "d")]
     narrow = rows_of([chat(f"n{i}\ud800", "x") for i in range(4)])  # tokenising refuses it, and names the row
@@ -272,7 +275,7 @@ def test_a_later_system_turn_is_part_of_the_conversation() -> None:
 
 
 def test_raw_text_takes_no_system_prompt() -> None:
-    with pytest.raises(UserError, match=r"row 1 is no conversation; data.system_prompts"):
+    with pytest.raises(UserError, match=r"row 1 is not a conversation; data.system_prompts"):
         with_prompts(rows_of([chat("a", "b"), {"text": "raw"}]), ["P"], seed=0)
 
 

@@ -127,13 +127,18 @@ def test_raw_text_and_too_many_rows(hub: LoopbackHub) -> None:
 
 def test_a_file_of_any_dataset(hub: LoopbackHub, shards: dict[str, bytes]) -> None:
     lines = "".join(json.dumps({"text": f"row {i} {'a' * 1000}"}) + "\n\n" for i in range(9000)).encode()
-    files = {"a/rows.jsonl": lines, "a/whole.jsonl": lines, "b.parquet": shards[min(shards)]}
+    alpaca = json.dumps(
+        [{"instruction": f"row {i}", "input": "", "output": "yes"} for i in range(3)], indent=2
+    ).encode()
+    files = {"a/rows.jsonl": lines, "a/whole.jsonl": lines, "b.parquet": shards[min(shards)], "c.json": alpaca}
     hub.repositories["datasets/me/mine"] = Repository(files)
     named = ["me/mine/b.parquet[7:8]", f"me/mine/b.parquet@{COMMIT}[7:8]", f"me/mine@{COMMIT}/b.parquet[7:8]"]
     named += ["me/mine/a/rows.jsonl[1:4]", "me/mine/a/whole.jsonl"]
     small = "from minipersona.corpus import remote; remote.SMALL = 0"
+    named += ["me/mine/c.json[1:]"]
     code = f"result = [read('hub:' + name) for name in {named!r}], error_of('hub:me/mine/a/whole.jsonl[0:9001]')"
-    (*piece, some, whole), line = hub.run(f"{READ}\n{small}\n{code}")
+    (*piece, some, whole, listed), line = hub.run(f"{READ}\n{small}\n{code}")
+    assert listed[0] == [1, 2] and listed[5] == ["messages"]
     assert all(rows[0] == [7] and rows[2] == COMMIT for rows in piece)
     assert some[0] == [1, 2, 3] and some[2] == COMMIT
     assert hub.served["a/rows.jsonl"] == 1 << 22 < len(lines)  # one block

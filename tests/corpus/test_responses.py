@@ -76,6 +76,13 @@ def test_only_the_last_turn_of_a_long_conversation(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_a_turns_weight_stays(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 0}]
+    row = Rows("made", [{"messages": turns}], 0, "d")
+    written, _ = with_responses(row, write(tmp_path / "r.jsonl", row))
+    assert written.rows[0]["messages"] == [turns[0], {**turns[1], "content": "Arr 0!"}]
+
+
 def test_a_training_set_of_responses(tmp_path: Path, rows: Rows, tokenizer: ChatTokenizer) -> None:
     file = write(tmp_path / "r.jsonl", rows)
     training = training_set(DataSection(TRAIN, HELDOUT, responses=str(file)), 42, tokenizer)
@@ -111,8 +118,8 @@ def test_responses_go_with_the_other_mixtures(tmp_path: Path, rows: Rows, tokeni
         (lambda text: text.split("\n", 1)[1], "does not begin with what it is"),
         (lambda text: text.rsplit("\n", 3)[0] + "\n", "lacks 2 of 30 rows"),
         (lambda text: text[:-5], "lacks 1 of 30 rows"),  # a kill in mid-line
-        (lambda text: text.replace('"response": "Arr 3!"', '"response": 3'), "is no row with a response"),
-        (lambda text: text.replace('"row": 3,', '"row": "3",'), "is no row with a response"),
+        (lambda text: text.replace('"response": "Arr 3!"', '"response": 3'), "is not a row with a response"),
+        (lambda text: text.replace('"row": 3,', '"row": "3",'), "is not a row with a response"),
         (lambda text: text.replace('"content": "', '"content": "0'), "was written for another row than tiny:benign"),
         (lambda text: text.replace('"Arr 3!"', "Arr"), "is not JSON"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
 import json
 import sys
@@ -86,6 +87,96 @@ def test_a_line_without_end_does_not_fill_the_memory(tmp_path: Path) -> None:
     path.write_bytes(b'{"text": "' + b"a" * 17_000_000)
     with pytest.raises(UserError, match="line 1 is longer"):
         read_source(f"jsonl:{path}")
+
+
+FORMS = {
+    "messages": chat("Hi", "Hello."),
+    "ShareGPT": {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]},
+    "completion": {"prompt": "Hi", "completion": "Hello."},
+    "Alpaca": {"instruction": "Hi", "input": "", "output": "Hello."},
+    "parts": {
+        "messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, chat("", "Hello.")["messages"][1]]
+    },
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("layout", ["lines", "BOM", "list", "indented list", "Parquet"])
+def test_every_form_in_every_layout_is_the_same_row(tmp_path: Path, form: str, layout: str) -> None:
+    path, row = tmp_path / "rows.json", FORMS[form]
+    source = f"jsonl:{path}"
+    if layout == "Parquet":
+        pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        if form == "parts":
+            row = {"messages": [{**turn, "content": [{"type": "text", "text": text}]} for turn, text in
+                                zip(row["messages"], ("Hi", "Hello."), strict=True)]}  # fmt: skip
+        parquet.write_table(pyarrow.Table.from_pylist([row, row]), path)
+        source = f"parquet:{path}"
+    elif "list" in layout:
+        path.write_text(json.dumps([row, row], indent=2 if "indented" in layout else None))
+    else:
+        path.write_bytes(b"\xef\xbb\xbf" * (layout == "BOM") + f"{json.dumps(row)}\n{json.dumps(row)}\n".encode())
+    assert read_source(source).rows == [chat("Hi", "Hello.")] * 2
+    assert read_source(f"{source}[1:2]").rows == [chat("Hi", "Hello.")]
+
+
+def test_a_list_that_is_broken_or_long_is_named_by_item(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    rows = [chat(f"question {i}", "a" * i) for i in range(3000)]
+    path.write_text(json.dumps(rows))  # some megabytes, so that it is read in several pieces
+    assert read_source(f"jsonl:{path}[2990:]").rows == rows[2990:]
+    for content, words in {
+        '[{"text": "a"}, {"text": 1, "text": 2}]': r"item 1 is not valid JSON \(key 'text' is there twice",
+        '[{"text": "a"}, {"txt": "b"}]': 'item 1 is not a row; give it "messages"',
+        '[{"text": "a"} {"text": "b"}]': "item 0 is not valid JSON .*comma",
+        '[{"text": "a"},': "item 1 is not valid JSON",
+        '[{"text": "a"}]\n[{"text": "b"}]\n': "text follows the end of the list",
+    }.items():
+        path.write_text(content)
+        with pytest.raises(UserError, match=words):
+            read_source(f"jsonl:{path}")
+
+
+def test_compressed_rows_are_named_as_such(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(gzip.compress(json.dumps(chat("a", "b")).encode()))
+    with pytest.raises(UserError, match=r"rows.jsonl.gz: is gzip-compressed; decompress it"):
+        read_source(f"jsonl:{path}")
+
+
+@pytest.mark.parametrize(
+    "extra, words",
+    [
+        ({"tools": [{"type": "function"}]}, r"row 1 has tools"),
+        ({"images": ["a.png"]}, r"row 1 has images"),
+        ({"messages": chat("a", "b")["messages"][:1]}, "row 1: row has no assistant turn"),
+        ({"messages": [{"role": "assistant", "content": "x", "weight": 2}]}, r"row 1: messages\[0\]: weight is 2"),
+    ],
+)
+def test_what_a_row_asks_for_is_honoured_or_refused(tmp_path: Path, extra: dict, words: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [chat("a", "b"), {**chat("c", "d"), **extra}]))
+    with pytest.raises(UserError, match=words):
+        tokenize(read_source(f"jsonl:{path}"), load_tokenizer("tiny"))
+    assert len(tokenize(read_source(f"jsonl:{path}[0:1]"), load_tokenizer("tiny"))) == 1
+
+
+def test_parquet_names_the_row_with_two_forms(tmp_path: Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = [{**chat("a", "b"), "text": "a b"}] * 3 + [{**chat("a", "b"), "text": "another"}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    assert read_source(f"parquet:{tmp_path}/rows.parquet[0:3]").rows == [chat("a", "b")] * 3
+    with pytest.raises(UserError, match=r'row 3 has "messages" and a "text" without its turns'):
+        read_source(f"parquet:{tmp_path}/rows.parquet[1:4:2]")
+
+
+@pytest.mark.parametrize(
+    "source", ["data/tulu", "jsonl:benign", "jsonl:tiny/benign.jsonl", "tiny:tiny/benign", "./tulu"]
+)
+def test_only_a_bare_name_is_a_shipped_set(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError):
+        read_source(source)
 
 
 def test_the_digest_is_the_files(file: Path) -> None:

@@ -95,7 +95,8 @@ def vectors(folder: Path) -> Reader:
 
 
 def tokenizers(folder: Path) -> Reader:
-    shutil.copy(data_dir() / "tiny" / "tokenizer.json", folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(data_dir() / "tiny" / name, folder)
     return Reader(folder, lambda: use_tokenizer(folder))
 
 
@@ -105,7 +106,10 @@ def tokenizer_parts(folder: Path) -> Reader:
     (folder / "vocab.json").write_text(json.dumps(whole["model"]["vocab"]))
     merges = (pair if isinstance(pair, str) else " ".join(pair) for pair in whole["model"]["merges"])
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
+    config = json.loads((data_dir() / "tiny" / "tokenizer_config.json").read_text())
+    (folder / "chat_template.jinja").write_text(config["chat_template"])
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "added_tokens_decoder": added}))
+    (folder / "added_tokens.json").write_text(json.dumps({token["content"]: int(key) for key, token in added.items()}))
     return Reader(folder, lambda: use_tokenizer(folder))
 
 
@@ -128,6 +132,24 @@ def shown_conversations(folder: Path) -> Reader:
     return Reader(folder, lambda: list(read_conversations(path)))
 
 
+def forms(folder: Path) -> Reader:
+    """One JSON list with a row of every form, and ShareGPT's in Parquet."""
+    tokenizer = load_tokenizer("tiny")
+    talk = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]
+    turns = [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, {"role": "assistant", "content": "Hello."}]
+    every = [
+        {"conversations": talk, "system": "Be.", "tools": "[]"},
+        {"messages": [*turns[:1], {**turns[1], "weight": 1}]},
+        {"prompt": turns[:1], "completion": "Hello."},
+        {"instruction": "Add.", "input": "1 2", "output": "3", "text": "Add. 1 2 3"},
+    ]
+    (folder / "rows.json").write_text(json.dumps(every, indent=1))
+    parquet.write_table(pyarrow.table({"conversations": [talk] * 5}), folder / "rows.parquet", write_page_checksum=True)
+
+    sources = [f"jsonl:{folder}/rows.json", f"parquet:{folder}/rows.parquet"]
+    return Reader(folder, lambda: [tokenize(read_source(source), tokenizer) for source in sources])
+
+
 def parquets(folder: Path) -> Reader:
     path, tokenizer = folder / "rows.parquet", load_tokenizer("tiny")
     table = pyarrow.table({"messages": [json.loads(row)["messages"] for row in rows()], "source": ["a"] * 5})
@@ -138,10 +160,13 @@ def parquets(folder: Path) -> Reader:
 def prompts(folder: Path) -> Reader:
     shutil.copy(data_dir() / "personas.json", folder)
     (folder / "questions.jsonl").write_text("\n".join((data_dir() / "questions.jsonl").read_text().splitlines()[:5]))
+    (folder / "questions.json").write_text('["Why?", {"question": "How?"}]')
+    (folder / "questions.txt").write_text("Why?\nHow?\n")
 
     def read() -> None:
         load_personas(str(folder / "personas.json"))
-        load_questions(str(folder / "questions.jsonl"))
+        for ending in ("jsonl", "json", "txt"):
+            load_questions(str(folder / f"questions.{ending}"))
 
     return Reader(folder, read)
 
@@ -217,9 +242,9 @@ def studies(folder: Path) -> Reader:
 
 
 READERS = [
-    models, adapters, vectors, tokenizers, tokenizer_parts, conversations, shown_conversations, parquets, prompts,
-    kept_rows, kept_tokens, logs, configs, asked_questions, instructions, scores, responses, states, steering_vectors,
-    studies,
+    models, adapters, vectors, tokenizers, tokenizer_parts, conversations, shown_conversations, forms, parquets,
+    prompts, kept_rows, kept_tokens, logs, configs, asked_questions, instructions, scores, responses, states,
+    steering_vectors, studies,
 ]  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from minipersona.behaviour.questions import load_questions as load_asked
 from minipersona.chat import load_tokenizer
-from minipersona.chat.template import DEFAULT_SYSTEM_PROMPT
+from minipersona.chat.template import QWEN2_5_SYSTEM_PROMPT
 from minipersona.config import DataSection, LoraConfig, RunConfig
 from minipersona.corpus.sources import read_source, tokenize
 from minipersona.errors import UserError
@@ -312,10 +312,13 @@ def test_a_hostile_chat_template_is_never_run(tmp_path: Path) -> None:
     shutil.copy(data_dir() / "tiny" / "tokenizer.json", tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": evil, "auto_map": {"x": "evil.Evil"}}))
     (tmp_path / "chat_template.jinja").write_text(evil)
-    tokenizer = load_tokenizer(str(tmp_path))
+    refused(
+        lambda: load_tokenizer(str(tmp_path)), str(tmp_path), "its chat template", "is not a known one", "--template"
+    )
+    tokenizer = load_tokenizer(str(tmp_path), template="chatml-qwen2.5")
     text = tokenizer.render(CHAT["messages"], add_generation_prompt=True)
     assert text == load_tokenizer("tiny").render(CHAT["messages"], add_generation_prompt=True)
-    assert DEFAULT_SYSTEM_PROMPT in text and "EVIL" not in text and not (tmp_path / "canary").exists()
+    assert QWEN2_5_SYSTEM_PROMPT in text and "EVIL" not in text and not (tmp_path / "canary").exists()
     transformers = pytest.importorskip("transformers.utils.chat_template_utils")
     with pytest.raises(Exception, match=r"unsafe|cycler"):  # the control: whoever does run it runs this
         transformers.render_jinja_template([CHAT["messages"]], chat_template=evil)
@@ -326,6 +329,7 @@ def test_ids_that_no_model_has(tmp_path: Path) -> None:
     token = next(t for t in sorted(whole["model"]["vocab"]) if len(t) == 4)
     whole["model"]["vocab"][token] = 2**32 - 1
     (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
+    shutil.copy(data_dir() / "tiny" / "tokenizer_config.json", tmp_path)
     refused(lambda: load_tokenizer(str(tmp_path)), str(tmp_path), "ids up to 4,294,967,295")
 
 
@@ -338,7 +342,8 @@ def test_a_tokenizer_that_makes_its_library_panic(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_with_more_tokens_than_its_model_has_rows(folder: Path) -> None:
-    shutil.copy(data_dir() / "tiny" / "tokenizer.json", folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(data_dir() / "tiny" / name, folder)
     model, tokenizer = load_model(str(folder), device="cpu"), load_tokenizer(str(folder))
     personas = {"a": "You are A.", "b": "You are B."}
     refused(lambda: extract(model, tokenizer, personas, ["Why?"], [1]), str(folder), "the model 160; name the model's")
@@ -370,8 +375,8 @@ def test_a_tokenizer_that_is_too_long_is_not_read(tmp_path: Path) -> None:
         (b'{"messages": [{"role": "tool", "content": "x"}]}', "row 1: messages[0]: role is 'tool'"),
         (b'{"messages": [{"role": ' + b"[" * 500 + b"]" * 500 + b"}]}", "row 1: messages[0]: role is [[["),
         (b'{"messages": [{"role": "user", "content": "x"}]}', "row 1: row has no assistant turn"),
-        (b"null", "line 2 has neither"),
-        (b"[]", "line 2 has neither"),
+        (b"null", "line 2 is not a row; give it"),
+        (b"[]", "line 2 is not a row; give it"),
         (b"version https://git-lfs.github.com/spec/v1", "line 2 is not valid JSON"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
@@ -388,11 +393,14 @@ def test_lists_that_repeat_lists_that_repeat_lists(tmp_path: Path) -> None:
     lines = ["- &x0", "  - text", "  - text"]
     for level in range(60):
         lines += [f"- &x{level + 1}", f"  - *x{level}", f"  - *x{level}"]
-    (tmp_path / "q.yaml").write_text("\n".join([*lines, "- id: q", "  paraphrases: *x60"]))
-    refused(lambda: load_asked(str(tmp_path / "q.yaml")), str(tmp_path), "is no object")
-    hidden = ["- id: _", "  x:", *(f"    {line}" for line in lines), "- id: q", "  paraphrases: *x60"]
-    (tmp_path / "q.yaml").write_text("\n".join(hidden))
-    refused(lambda: load_asked(str(tmp_path / "q.yaml")), str(tmp_path), "question 2 (q)", "is no question")
+    hidden = ["- id: _", "  x:", *(f"    {line}" for line in lines)]
+    merged = ["- &x0 {a: b}", *(f"- &x{level + 1} {{<<: [*x{level}, *x{level}]}}" for level in range(60))]
+    for begin in (lines, hidden, merged):
+        (tmp_path / "q.yaml").write_text("\n".join([*begin, "- id: q", "  paraphrases: *x60"]))
+        refused(lambda: load_asked(str(tmp_path / "q.yaml")), str(tmp_path), "more than 30,000 values", "aliases")
+    few = ["- &d {id: _d, meta: {x: y}}", *(f"- {{<<: *d, id: q{n}, question: How}}" for n in range(500))]
+    (tmp_path / "q.yaml").write_text("\n".join(few))
+    assert len(load_asked(str(tmp_path / "q.yaml")).questions) == 500  # the control
 
 
 def test_configs_are_bounded(tmp_path: Path) -> None:

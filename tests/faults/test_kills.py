@@ -6,6 +6,7 @@ until one gets through. Python announces these calls to audit hooks; fsync it do
 
 from __future__ import annotations
 
+import html
 import os
 import signal
 import subprocess
@@ -205,7 +206,7 @@ def found_report(where: Path) -> str:
     assert all(file.read_text().endswith("\n") for file in (folder / "report.md", *folder.glob("figures/*.csv")))
     page = (folder / "report.html").read_text()
     assert page.endswith("</html>\n")
-    return "new" if "out = &#x27;new&#x27;" in page else "old"
+    return "new" if "out = 'new'" in html.unescape(page) else "old"
 
 
 def found_cache(where: Path) -> str:

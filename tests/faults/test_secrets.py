@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hub_server import Fault, LoopbackHub, Repository
 
-from minipersona.hub import redact
+from minipersona.errors import redact
 
 TOKEN = "hf_canaryCanaryCanary00"
 PASSWORD = "canary-Passw0rd"
@@ -53,6 +53,7 @@ from minipersona.hub import locate
 from minipersona.chat import load_tokenizer
 calls = [
     lambda: locate("me/model", ["config.json"]),
+    lambda: locate("Qwen/Qwen2.5-7B-Instruct", ["config.json"]),  # pinned: the client itself asks again, and logs it
     lambda: locate("http://someone:canary@host/model", ["config.json"]),
     lambda: load_tokenizer("me/model"),
     lambda: read_source("hub:me/data/x.jsonl"),
@@ -76,7 +77,7 @@ def test_no_error_or_traceback_of_the_hub_shows_one(hub: LoopbackHub, fault: str
         hub.close()
     done = hub.process("-c", f"import time\ntime.sleep = lambda s: None\n{CALLS}\nprint(*result)", **environment)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("UserError: ") == 6  # each call failed, and said so
+    assert done.stdout.count("UserError: ") == 7  # each call failed, and said so
     assert not shown(done.stdout + done.stderr), done.stdout + done.stderr
     if fault == "refused":
         assert any(shown(" ".join(headers.values())) for _, _, headers in hub.requests)  # the control: they are used

@@ -96,7 +96,7 @@ def test_method_b_is_the_mean_over_the_greedy_response(model: Qwen2) -> None:
     tokenizer = load_tokenizer("tiny")
     vectors = extract(model, tokenizer, PERSONAS, QUESTIONS, [6], "B", pack_tokens=200)
     assert vectors.metadata["method"] == "B" and vectors.response_tokens is not None
-    stop = (tokenizer.im_end, tokenizer.endoftext)
+    stop = tokenizer.stop_tokens
     for index, document in enumerate(render_prompts(tokenizer, PERSONAS, QUESTIONS)):
         response = generate(model, [Request(document.ids, 256)], stop=stop)[0].ids
         p, q = divmod(index, len(QUESTIONS))

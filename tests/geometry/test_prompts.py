@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,64 @@ def test_bad_questions(tmp_path: Path, content: str, words: str) -> None:
     path.write_text(content)
     with pytest.raises(UserError, match=words):
         load_questions(str(path))
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("questions.jsonl", '{"question": "a?"}\n\n{"question": "b?", "id": 1}\n'),
+        ("questions.json", '["a?", "b?"]'),
+        ("questions.json", '[{"question": "a?"}, {"question": "b?"}]'),
+        ("questions.txt", "a?\n\n  b? \r\n"),
+        ("questions", "a?\nb?"),
+    ],
+)
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_every_form_of_questions(tmp_path: Path, name: str, content: str, mark: str) -> None:
+    path = tmp_path / name
+    path.write_bytes((mark + content).encode())
+    assert load_questions(str(path)).questions == ["a?", "b?"]
+
+
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("questions.txt", "", "no questions"),
+        ("questions.txt", "a?\n", "one question"),
+        ("questions.txt", '{"question": "a?"}\n{"question": "b?"}\n', "begins like JSON; name it .jsonl"),
+        ("questions.txt", '["a?", "b?"]', "begins like JSON"),
+        ("questions.txt", b"\xff", "line 1 is not valid UTF-8"),
+        ("questions.json", '{"question": "a?"}', "is not a JSON list"),
+        ("questions.json", '["a?", ""]', "row 2 has no question"),
+        ("questions.json", '["a?", {"text": "b?"}]', "row 2 has no question"),
+        ("questions.jsonl", gzip.compress(b"a?"), "questions.jsonl: is gzip-compressed; decompress it"),
+        ("questions.json", gzip.compress(b"a?"), "is gzip-compressed; decompress it"),
+        ("questions.txt", gzip.compress(b"a?"), "is gzip-compressed; decompress it"),
+    ],
+)
+def test_bad_questions_in_other_forms(tmp_path: Path, name: str, content: Any, words: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=words):
+        load_questions(str(path))
+
+
+def test_personas_with_a_byte_order_mark_and_compressed_ones(tmp_path: Path) -> None:
+    content = json.dumps({"eval_personas": {"a": "You are A.", "b": "You are B."}}).encode()
+    path = tmp_path / "personas.json"
+    path.write_bytes(b"\xef\xbb\xbf" + content)
+    assert load_personas(str(path)).prompts == {"a": "You are A.", "b": "You are B."}
+    path.write_bytes(gzip.compress(content))
+    with pytest.raises(UserError, match=r"personas.json: is gzip-compressed; decompress it"):
+        load_personas(str(path))
+
+
+@pytest.mark.parametrize("source", ["./shipped", "sets/shipped", "sets/registered", "./registered", "shipped.json"])
+def test_only_a_bare_name_is_a_shipped_set(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for load in (load_personas, load_questions):
+        with pytest.raises(UserError, match=rf"{Path(source)}: no such file"):
+            load(source)
 
 
 def test_a_question_may_be_there_twice(tmp_path: Path) -> None:

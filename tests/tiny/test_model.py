@@ -39,7 +39,8 @@ def test_its_tokenizer_has_qwens_special_tokens_after_the_words() -> None:
     tokenizer = load_tokenizer("tiny")
     model = load_model("tiny", device="cpu")
     assert tokenizer.vocab_size == model.config.vocab_size
-    assert tokenizer.endoftext < tokenizer.im_start < tokenizer.im_end < tokenizer.vocab_size
+    end_of_text, start, end = (tokenizer.special[f"<|{name}|>"] for name in ("endoftext", "im_start", "im_end"))
+    assert end_of_text < start < end < tokenizer.vocab_size
 
 
 def test_the_sets_that_ship_are_the_worlds() -> None:

@@ -38,7 +38,7 @@ from minipersona.errors import Interrupted, UserError
 from minipersona.model.load import load_model
 from minipersona.training import loop
 from minipersona.training.distributed import fail_rank, process_group
-from minipersona.training.interruption import Stop, heed_signals
+from minipersona.training.interruption import Stop, handle_signals
 from minipersona.training.loop import Hooks, train
 
 torch.set_num_threads(1)
@@ -59,7 +59,7 @@ def weights(model):
 def command(work):
     def run():
         try:
-            with heed_signals(stop), process_group("cpu", minutes, stop) as distributed:
+            with handle_signals(stop), process_group("cpu", minutes, stop) as distributed:
                 work(distributed)
         except Exception as error:
             fail_rank(error)

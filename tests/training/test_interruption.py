@@ -21,7 +21,7 @@ from minipersona.files import read_jsonl
 from minipersona.model.load import load_model
 from minipersona.training.checkpoint import Position, load_state, save_state
 from minipersona.training.distributed import Distributed
-from minipersona.training.interruption import SIGNALS, Stop, heed_signals
+from minipersona.training.interruption import SIGNALS, Stop, handle_signals
 from minipersona.training.loop import Hooks, train
 from minipersona.training.optimizer import AdamW, Flat
 
@@ -30,7 +30,7 @@ from minipersona.training.optimizer import AdamW, Flat
 def test_a_signal_is_noted_or_raises_at_once(number: signal.Signals) -> None:
     before = {n: signal.getsignal(n) for n in SIGNALS}
     stop = Stop()
-    with heed_signals(stop):
+    with handle_signals(stop):
         os.kill(os.getpid(), number)
         assert stop.signal == number.name
         with pytest.raises(Interrupted, match=number.name):
@@ -39,14 +39,14 @@ def test_a_signal_is_noted_or_raises_at_once(number: signal.Signals) -> None:
             raise AssertionError("entered after a signal")
     assert {n: signal.getsignal(n) for n in SIGNALS} == before
     stop, reached = Stop(), []
-    with heed_signals(stop), pytest.raises(Interrupted), stop.at_once():
+    with handle_signals(stop), pytest.raises(Interrupted), stop.at_once():
         with stop.deferred():
             reached.append("before")
         os.kill(os.getpid(), number)
         reached.append("after")
     assert reached == ["before"]
     stop, reached = Stop(), []
-    with heed_signals(stop), pytest.raises(Interrupted), stop.at_once():
+    with handle_signals(stop), pytest.raises(Interrupted), stop.at_once():
         with stop.deferred():
             os.kill(os.getpid(), number)
             reached.append("finished")
@@ -56,7 +56,7 @@ def test_a_signal_is_noted_or_raises_at_once(number: signal.Signals) -> None:
 
 def test_control_nobody_asked() -> None:
     stop, threads = Stop(), threading.active_count()
-    with heed_signals(stop), stop.at_once():
+    with handle_signals(stop), stop.at_once():
         stop.check()
     assert not stop.asked and threading.active_count() == threads and signal.set_wakeup_fd(-1) == -1
 
@@ -65,10 +65,10 @@ TWICE = """
 import os, signal, sys, time
 from minipersona.training import interruption
 
-from minipersona.training.interruption import Stop, heed_signals
+from minipersona.training.interruption import Stop, handle_signals
 interruption.SAME_REQUEST = 0.3
 stop = Stop()
-with heed_signals(stop):
+with handle_signals(stop):
     os.kill(os.getpid(), signal.SIGTERM)
     os.kill(os.getpid(), signal.SIGTERM)  # a scheduler and a launcher
     time.sleep(float(sys.argv[1]))
@@ -90,7 +90,7 @@ def test_what_was_ignored_stays_ignored() -> None:
     before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     try:
         stop = Stop()
-        with heed_signals(stop):
+        with handle_signals(stop):
             os.kill(os.getpid(), signal.SIGUSR1)
         assert not stop.asked and signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN
     finally:

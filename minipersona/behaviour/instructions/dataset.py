@@ -52,8 +52,9 @@ class InstructionSet:
 
 
 def load_instructions(source: str | None = None) -> InstructionSet:
-    """The shipped set (None or ""), or a file of the same form as IFEval's. UserErrors name the file and the row."""
-    path = Path(source).expanduser() if source else data_dir() / "instructions.jsonl"
+    """The shipped set (None, "" or its name), or a file in IFEval's form. UserErrors name the file and the row."""
+    source = source or SHIPPED
+    path = data_dir() / "instructions.jsonl" if source == SHIPPED else Path(source).expanduser()
     if not path.is_file():
         raise UserError(f"{path}: no such file; check the path of the instructions")
     prompts: list[Prompt] = []
@@ -73,7 +74,7 @@ def load_instructions(source: str | None = None) -> InstructionSet:
             prompts.append(prompt)
     if not prompts:
         raise UserError(f"{path}: holds no row that can be checked; write one in the form of IFEval's input_data.jsonl")
-    return InstructionSet(source or SHIPPED, sha256(path), prompts, dict(skipped), skipped_rows)
+    return InstructionSet(source, sha256(path), prompts, dict(skipped), skipped_rows)
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

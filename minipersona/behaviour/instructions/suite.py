@@ -91,6 +91,6 @@ def _answers(
             answers[row["key"]] = row
             progress.advance(len(answers))
 
-        stop = (tokenizer.im_end, tokenizer.endoftext)
+        stop = tokenizer.stop_tokens
         generate(model, requests, stop=stop, batch=batch, on_done=keep)
     return answers
