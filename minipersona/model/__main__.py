@@ -20,9 +20,9 @@ EXAMPLE = """example:
   python -m minipersona.model merge --model tiny --adapter runs/tiny_phase1/step-000040 --out merged --dtype float32
 """
 
-# What a model directory holds beside weights and config.json, as far as the base has it.
+# What a model directory holds beside weights and what `save_model` writes, as far as the base has it.
 BESIDE = (
-    "generation_config.json", "tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json",
+    "tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
 )  # fmt: skip
 
@@ -72,6 +72,7 @@ def _merge(options: argparse.Namespace) -> None:
     from minipersona.model.load import RANDOM, load_model
     from minipersona.model.lora import merge_adapter
     from minipersona.model.save import save_model
+    from minipersona.model.turn_ends import turn_ends
 
     console = Console()
     name, revision = _base(options, adapter)
@@ -81,7 +82,13 @@ def _merge(options: argparse.Namespace) -> None:
     merge_adapter(model)
     beside = locate("tiny" if name.startswith(RANDOM) else name, BESIDE, revision=revision)
     extra = [beside / file for file in BESIDE if (beside / file).is_file()]
-    save_model(model, out, extra_files=extra, shard_bytes=max(1, int(options.shard_gb * 1e9)))
+    save_model(
+        model,
+        out,
+        extra_files=extra,
+        stop_tokens=turn_ends(beside),
+        shard_bytes=max(1, int(options.shard_gb * 1e9)),
+    )
     weights = list(out.glob("*.safetensors"))
     size = sum(file.stat().st_size for file in weights)
     console.say(f"wrote {out}: {size / 1e9:.2f} GB of {options.dtype} weights in {len(weights)} file(s)")

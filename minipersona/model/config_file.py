@@ -88,6 +88,18 @@ def read_config(path: Path) -> ModelConfig:
     return config
 
 
+def read_generation(path: Path) -> dict[str, Any]:
+    """What generation_config.json states; nothing where there is none."""
+    if not path.is_file():
+        return {}
+    raw = read_json(path)
+    require(isinstance(raw, dict), f"{path}: is {type(raw).__name__}, not an object; fetch the file again")
+    stated = {key: value for key, value in raw.items() if value is not None}
+    if "eos_token_id" in stated:
+        stated["eos_token_id"] = list(_token_ids(path, stated, "eos_token_id"))
+    return stated
+
+
 def _check_architecture(path: Path, raw: dict[str, Any]) -> None:
     """`architectures` names the class of the weights: a decoder of this family, with its head or without."""
     named, model_type = raw.get("architectures", []), raw["model_type"]

@@ -11,6 +11,7 @@ softmax are computed in fp32 or better.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -168,6 +169,7 @@ class Qwen2(nn.Module):
     fused          True: projections that read the same input are computed together where they can be, and the token
                    step of generation uses a flash kernel and a CUDA graph. False: the plain path, equal to rounding
     source         where the weights came from
+    generation     what generation_config.json says there, for copies of the model that are saved
     """
 
     def __init__(self, config: ModelConfig, compute_dtype: torch.dtype = torch.float32) -> None:
@@ -176,6 +178,7 @@ class Qwen2(nn.Module):
         self.compute_dtype = compute_dtype
         self.fused = True
         self.source: dict[str, str | None] = {}
+        self.generation: dict[str, Any] = {}
         self.model = Decoder(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_head()
