@@ -62,6 +62,11 @@ def read_config(path: Path) -> ModelConfig:
     """The config of a network of these `FAMILIES`. UserError names the key, or both of those that contradict."""
     raw = read_json(path)
     require(isinstance(raw, dict), f"{path}: is {type(raw).__name__}, not an object; fetch the file again")
+    return parse_config(path, raw)
+
+
+def parse_config(path: Path, raw: dict[str, Any]) -> ModelConfig:
+    """`read_config` of an object that is read already, from a file that errors name."""
     raw = {key: value for key, value in raw.items() if value is not None}
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
