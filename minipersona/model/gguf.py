@@ -210,7 +210,8 @@ def _values(tensor: Any) -> Tensor:
     """A stored tensor in fp32, in the order of dimensions of torch."""
     from gguf import dequantize
 
-    values = dequantize(tensor.data, tensor.tensor_type)
+    with np.errstate(all="ignore"):  # scales of damaged blocks may be infinite; what is not finite is refused
+        values = dequantize(tensor.data, tensor.tensor_type)
     return torch.tensor(np.asarray(values, dtype=np.float32).reshape([int(n) for n in reversed(tensor.shape)]))
 
 

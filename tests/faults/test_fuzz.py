@@ -267,7 +267,8 @@ def studies(folder: Path) -> Reader:
 
 
 READERS = [
-    models, models_of_llama, gguf_files, adapters, vectors, tokenizers, tokenizer_parts, conversations, shown_conversations, forms, parquets,
+    models, models_of_llama, gguf_files,
+    adapters, vectors, tokenizers, tokenizer_parts, conversations, shown_conversations, forms, parquets,
     prompts, kept_rows, kept_tokens, logs, configs, asked_questions, instructions, scores, responses, states,
     steering_vectors, studies,
 ]  # fmt: skip
