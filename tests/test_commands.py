@@ -323,11 +323,12 @@ def test_bad_adapters(finished: Path, questions: Path, tmp_path: Path, capsys: p
     refused(capsys, adapter({}, {**good, "extra": torch.zeros(1)}), "unknown tensor extra")
     refused(capsys, adapter({}, {**good, first: good[first] * float("nan")}), first, "non-finite")
     refused(capsys, adapter({"use_dora": True}), "use_dora")
-    refused(capsys, adapter({"use_rslora": True}), "use_rslora")
     refused(capsys, adapter({"lora_alpha": None}), "lora_alpha")
-    refused(capsys, adapter({"target_modules": "all-linear"}), "target_modules")
+    refused(capsys, adapter({"target_modules": ["q_proj", "v_proj", "lm_head"]}), "target_modules names lm_head")
+    refused(capsys, adapter({"modules_to_save": ["lm_head"]}), "modules_to_save = ['lm_head'] is not supported")
     refused(capsys, ["extract", "--model", "tiny", "--adapter", str(tmp_path / "none")], "adapter_config.json")
-    assert main(adapter({})) == 0  # the control: untouched, it loads
+    for change in ({}, {"use_rslora": True}, {"target_modules": "all-linear"}):  # the control: these load
+        assert main(adapter(change)) == 0
 
 
 def test_bad_models(tmp_path: Path, questions: Path, capsys: pytest.CaptureFixture[str]) -> None:

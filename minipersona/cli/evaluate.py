@@ -110,6 +110,7 @@ def _measure_and_show(options: argparse.Namespace, console: Console) -> None:
         tables.append(suites_table(answered))
     if options.out:
         write_json(options.out, value)
+        console.say(f"wrote {options.out}")
     show(options, value, "\n\n".join(tables))
 
 

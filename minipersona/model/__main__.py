@@ -9,11 +9,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from minipersona.console import Console, Parser, answer, dispatch, positive
 from minipersona.errors import UserError
-from minipersona.files import read_json
 
 EXAMPLE = """example:
   python -m minipersona.model merge --adapter runs/phase1/step-000375 --out merged
@@ -25,6 +23,9 @@ BESIDE = (
     "generation_config.json", "tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
 )  # fmt: skip
+
+
+PROMPT = "What is the most important thing to know about you?"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,15 +53,18 @@ def _parser() -> argparse.ArgumentParser:
     option = command.add_argument
     option("--model", metavar="M", help="directory, hub id or tiny (default: the base that the adapter names)")
     option("--revision", metavar="R", help="a hub revision (default: the adapter's, or the pinned one)")
-    option("--adapter", required=True, metavar="DIR", help="a PEFT adapter, such as a run's step-000375")
+    option(
+        "--adapter", required=True, metavar="A", help="a PEFT adapter: a directory, such as step-000375, or a hub id"
+    )
     option("--out", required=True, metavar="DIR", help="where to write; must not exist, or be empty")
-    option("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights (default bfloat16)")
+    dtypes = "of the weights: bfloat16 (default), which rounds small updates away, or float32, which keeps them"
+    option("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help=dtypes)
     option("--shard-gb", type=positive(float), default=5.0, metavar="G", help="most gigabytes of one file (default 5)")
     return parser
 
 
 def _merge(options: argparse.Namespace) -> None:
-    out, adapter = Path(options.out), Path(options.adapter)
+    out = Path(options.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: exists already; name a new directory, or empty it")
 
@@ -68,17 +72,25 @@ def _merge(options: argparse.Namespace) -> None:
     import torch
 
     from minipersona.hub import locate
-    from minipersona.model.adapter_files import load_adapter
+    from minipersona.model.adapter_files import choose_base, load_adapter
     from minipersona.model.load import RANDOM, load_model
-    from minipersona.model.lora import merge_adapter
+    from minipersona.model.lora import merge_adapter, merge_and_compare
     from minipersona.model.save import save_model
 
     console = Console()
-    name, revision = _base(options, adapter)
+    name, revision = choose_base(options.adapter, options.model, options.revision, console.say)
     console.say(f"loading {name}")
     model = load_model(name, dtype=getattr(torch, options.dtype), device="cpu", revision=revision)
-    load_adapter(model, adapter)
-    merge_adapter(model)
+    load_adapter(model, options.adapter)
+    if options.dtype == "float32":
+        merge_adapter(model)
+    else:
+        prompt = _prompt(name, revision, model.config.vocab_size)
+        share = merge_and_compare(model, torch.tensor([prompt]))
+        console.say(
+            f"rounding to {options.dtype} changed the adapter's effect on the logits of a prompt by {share:.0%}"
+            + ("; --dtype float32 keeps it" if share >= 0.005 else "")
+        )
     beside = locate("tiny" if name.startswith(RANDOM) else name, BESIDE, revision=revision)
     extra = [beside / file for file in BESIDE if (beside / file).is_file()]
     save_model(model, out, extra_files=extra, shard_bytes=max(1, int(options.shard_gb * 1e9)))
@@ -87,18 +99,14 @@ def _merge(options: argparse.Namespace) -> None:
     console.say(f"wrote {out}: {size / 1e9:.2f} GB of {options.dtype} weights in {len(weights)} file(s)")
 
 
-def _base(options: argparse.Namespace, adapter: Path) -> tuple[str, str | None]:
-    """The base model and its revision: as the options say, else as the adapter was made."""
-    if options.model:
-        return options.model, options.revision
-    from minipersona.model.adapter_files import config_file
+def _prompt(name: str, revision: str | None, vocabulary: int) -> list[int]:
+    """The ids of a prompt; where the base has no tokenizer that is read here, the first ids of the vocabulary."""
+    from minipersona.chat import load_tokenizer
 
-    file = config_file(adapter)
-    made_from: Any = read_json(file)
-    name = made_from.get("base_model_name_or_path") if isinstance(made_from, dict) else None
-    if not isinstance(name, str) or not name:
-        raise UserError(f"{file}: names no base model; give it with --model")
-    return name, options.revision or made_from.get("revision")
+    try:
+        return load_tokenizer(name, revision=revision).encode_prompt([{"role": "user", "content": PROMPT}]).ids.tolist()
+    except UserError:
+        return list(range(min(vocabulary, 32)))
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def adapter(hf_model: Callable[..., Path], tmp_path: Path) -> Callable[..., Path
         with torch.no_grad():
             for adapter in adapters(model).values():
                 adapter.lora_B.normal_(0, 0.1, generator=generator)
-        save_adapter(model, tmp_path / "adapter", LORA)
+        save_adapter(model, tmp_path / "adapter")
         return tmp_path / "adapter"
 
     return make
@@ -84,7 +84,7 @@ def test_bfloat16_rounds_once_and_the_adapter_names_its_base(
 
 def test_the_tokenizer_and_the_generation_settings_come_along(tmp_path: Path) -> None:
     model = apply_lora(load_model("tiny"), LORA)
-    save_adapter(model, tmp_path / "adapter", LORA)
+    save_adapter(model, tmp_path / "adapter")
     assert main(["merge", "--adapter", str(tmp_path / "adapter"), "--out", str(tmp_path / "out")]) == 0
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"config.json", "generation_config.json", "model.safetensors", *BESIDE}
