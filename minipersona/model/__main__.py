@@ -6,6 +6,7 @@ python -m minipersona.model merge --adapter DIR --out DIR   (and more: --help)
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -82,16 +83,16 @@ def _merge(options: argparse.Namespace) -> None:
     console.say(f"loading {name}")
     model = load_model(name, dtype=getattr(torch, options.dtype), device="cpu", revision=revision)
     load_adapter(model, options.adapter)
+    beside = locate("tiny" if name.startswith(RANDOM) else name, BESIDE, revision=revision)
     if options.dtype == "float32":
         merge_adapter(model)
     else:
-        prompt = _prompt(name, revision, model.config.vocab_size)
+        prompt = _prompt(beside / "tokenizer.json", model.config.vocab_size)
         share = merge_and_compare(model, torch.tensor([prompt]))
         console.say(
             f"rounding to {options.dtype} changed the adapter's effect on the logits of a prompt by {share:.0%}"
             + ("; --dtype float32 keeps it" if share >= 0.005 else "")
         )
-    beside = locate("tiny" if name.startswith(RANDOM) else name, BESIDE, revision=revision)
     extra = [beside / file for file in BESIDE if (beside / file).is_file()]
     save_model(model, out, extra_files=extra, shard_bytes=max(1, int(options.shard_gb * 1e9)))
     weights = list(out.glob("*.safetensors"))
@@ -99,14 +100,14 @@ def _merge(options: argparse.Namespace) -> None:
     console.say(f"wrote {out}: {size / 1e9:.2f} GB of {options.dtype} weights in {len(weights)} file(s)")
 
 
-def _prompt(name: str, revision: str | None, vocabulary: int) -> list[int]:
-    """The ids of a prompt; where the base has no tokenizer that is read here, the first ids of the vocabulary."""
-    from minipersona.chat import load_tokenizer
+def _prompt(tokenizer: Path, vocabulary: int) -> list[int]:
+    """The ids of a prompt; where the base has no tokenizer, or not this model's, the first ids of the vocabulary."""
+    from tokenizers import Tokenizer
 
-    try:
-        return load_tokenizer(name, revision=revision).encode_prompt([{"role": "user", "content": PROMPT}]).ids.tolist()
-    except UserError:
-        return list(range(min(vocabulary, 32)))
+    ids: list[int] = []
+    with contextlib.suppress(Exception):  # tokenizers raises nothing narrower
+        ids = Tokenizer.from_file(str(tokenizer)).encode(PROMPT).ids
+    return ids if ids and max(ids) < vocabulary else list(range(min(vocabulary, 32)))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Every form of a LoRA adapter that peft writes: the same logits in peft and here, and again in peft once saved here."""
+"""Every form of a LoRA adapter that peft writes: the same logits in peft and here, and in peft once saved here."""
 
 from __future__ import annotations
 
