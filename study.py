@@ -4,4 +4,5 @@ import sys
 
 from minipersona.cli import main
 
-sys.exit(main(["study", *sys.argv[1:]]))
+if __name__ == "__main__":  # a worker process of the study imports this file
+    sys.exit(main(["study", *sys.argv[1:]]))

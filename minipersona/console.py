@@ -38,7 +38,8 @@ class Console:
         """One line. Where it cannot be said, the work goes on in silence: a remark is not worth it."""
         if not self.quiet:
             try:
-                print(printable(text), file=self.stream, flush=True)
+                self.stream.write(printable(text) + "\n")  # at once, since several threads may say something
+                self.stream.flush()
             except OSError:  # the log's disk is full, or its reader has gone
                 self.quiet = True
                 _mute(self.stream)

@@ -1,7 +1,8 @@
 """Frozen dataclasses from plain values, strictly, and back: configs (`settings.py`) and what is written as JSON.
 
 An unknown or ill-typed key is an error that says which, and what was probably meant. Types of fields: bool, int, float,
-str, Literal, another dataclass, `X | None`, unions of those, `tuple[X, ...]`, `tuple[X, Y]`, `dict[str, X]`.
+str, Literal, another dataclass, `X | None`, unions of those, `tuple[X, ...]`, `tuple[X, Y]`, `dict[str, X]` and
+`dict[Literal[...], X]`. A str may hold half of a surrogate pair, as the name of a file that is not UTF-8 does.
 A field that `may_be_missing` is left out of the file where it has its default.
 """
 
@@ -85,14 +86,17 @@ def _typed(value: Any, kind: Any, where: str, what: str) -> Any:
             isinstance(value, dict) and all(isinstance(key, str) for key in value),
             f"{where} = {brief(value)}: must be a table",
         )
-        return {key: _typed(item, arguments[1], f"{where}.{key}", what) for key, item in value.items()}
+        return {
+            _typed(key, arguments[0], f"a key of {where}", what): _typed(
+                item, arguments[1], f"{where}.{key[:80]}", what
+            )
+            for key, item in value.items()
+        }
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         require(abs(value) < 1e300, f"{where} = {brief(value)}: must be finite")
         return float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise UserError(f"{where} = {brief(value)}: must be {_english(kind)}")
-    if kind is str:
-        require(_is_text(value), f"{where} = {brief(value)}: is not valid Unicode")
     if kind is float:
         require(value == value and abs(value) != float("inf"), f"{where} = {value}: must be finite")
     return value
@@ -117,14 +121,6 @@ def _tuple(value: Any, kinds: tuple[Any, ...], where: str, what: str) -> tuple[A
         return tuple(_typed(item, kinds[0], where, what) for item in value)
     require(len(value) == len(kinds), f"{where} = {brief(value)}: must be a list of {len(kinds)}")
     return tuple(_typed(item, kind, where, what) for item, kind in zip(value, kinds, strict=True))
-
-
-def _is_text(value: str) -> bool:
-    try:
-        value.encode("utf-8")
-        return True
-    except UnicodeEncodeError:  # half of a surrogate pair: a file name that is not UTF-8, say
-        return False
 
 
 def _english(kind: type) -> str:
@@ -175,7 +171,7 @@ def _read(value: Any, kind: type[Record], where: str, what: str, mend: str) -> R
 
 
 def write_record(path: Path, record: Any) -> None:
-    """Write a record as JSON, all or nothing. ASCII, since a name or an error may hold half a surrogate pair."""
+    """Write a record as JSON, all or nothing. ASCII, since a name or an error may hold half of a surrogate pair."""
     write_text(path, json.dumps(to_dict(record), indent=2, allow_nan=False) + "\n")
 
 

@@ -5,6 +5,7 @@ An unknown or ill-typed key is an error that says which, and what was probably m
 
 from __future__ import annotations
 
+import re
 import tomllib
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -61,6 +62,8 @@ def override(config: Config, settings: list[str]) -> Config:
     for setting in settings:
         path, separator, text = setting.partition("=")
         require(bool(separator), f"--set {setting}: write section.key=value")
+        # A shell passes bytes that are not UTF-8 on as surrogates, which no config file can hold.
+        require(not re.search("[\ud800-\udfff]", setting), f"--set {setting!r}: is not valid Unicode")
         *sections, key = _qualify(config, path.strip()).split(".")
         section = values
         for name in sections:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from torch import Tensor
 
 from minipersona.chat import Document
@@ -16,6 +17,8 @@ from minipersona.model import load
 from minipersona.model.config import ModelConfig
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for a network
+settings.register_profile("patient", deadline=None)  # what a busy machine takes says nothing about the code
+settings.load_profile("patient")
 torch.set_num_threads(1)  # the tensors are small, and one thread rounds the same everywhere
 
 SIZES = ModelConfig(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 from multiprocessing.context import ForkProcess
@@ -21,7 +22,9 @@ from minipersona.config import (
 )
 from minipersona.console import Console
 from minipersona.files import data_dir
-from minipersona.study.search import study
+from minipersona.report import write_report
+from minipersona.study.executors import InProcess, Processes
+from minipersona.study.search import run_study
 from minipersona.study_config import (
     InstructionsSection,
     LowRankSection,
@@ -73,18 +76,22 @@ def small_study(directory: Path) -> StudyConfig:
     )
 
 
-def run(config: StudyConfig, stages: tuple[str, ...] = ("1", "2", "3", "4", "5"), **more: Any) -> dict[str, Any]:
+def run(config: StudyConfig, stages: tuple[str, ...] = ("1", "2", "3", "4", "5")) -> dict[str, Any]:
     """Carry a study out in this process; its verdict."""
-    return study(config, CPU, QUIET, stages=stages, **more)
+    return run_study(config, InProcess(CPU, QUIET), QUIET, stages=stages, report=write_report)
 
 
-def start(config: StudyConfig, stages: tuple[str, ...]) -> ForkProcess:
-    """Carry a study out in a process of its own, which begins at once."""
-    process = multiprocessing.get_context("fork").Process(target=_child, args=(config, stages))
+def start(config: StudyConfig, stages: tuple[str, ...], workers: int = 0) -> ForkProcess:
+    """Carry a study out in a process of its own, which begins at once, or in so many processes below that one."""
+    process = multiprocessing.get_context("fork").Process(target=_child, args=(config, stages, workers))
     process.start()
     return process
 
 
-def _child(config: StudyConfig, stages: tuple[str, ...]) -> None:
+def _child(config: StudyConfig, stages: tuple[str, ...], workers: int) -> None:
     torch.set_num_threads(1)
-    run(config, stages)
+    if not workers:
+        run(config, stages)
+        return
+    with contextlib.closing(Processes(["cpu"] * workers, QUIET, threads=1)) as executor:
+        run_study(config, executor, QUIET, stages=stages, report=write_report)

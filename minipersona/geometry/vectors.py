@@ -117,22 +117,32 @@ def response_lengths(vectors: PersonaVectors) -> dict[str, dict[str, float]]:
     }
 
 
-def load_vectors(path: str | Path) -> PersonaVectors:
-    """Read a vectors file.
+def load_vectors(path: str | Path, layer: int | None = None) -> PersonaVectors:
+    """Read a vectors file; of several layers only the one that `layer` names, if it names one.
 
     Raises UserError, in one line that names the file, where it is missing, truncated or no safetensors file,
-    where a layer's mean or samples are missing or disagree, or where `PersonaVectors` would refuse them.
+    where that layer, or a layer's mean or samples are missing, where these disagree, or where `PersonaVectors` would
+    refuse them.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no vectors file at {path}: make one with `extract.py --out {path}`")
     with open_safetensors(path) as file:
         metadata = dict(file.metadata() or {})
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        names = list(file.keys())
+        wanted = names if layer is None else [name for name in names if _concerns(name, layer)]
+        tensors = {name: file.get_tensor(name) for name in wanted}
     try:
+        if layer is not None and not set(tensors) - {RESPONSE_TOKENS}:
+            raise UserError(f"no layer {layer} among {', '.join(names)[:200]}: extract that layer")
         return _from_file(tensors, metadata)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def _concerns(name: str, layer: int) -> bool:
+    """Whether a tensor of a vectors file is one of this layer, or of all."""
+    return name in (f"layer.{layer}.mean", f"layer.{layer}.samples", RESPONSE_TOKENS)
 
 
 def _from_file(tensors: dict[str, Tensor], metadata: dict[str, str]) -> PersonaVectors:

@@ -23,7 +23,6 @@ from minipersona.report.blocks import (
 from minipersona.report.figures import phase_title
 from minipersona.report.series import Series
 from minipersona.report.tables import (
-    RULES,
     behaviour_table,
     calibration_table,
     doing_less_table,
@@ -33,10 +32,15 @@ from minipersona.report.tables import (
     recipe_table,
     seed_table,
 )
+from minipersona.verdict.findings import Answer, VerdictKind
+from minipersona.verdict.findings import Finding as Judged
+from minipersona.verdict.hypotheses import Hypothesis
+from minipersona.verdict.phase_five import Question
 from minipersona.verdict.recipe_results import recipe_results
 from minipersona.verdict.results import StudyResults
+from minipersona.verdict.verdict import Passers, Verdict
 
-VERDICTS: Mapping[str, tuple[str, Tone, str]] = {
+VERDICTS: Mapping[VerdictKind, tuple[str, Tone, str]] = {
     "positive": (
         "Positive: a recipe passes",
         "good",
@@ -66,7 +70,7 @@ VERDICTS: Mapping[str, tuple[str, Tone, str]] = {
     ),
 }
 NARROW = {"tulu": "the rows of phase 1", "em": "the emergent-misalignment rows"}
-FINDING_TONES: Mapping[str, Tone] = {"supported": "good", "refuted": "bad"}
+FINDING_TONES: Mapping[Answer, Tone] = {"supported": "good", "refuted": "bad"}
 QUESTIONS = {
     "recovers_0.90": "Does any mixture recover 0.90?",
     "beats_steering": "Does any mixture beat preventative steering?",
@@ -80,7 +84,7 @@ REPRODUCE = "pip install -e '.[data,report]'\npython study.py --config study.tom
 
 
 def document(
-    results: StudyResults, verdict: dict[str, Any], series: Iterable[Series], missing: Mapping[str, str], drawn: bool
+    results: StudyResults, verdict: Verdict, series: Iterable[Series], missing: Mapping[str, str], drawn: bool
 ) -> Document:
     """The whole report; `series` are the figures that have their data, and `drawn` says whether they were drawn."""
     images: dict[str, Block] = {
@@ -92,11 +96,12 @@ def document(
     sections = [
         Section("Verdict", "verdict", [*_verdict(results, verdict), *([] if drawn else [NOT_DRAWN])]),
         Section("What was measured", "measured", [Facts(_measured(results))]),
-        Section("Declared deviations", "deviations", _bullets(verdict.get("deviations"))),
+        Section("Declared deviations", "deviations",
+                [Bullets(verdict.deviations) if verdict.deviations else Paragraph("None.")]),
         Section("All recipes", "all-recipes",
                 [recipe_table(results, verdict), images["m1_against_learned"], images["m1_by_step"]]),
-        Section("Hypotheses", "hypotheses", [*_findings(verdict.get("hypotheses") or {})]),
-        Section("Phase 5: three questions", "phase-5", [*_findings(verdict.get("phase5") or {}), images["mixture"]]),
+        Section("Hypotheses", "hypotheses", [*_findings(verdict.hypotheses)]),
+        Section("Phase 5: three questions", "phase-5", [*_findings(verdict.phase5), images["mixture"]]),
         Section("Geometry", "geometry", [images["cosines"], images["decomposition"]]),
         *_optional("Every layer", "every-layer", layer_table(results)),
         Section("Doing less", "doing-less", [doing_less_table(verdict) or Paragraph("Nothing to compare yet.")]),
@@ -107,7 +112,7 @@ def document(
         Section("What was not run, and why", "not-run", _not_run(results, verdict)),
         Section("How to reproduce", "reproduce", [*_reproduce(results)]),
     ]  # fmt: skip
-    model = results.protocol.get("model", "no model measured yet")
+    model = "no model measured yet" if results.protocol is None else results.protocol.model
     return Document(f"Persona geometry under fine-tuning: {model}", sections)
 
 
@@ -115,31 +120,28 @@ def _optional(title: str, anchor: str, table: Table | None) -> list[Section]:
     return [] if table is None else [Section(title, anchor, [table])]
 
 
-def _bullets(items: list[str] | None) -> list[Block]:
-    return [Bullets(items)] if items else [Paragraph("None.")]
-
-
 # ---------------------------------------------------------------- the verdict
 
 
-def _verdict(results: StudyResults, verdict: dict[str, Any]) -> Iterator[Block]:
-    title, tone, framing = VERDICTS[verdict["verdict"]]
-    yield Callout(title, verdict["sentence"], tone)
+def _verdict(results: StudyResults, verdict: Verdict) -> Iterator[Block]:
+    title, tone, framing = VERDICTS[verdict.verdict]
+    yield Callout(title, verdict.sentence, tone)
     yield Paragraph(framing)
     counts = {status: sum(cell.status == status for cell in results.cells) for status in ("done", "failed", "missing")}
-    gpu_hours = verdict.get("gpu_hours")
+    gpu_hours, rule = verdict.gpu_hours, results.config.stop_rule
     yield Facts(
         [
             ("Cells", ", ".join(f"{count} {status}" for status, count in counts.items())),
             ("Recipes judged", _judged(results)),
-            ("Stop rule", results.stop_rule + (", but every phase is run" if results.exhaustive else "")),
-            *((f"Passing the {rule} rule", _passers(verdict.get(rule))) for rule in RULES),
+            ("Stop rule", rule + (", but every phase is run" if results.config.exhaustive else "")),
+            ("Passing the registered rule", _passers(verdict.registered)),
+            ("Passing the substantive rule", _passers(verdict.substantive)),
             ("GPU hours of the cells", "not on a GPU, or not recorded" if gpu_hours is None else f"{gpu_hours:.2f}"),
         ]
     )
     close: dict[str, list[str]] = {}
-    for row in verdict.get("close") or []:
-        close.setdefault(row["why"], []).append(row["cell"])
+    for row in verdict.close:
+        close.setdefault(row.why, []).append(row.cell)
     if close:
         yield Paragraph("Recipes that decide nothing by themselves:")
         yield Bullets([f"{why}: {', '.join(cells)}" for why, cells in close.items()])
@@ -155,17 +157,15 @@ def _judged(results: StudyResults) -> str:
     return f"{len(found)}: the baseline at each of its {doses} checkpoints{others}"
 
 
-def _passers(found: dict[str, Any] | None) -> str:
-    return ", ".join(row["cell"] for row in (found or {}).get("passers", [])) or "none"
+def _passers(found: Passers) -> str:
+    return ", ".join(recipe.cell for recipe in found.passers) or "none"
 
 
-def _findings(found: Mapping[str, dict[str, Any]]) -> Iterator[Block]:
-    if not found:
-        yield Paragraph("Nothing is judged yet.")
-    for name, row in found.items():
-        claim = f"{QUESTIONS.get(name, name + ':')} {row['claim']}"
-        tone = FINDING_TONES.get(row["verdict"], "open")
-        yield Finding(claim, row["verdict"], tone, row["evidence"], row["implication"])
+def _findings(found: Mapping[Hypothesis, Judged] | Mapping[Question, Judged]) -> Iterator[Block]:
+    for name, judged in found.items():
+        claim = f"{QUESTIONS.get(name, name + ':')} {judged.claim}"
+        tone = FINDING_TONES.get(judged.verdict, "open")
+        yield Finding(claim, judged.verdict, tone, judged.evidence, judged.implication)
 
 
 # ---------------------------------------------------------------- what was measured, and with what
@@ -173,25 +173,30 @@ def _findings(found: Mapping[str, dict[str, Any]]) -> Iterator[Block]:
 
 def _measured(results: StudyResults) -> list[tuple[str, str]]:
     protocol = results.protocol
-    if not protocol:
+    if protocol is None or results.base is None:
         return [("Measured", "nothing yet")]
+    loss = None if results.baseline is None else results.baseline.final.eval_loss
+    return [
+        ("Model", f"{protocol.model}, revision {protocol.revision or 'none'}, computed in {protocol.compute_dtype}"),
+        ("M1", f"mean raw cosine of persona vectors at layer {protocol.layer}, Method {protocol.method}"),
+        ("Layer", f"{protocol.layer}: {protocol.layer_convention}"),
+        ("Personas", f"{protocol.persona_set}, SHA-256 {protocol.persona_digest}"),
+        ("Questions", f"{protocol.question_set}, SHA-256 {protocol.question_digest}"),
+        ("Held-out rows", f"{protocol.heldout}, SHA-256 {protocol.heldout_digest}"),
+        (
+            "Held-out loss",
+            f"{number(results.base.eval_loss)} nats per supervised token untrained, {number(loss)} after the baseline",
+        ),
+        ("Narrow data of phase 5", NARROW[results.config.narrow]),
+        *_provenance(results),
+    ]
+
+
+def _provenance(results: StudyResults) -> list[tuple[str, str]]:
+    """What made the cells, each value once."""
     files = [cell.directory / "provenance.json" for cell in results.cells if cell.directory is not None]
     made = [read_json(file) for file in files if file.is_file()]
-    base = results.base["eval_loss"]
-    last = results.baseline.final["eval_loss"] if results.baseline else None
     return [
-        (
-            "Model",
-            f"{protocol['model']}, revision {protocol.get('revision') or 'none'}, computed in "
-            f"{protocol.get('compute_dtype')}",
-        ),
-        ("M1", f"mean raw cosine of persona vectors at layer {protocol['layer']}, Method {protocol['method']}"),
-        ("Layer", f"{protocol['layer']}: {protocol.get('layer_convention')}"),
-        ("Personas", f"{protocol['persona_set']}, SHA-256 {protocol['persona_digest']}"),
-        ("Questions", f"{protocol['question_set']}, SHA-256 {protocol['question_digest']}"),
-        ("Held-out rows", f"{protocol.get('heldout')}, SHA-256 {protocol.get('heldout_digest')}"),
-        ("Held-out loss", f"{number(base)} nats per supervised token untrained, {number(last)} after the baseline"),
-        ("Narrow data of phase 5", NARROW.get(results.narrow, results.narrow)),
         ("Data", _distinct(_source(row) for one in made for row in one.get("data", []))),
         ("Hardware", _distinct(_hardware(one.get("hardware", {})) for one in made)),
         ("Versions", _distinct(_versions(one) for one in made)),
@@ -231,8 +236,8 @@ UNSCORED = (
 def _behaviour(results: StudyResults) -> Iterator[Section]:
     """The table of misaligned answers; a sentence in its place where the judge scored none."""
     suites = [suite for suite in (results.base_behaviour, *(cell.behaviour for cell in results.cells)) if suite]
-    rows = [row for suite in suites for row in suite["sets"].values()]
-    scored, answers = (sum(row[key] for row in rows) for key in ("scored", "answers"))
+    rows = [row for suite in suites for row in suite.sets.values()]
+    scored, answers = sum(row.scored for row in rows), sum(row.answers for row in rows)
     table = behaviour_table(results)
     if table is None:
         return
@@ -240,26 +245,21 @@ def _behaviour(results: StudyResults) -> Iterator[Section]:
     if 2 * scored < answers or not scored:
         said = UNSCORED.format(scored=f"{scored:,}" if scored else "none", answers=answers, models=len(suites))
         blocks.append(Paragraph(said))
-    blocks.append(Paragraph(f"Judge: {_distinct(_judge(suite.get('judge')) for suite in suites)}."))
+    blocks.append(Paragraph(f"Judge: {_distinct(_judge(suite.judge) for suite in suites)}."))
     yield Section("Emergent and hidden misalignment", "misalignment", blocks)
 
 
-def _judge(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {_judge(item)}" for key, item in value.items() if item not in (None, ""))
-    return str(value)
+def _judge(judge: Mapping[str, str | None]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in judge.items() if value)
 
 
 def _calibration(results: StudyResults) -> Iterator[Block]:
     found = results.calibration
-    if not found:
+    if found is None:
         yield Paragraph("No calibration is recorded.")
         return
-    said = {True: "Passed", False: "Failed", None: "Not decided"}[found.get("passed")]
-    if found.get("due") is False:
-        said = "Not due"
-    reason = found.get("reason", "no reason is recorded").removeprefix("not due: ")
-    yield Paragraph(f"{said}: {reason}.")
+    said = {True: "Passed", False: "Failed", None: "Not decided"}[found.passed] if found.due else "Not due"
+    yield Paragraph(f"{said}: {found.reason.removeprefix('not due: ')}.")
     if table := calibration_table(results):
         yield table
 
@@ -272,9 +272,9 @@ def _one_seed(results: StudyResults) -> str:
     )
 
 
-def _not_run(results: StudyResults, verdict: dict[str, Any]) -> list[Block]:
+def _not_run(results: StudyResults, verdict: Verdict) -> list[Block]:
     blocks: list[Block] = []
-    skipped = {row["phase"] for row in verdict.get("phases") or [] if row["status"] == "skipped"}
+    skipped = {row.phase for row in verdict.phases if row.status == "skipped"}
     skipped |= set(results.skipped_phases)
     if skipped:
         names = "; ".join(phase_title(phase) for phase in sorted(skipped))

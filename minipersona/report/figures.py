@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 INK, GREY, PALE = "#1c1e21", "#6d747c", "#d5d9de"
 BLUE, SKY, GREEN, ORANGE, VERMILLION, PURPLE = "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7"
-STYLE: dict[str, Any] = {
+Style = dict[str, Any]  # keyword arguments of matplotlib
+STYLE: Style = {
     "figure.dpi": 150,
     "savefig.dpi": "figure",
     "font.family": "DejaVu Sans",  # the one that matplotlib ships
@@ -180,7 +181,7 @@ def m1_by_step(rows: Sequence[StepRow]) -> Figure:
     return figure
 
 
-def _line(axes: Axes, line: Sequence[StepRow], style: dict[str, Any], label: str) -> None:
+def _line(axes: Axes, line: Sequence[StepRow], style: Style, label: str) -> None:
     """A line through a cell's checkpoints with its band; a cell with one checkpoint is a point with its interval."""
     style = {**style, "markersize": 3.5}
     if len(line) <= 2:
@@ -290,7 +291,7 @@ def _percent(row: MixtureRow) -> float:
     return 100 * row.fraction
 
 
-def _percents(axes: Axes, rows: Sequence[MixtureRow], label: str, style: dict[str, Any]) -> None:
+def _percents(axes: Axes, rows: Sequence[MixtureRow], label: str, style: Style) -> None:
     if rows:
         axes.plot([_percent(row) for row in rows], [row.m1 for row in rows], label=label, **style)
 
@@ -347,7 +348,7 @@ def _colour(phase: str) -> str:
     return PHASES.get(phase, UNNAMED)[1]
 
 
-def _point_style(phase: str) -> dict[str, Any]:
+def _point_style(phase: str) -> Style:
     """How a recipe of that phase is marked; the base, which has no phase, in grey."""
     _, colour, marker, filled = PHASES.get(phase, UNNAMED)
     face, edge, width = (colour, INK, 0.5) if filled else ("white", colour, 1.4)
@@ -360,7 +361,7 @@ def _point_style(phase: str) -> dict[str, Any]:
     }
 
 
-def _line_styles() -> Iterator[dict[str, Any]]:
+def _line_styles() -> Iterator[Style]:
     """How the first line of a panel looks, the second, and so on; no two of a dozen alike."""
     colours = cycle((BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY))
     dashes = cycle(("-", (0, (4, 1.5)), (0, (6, 1.5, 1, 1.5)), (0, (1, 1)), (0, (8, 2))))

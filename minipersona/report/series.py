@@ -5,20 +5,25 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from typing import Any
 
 from minipersona.errors import UserError
 from minipersona.geometry import measures
 from minipersona.geometry.vectors import load_vectors
 from minipersona.report.blocks import plain
-from minipersona.run.directory import vectors_file
 from minipersona.run.judgement import PASS_M1
-from minipersona.verdict.mixture_threshold import Fit, broad_fraction
+from minipersona.run.result import Checkpoint
+from minipersona.run.train import vectors_file
+from minipersona.verdict.files import step_of
+from minipersona.verdict.mixture_threshold import broad_fraction
 from minipersona.verdict.recipe_results import RecipeResult, bare_name, mixtures_reference, recipe_results
-from minipersona.verdict.results import CellResult, StudyResults
+from minipersona.verdict.results import CellResult, JudgedPoint, StudyResults
+from minipersona.verdict.verdict import Verdict
 
 CURVE_POINTS = 101
+Name = tuple[str, str, int | None]
+"""The phase, recipe and seed of a point."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +49,10 @@ class Missing(Exception):
     """A figure that cannot be drawn, and why; the report says so in its place."""
 
 
-def all_series(results: StudyResults, verdict: dict[str, Any]) -> tuple[list[Series], dict[str, str]]:
+def all_series(results: StudyResults, verdict: Verdict) -> tuple[list[Series], dict[str, str]]:
     """The series of every figure that has its data, and by name the reason of every one that does not."""
-    shown = shown_recipe(results, verdict)
-    named = shown is not None and shown.id == (verdict.get("recipe") or {}).get("cell")
+    named = None if verdict.recipe is None else verdict.recipe.cell
+    shown = shown_recipe(results, named)
     builders: dict[str, Callable[[], Series]] = {
         "m1_against_learned": lambda: m1_against_learned(results, shown),
         "m1_by_step": lambda: m1_by_step(results),
@@ -64,11 +69,10 @@ def all_series(results: StudyResults, verdict: dict[str, Any]) -> tuple[list[Ser
     return series, missing
 
 
-def shown_recipe(results: StudyResults, verdict: dict[str, Any]) -> RecipeResult | None:
-    """The recipe that stands for the search: the verdict's, or of those that learned enough the one with lowest M1."""
+def shown_recipe(results: StudyResults, named: str | None) -> RecipeResult | None:
+    """The recipe that stands for the search: the `named` one, or of those that learned enough that of the lowest M1."""
     found = [c for c in recipe_results(results) if c.rows[0] is not (results.baseline and results.baseline.final)]
-    named = (verdict.get("recipe") or {}).get("cell")
-    learned = [c for c in found if c.teaches()]
+    learned = [c for c in found if c.teaches]
     return next((c for c in found if c.id == named), min(learned, key=lambda c: c.m1, default=None))
 
 
@@ -86,8 +90,8 @@ class TradeOffRow:
     dose: float
     learned: float
     m1: float
-    m1_low: float | None
-    m1_high: float | None
+    m1_low: float
+    m1_high: float
     registered: bool | None
     substantive: bool | None
     label: str  # beside the point; empty for most
@@ -97,22 +101,22 @@ def m1_against_learned(results: StudyResults, shown: RecipeResult | None) -> Ser
     """Every recipe at its last step, every checkpoint before it, and the baseline's own update scaled down."""
     rows: list[TradeOffRow] = []
 
-    def add(kind: str, name: tuple[str, str, int | None], dose: float, row: dict[str, Any], label: str = "") -> None:
-        if row.get("learned") is not None:
-            passes = row.get("registered_pass"), row.get("substantive_pass")
-            rows.append(TradeOffRow(kind, *name, dose, row["learned"], row["m1"], *_interval(row), *passes, label))
+    def add(kind: str, name: Name, dose: float, row: Checkpoint | JudgedPoint, label: str = "") -> None:
+        if row.learned is not None:
+            passes = (row.registered_pass, row.substantive_pass)
+            rows.append(TradeOffRow(kind, *name, dose, row.learned, row.m1, *row.m1_ci95, *passes, label))
 
-    if results.base and results.baseline:
-        add("base", ("", "base", None), 0, {**results.base, "learned": 0.0}, "untrained base")
+    if results.base is not None and results.baseline is not None:
+        add("base", ("", "base", None), 0, replace(results.base, learned=0.0), "untrained base")
     for cell in results.cells:
-        kind = "baseline" if cell.id == "1 baseline" else "recipe"
+        kind = "baseline" if cell is results.baseline else "recipe"
         for row in cell.checkpoints:
             last = row is cell.final
             label = "baseline" if last and kind == "baseline" else ""
             label = shown.id if shown is not None and row is shown.rows[0] else label
-            add(kind if last else f"{kind} on the way", _name(cell), row["step"], row, label)
-    for row in results.frontier:
-        add("scaled baseline", ("1", "scaled baseline", None), row["scale"], row)
+            add(kind if last else f"{kind} on the way", _name(cell), step_of(row), row, label)
+    for point in results.frontier:
+        add("scaled baseline", ("1", "scaled baseline", None), point.scale, point)
     if not any(row.kind in ("baseline", "recipe") for row in rows):
         raise Missing("no recipe has a learned share, which needs a baseline and held-out losses")
     return Series(
@@ -136,17 +140,16 @@ class StepRow:
     seed: int
     step: int
     m1: float
-    m1_low: float | None
-    m1_high: float | None
+    m1_low: float
+    m1_high: float
 
 
 def m1_by_step(results: StudyResults) -> Series:
     """M1 at every checkpoint of every cell."""
     rows = [
-        StepRow(*_name(cell), row["step"], row["m1"], *_interval(row))
+        StepRow(cell.phase, bare_name(cell), cell.seed, step_of(row), row.m1, *row.m1_ci95)
         for cell in results.cells
-        if cell.result is not None
-        for row in [{**cell.result["base"], "step": 0}, *cell.checkpoints]
+        for row in cell.curve
     ]
     if not rows:
         raise Missing("no cell is done")
@@ -160,14 +163,8 @@ def m1_by_step(results: StudyResults) -> Series:
     )
 
 
-def _name(cell: CellResult) -> tuple[str, str, int]:
-    """The phase, recipe and seed of a cell."""
+def _name(cell: CellResult) -> Name:
     return cell.phase, bare_name(cell), cell.seed
-
-
-def _interval(row: dict[str, Any]) -> tuple[float | None, float | None]:
-    low, high = row.get("m1_ci95") or (None, None)
-    return low, high
 
 
 # ---------------------------------------------------------------- geometry
@@ -184,26 +181,25 @@ class CosineRow:
     cosine: float
 
 
-def cosines(results: StudyResults, shown: RecipeResult | None, named: bool) -> Series:
-    """The cosine of every pair of personas, for the base, the baseline and the recipe that is shown.
-
-    `named` says whether the verdict names that recipe.
-    """
-    baseline = results.baseline
-    if baseline is None:
+def cosines(results: StudyResults, shown: RecipeResult | None, named: str | None) -> Series:
+    """The cosine of every pair of personas, for the base, the baseline and the recipe that is shown."""
+    baseline, protocol = results.baseline, results.protocol
+    if baseline is None or protocol is None:
         raise Missing("the baseline is not done")
-    models = [("base", baseline, results.base, 0), ("baseline", baseline, baseline.final, baseline.final["step"])]
+    models = [("base", baseline, baseline.curve[0]), ("baseline", baseline, baseline.final)]
     if shown is not None:
-        models.append((shown.id, shown.cells[0], shown.rows[0], shown.rows[0]["step"]))
-    layer = results.protocol["layer"]
-    passer = "verdict names" if named else "search found with the lowest M1 among those that learned at least 0.5"
+        models.append((shown.id, shown.cells[0], shown.rows[0]))
+    third = ". No recipe learned enough to stand beside them."
+    if shown is not None:
+        lowest = "search found with the lowest M1 among those that learned at least 0.5"
+        third = f", and the recipe that the {'verdict names' if shown.id == named else lowest}."
     return Series(
         "cosines",
         "Cosines between persona vectors",
-        f"Raw cosines at layer {layer} on one scale: the untrained base, the baseline after its last step"
-        + (f", and the recipe that the {passer}." if shown else ". No recipe learned enough to stand beside them."),
-        [CosineRow(name, judged["m1"], *pair) for name, cell, judged, step in models
-         for pair in _pairs(cell, layer, step)],
+        f"Raw cosines at layer {protocol.layer} on one scale: the untrained base, the baseline after its last step"
+        + third,
+        [CosineRow(name, row.m1, *pair) for name, cell, row in models
+         for pair in _pairs(cell, protocol.layer, step_of(row))],
     )  # fmt: skip
 
 
@@ -213,7 +209,7 @@ def _pairs(cell: CellResult, layer: int, step: int) -> list[tuple[str, str, floa
     if not file.is_file():
         raise Missing(f"there is no {file.parent.parent.name}/{file.parent.name}/{file.name}")
     try:
-        vectors = load_vectors(file)
+        vectors = load_vectors(file, layer)
         matrix = measures.cosines(vectors.mean(layer)).tolist()  # (P, P)
     except UserError as error:
         raise Missing(str(error).replace(str(cell.directory.parent) + "/", "")) from None
@@ -236,16 +232,21 @@ class DecompositionRow:
 
 def decomposition(results: StudyResults) -> Series:
     """The shared mean's share and the variances of the base and of every recipe at its last step."""
-    judged = [("", "base", results.base)] if results.base else []
+    base = results.base
+    judged = [] if base is None else [("", "base", base)]
     judged += [(cell.phase, cell.name, cell.final) for cell in results.cells if cell.result is not None]
-    rows = []
-    for phase, name, row in judged:
-        share, *variances = (row.get(key) for key in ("shared_mean_share", "between_variance", "within_variance"))
-        of_base = (
-            own / base if own is not None and base else None
-            for own, base in zip(variances, map(results.base.get, ("between_variance", "within_variance")), strict=True)
+    rows = [
+        DecompositionRow(
+            phase,
+            name,
+            row.shared_mean_share,
+            row.between_variance,
+            row.within_variance,
+            None if base is None else _multiple(row.between_variance, base.between_variance),
+            None if base is None else _multiple(row.within_variance, base.within_variance),
         )
-        rows.append(DecompositionRow(phase, name, share, *variances, *of_base))
+        for phase, name, row in judged
+    ]
     if len(rows) < 2 or all(row.shared_mean_share is None for row in rows):
         raise Missing("no recipe has the measures that it shows")
     return Series(
@@ -257,6 +258,10 @@ def decomposition(results: StudyResults) -> Series:
         "(grey) and the baseline (black). Each recipe at its last step.",
         rows,
     )
+
+
+def _multiple(own: float | None, base: float | None) -> float | None:
+    return own / base if own is not None and base else None
 
 
 # ---------------------------------------------------------------- mixtures
@@ -272,36 +277,33 @@ class MixtureRow:
     seed: int | None
     fraction: float
     m1: float
-    m1_low: float | None = None
+    m1_low: float | None = None  # of what is measured
     m1_high: float | None = None
     fraction_low: float | None = None
     fraction_high: float | None = None
 
 
-def mixture(results: StudyResults, verdict: dict[str, Any]) -> Series:
+def mixture(results: StudyResults, verdict: Verdict) -> Series:
     """M1 against the broad fraction, with the fitted curve and where it crosses 0.95."""
     reference = mixtures_reference(results)
-    thresholds = {phase: found for phase, found in (verdict.get("threshold") or {}).items() if found.get("points")}
-    mixtures = [candidate for candidate in recipe_results(results) if candidate.phase in thresholds]
+    thresholds = {phase: found for phase, found in verdict.threshold.items() if found.points}
+    mixtures = [recipe for recipe in recipe_results(results) if recipe.phase in thresholds]
     if reference is None or not mixtures:
         raise Missing("no mixture is done, or the recipe without a mixture is not done")
-    rows = []
+    rows: list[MixtureRow] = []
     for phase, found in thresholds.items():
         points = [(0.0, "nothing mixed in", reference)]
         points += [(broad_fraction(m), m.name, cell) for m in mixtures if m.phase == phase for cell in m.cells]
         for fraction, recipe, cell in points:
             final = cell.final
-            rows.append(MixtureRow(phase, "measured", recipe, cell.seed, fraction, final["m1"], *_interval(final)))
-        if found.get("fit"):
-            fit, (low, high) = Fit(**found["fit"]), found["range"]
+            rows.append(MixtureRow(phase, "measured", recipe, cell.seed, fraction, final.m1, *final.m1_ci95))
+        if found.fit is not None and found.range is not None:
+            low, high = found.range
             fractions = [low + (high - low) * k / (CURVE_POINTS - 1) for k in range(CURVE_POINTS)]
-            rows += [MixtureRow(phase, "fit", None, None, fraction, fit.at(fraction)) for fraction in fractions]
-        if found.get("fraction") is not None:
-            low, high = found.get("ci95") or (None, None)
-            crossing = found["fraction"]
-            rows.append(
-                MixtureRow(phase, "threshold", None, None, crossing, PASS_M1, fraction_low=low, fraction_high=high)
-            )
+            rows += [MixtureRow(phase, "fit", None, None, fraction, found.fit.at(fraction)) for fraction in fractions]
+        if found.fraction is not None:
+            ends = found.ci95 or (None, None)
+            rows.append(MixtureRow(phase, "threshold", None, None, found.fraction, PASS_M1, None, None, *ends))
     return Series(
         "mixture",
         "How much broad data it takes",

@@ -6,47 +6,47 @@ curve: M1 and loss of theta_base + s (theta_baseline - theta_base) at s = 0, 0.1
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
-from minipersona.files import explained, write_json
+from minipersona.files import explained
 from minipersona.model.lora import adapters
 from minipersona.model.network import Qwen2
+from minipersona.records import write_record
 from minipersona.run.directory import link_or_copy, stored_measurement, vectors_file
 from minipersona.run.judgement import learned_share
 from minipersona.run.measurement import measure
 from minipersona.run.result import Metrics
-from minipersona.study.cells import placed_config, trained_model
-from minipersona.study.runner import Runner
-from minipersona.verdict.files import frontier_vectors
+from minipersona.study.cell import Study
+from minipersona.study.worker import Worker
+from minipersona.verdict.files import Frontier, FrontierPoint, frontier_vectors
 
 SCALES = tuple(step / 10 for step in range(11))
 
 
-def measure_frontier(runner: Runner) -> None:
+def measure_frontier(study: Study, worker: Worker) -> None:
     """Write frontier.json and the vectors of its points. The two ends are the baseline's own measurements."""
-    config, directory = placed_config(runner, runner.baseline), runner.cell_directory(runner.baseline)
-    instruments = runner.bench.instruments(config)
-    protocol = instruments.protocol(runner.bench.model(config))
+    config, directory = study.placed_config(study.baseline), study.cell_directory(study.baseline)
+    instruments = worker.resources.instruments(config)
+    protocol = instruments.protocol(worker.resources.model(config))
     last = config.training.steps
     base, baseline = (stored_measurement(directory, step, protocol) for step in (0, last))
     assert base is not None and baseline is not None, "the baseline is published"
     points = []
+    row: Metrics
     for scale in SCALES:
-        target = frontier_vectors(runner.directory, scale)
+        target = frontier_vectors(study.directory, scale)
         if scale in (0.0, 1.0):
-            row: Metrics = base if scale == 0 else baseline
+            row = base if scale == 0 else baseline
             with explained(target):
                 link_or_copy(vectors_file(directory, 0 if scale == 0 else last), target)
         else:
-            runner.console.say(f"frontier: the baseline's update, scaled by {scale}")
-            model = trained_model(runner, config, directory, last)
-            scale_update(model, None if config.training.method == "lora" else runner.bench.model(config), scale)
-            row, vectors = measure(model, instruments, runner.console)
+            worker.console.say(f"frontier: the baseline's update, scaled by {scale}")
+            model = worker.trained_model(config, directory, last)
+            scale_update(model, None if config.training.method == "lora" else worker.resources.model(config), scale)
+            row, vectors = measure(model, instruments, worker.console)
             vectors.save(target)
         points.append(_point(row, scale, base.eval_loss, baseline.eval_loss, baseline.delta_norm))
-    write_json(runner.directory / "frontier.json", {"baseline": runner.baseline.hash, "points": points})
+    write_record(study.directory / "frontier.json", Frontier(study.baseline.hash, tuple(points)))
 
 
 @torch.no_grad()
@@ -64,12 +64,12 @@ def scale_update(model: Qwen2, base: Qwen2 | None, scale: float) -> None:
         weight.copy_(torch.lerp(origin[name].to(weight.device, torch.float32), weight.float(), scale))
 
 
-def _point(row: Metrics, scale: float, base: float | None, baseline: float | None, delta_norm: float) -> dict[str, Any]:
-    return {
-        "scale": scale,
-        "m1": row.m1,
-        "m1_ci95": [row.m1_low, row.m1_high],
-        "eval_loss": row.eval_loss,
-        "learned": learned_share(row.eval_loss, base, baseline),
-        "delta_norm": scale * delta_norm,
-    }
+def _point(row: Metrics, scale: float, base: float | None, baseline: float | None, delta_norm: float) -> FrontierPoint:
+    return FrontierPoint(
+        scale=scale,
+        m1=row.m1,
+        m1_ci95=(row.m1_low, row.m1_high),
+        eval_loss=row.eval_loss,
+        learned=learned_share(row.eval_loss, base, baseline),
+        delta_norm=scale * delta_norm,
+    )

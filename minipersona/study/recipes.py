@@ -20,8 +20,7 @@ from typing import Literal
 from minipersona.config import COLLAPSE, ObjectiveSection, RunConfig, SteeringSection
 from minipersona.errors import UserError
 from minipersona.study_config import STAGES, StudyConfig
-
-Knobs = dict[str, float | str]
+from minipersona.verdict.files import Knobs
 
 # A recipe names what does not exist yet by these words; a cell puts the paths of its study in their place.
 BASELINE = "the baseline of the study"

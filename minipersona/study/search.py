@@ -1,69 +1,89 @@
 """The search: phase after phase, from the cheapest explanation to the dearest, until a recipe passes.
 
-prepare      the study's directory, its config and every cell it may come to
-search       the phases; after each, the verdict decides whether the next one runs
-conclude     the guards that are due, then verdict.json
+open_study   the study's directory, its config and every cell that it may come to
+search       the phases; after each, the verdict decides whether the next one is run
+conclude     the measurements that the results ask for, then verdict.json
+
+The driver of a study is the process that runs this. It holds the lock on the directory, and nobody else hands out
+jobs there or writes its ledger.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+
+import torch
 
 from minipersona.config import RunConfig
 from minipersona.console import Console
 from minipersona.errors import UserError
-from minipersona.files import read_json, write_json, write_text
-from minipersona.records import from_dict
+from minipersona.files import sweep_temporaries, write_text
+from minipersona.locks import lock
+from minipersona.records import from_dict, write_record
 from minipersona.run.resources import resolve
 from minipersona.settings import read_toml, to_toml
-from minipersona.study.cell import Cell, identify
-from minipersona.study.cells import cell_job
-from minipersona.study.guards import base_job, behaviour_jobs, frontier_job, instruction_jobs, role_play_job, sweep_job
+from minipersona.study.cell import Cell, Study, hash_cells
+from minipersona.study.engine import Engine
+from minipersona.study.executors import Executor
+from minipersona.study.jobs import AskSuite, MeasureBase, MeasureEveryLayer, MeasureFrontier, TrainCell, WriteResponses
 from minipersona.study.recipes import planned
-from minipersona.study.runner import Job, Runner
+from minipersona.study.worker import Job
 from minipersona.study_config import STAGES, StudyConfig, changes
-from minipersona.training.distributed import Distributed
-from minipersona.verdict.calibration import check_layers_measured
-from minipersona.verdict.recipe_results import recipe_results
+from minipersona.verdict.calibration import Calibration, check_layers_measured
+from minipersona.verdict.files import Plan, PlanEntry, read_optional
+from minipersona.verdict.ledger import LedgerEntry, append, read_ledger
+from minipersona.verdict.recipe_results import RecipeResult, recipe_results
 from minipersona.verdict.results import read_study
-from minipersona.verdict.verdict import current_verdict, decide
-
-Verdict = dict[str, Any]
+from minipersona.verdict.verdict import Verdict, current_verdict, decide
 
 ENDS = ("positive", "not_reproduced")  # verdicts after which no further phase is run
+MUCH_RAW_TEXT = 0.25  # of the rows; from here on a cell reports how well it follows instructions
 
 
-def study(
+def run_study(
     config: StudyConfig,
-    distributed: Distributed,
+    executor: Executor,
     console: Console,
     *,
     stages: Sequence[str] = tuple(STAGES),
-    share: tuple[int, int] = (1, 1),
+    report: Callable[[Path], object] = lambda directory: None,
 ) -> Verdict:
-    """Carry out a study in ``config.out``, or continue it, alone or beside other runners; returns its verdict.
+    """Carry out a study in ``config.out``, or continue it; returns its verdict.
 
-    UserError where the directory belongs to another study, the config names something amiss, or the baseline failed.
+    report  writes the report of a study's directory, whatever the verdict is
+
+    UserError where another process has the directory or it belongs to another study, where the config names something
+    amiss, and where the baseline failed.
     """
-    runner = prepare(config, distributed, console, share)
-    search(runner, stages)
-    verdict = conclude(runner)
-    if error := runner.failed().get(runner.baseline.id):
+    check_layers_measured(config)
+    with lock(Path(config.out)):
+        study = open_study(config, executor.device_type, console)
+        due = [cell for cell in study.cells if cell == study.baseline or stage_of(cell) in stages]
+        engine = Engine(study, executor, console, due)
+        search(engine, stages)
+        verdict = conclude(engine)
+        report(study.directory)
+    if error := engine.failures.get(study.baseline.id):
         raise UserError(f"the baseline failed, so that nothing can be judged: {error}")
     return verdict
+
+
+def stage_of(cell: Cell) -> str:
+    """Which of the five phases a cell belongs to."""
+    return next(stage for stage, phases in STAGES.items() if cell.recipe.phase in phases)
 
 
 # ---------------------------------------------------------------- the directory
 
 
-def prepare(config: StudyConfig, distributed: Distributed, console: Console, share: tuple[int, int] = (1, 1)) -> Runner:
-    """Claim the study's directory for this config: study.toml and plan.json."""
-    check_layers_measured(config)
+def open_study(config: StudyConfig, device_type: str, console: Console) -> Study:
+    """Write study.toml and plan.json into the study's directory. UserError where it belongs to another study."""
     directory = Path(config.out)
-    config = replace(config, model=resolve(RunConfig(config.data, model=config.model), distributed.device).model)
+    resolved = resolve(RunConfig(config.data, model=config.model), torch.device(device_type))
+    config = replace(config, model=resolved.model)
     file = directory / "study.toml"
     if file.is_file():
         changed = changes(config, from_dict(StudyConfig, read_toml(file)))
@@ -71,92 +91,120 @@ def prepare(config: StudyConfig, distributed: Distributed, console: Console, sha
             raise UserError(
                 f"{directory} belongs to another study ({'; '.join(changed)}); choose another --out, or delete it"
             )
-    cells = identify(planned(config))
+    study = Study(config, directory, hash_cells(planned(config)))
+    sweep_temporaries(directory)
     write_text(file, to_toml(config))
-    _write_plan(directory, cells, console)
-    return Runner(config, directory, cells, distributed, console, share)
+    _write_plan(study, console)
+    return study
 
 
-def _write_plan(directory: Path, cells: Sequence[Cell], console: Console) -> None:
-    rows = [
-        {
-            "phase": cell.recipe.phase,
-            "name": cell.recipe.name,
-            "seed": cell.recipe.config.seed,
-            "knobs": cell.recipe.knobs,
-            "cell": cell.id,
-        }
-        for cell in cells
-    ]
-    file = directory / "plan.json"
-    if file.is_file():
-        stale = {row["cell"] for row in read_json(file)["cells"]} - {cell.id for cell in cells}
-        made = [name for name in stale if (directory / "cells" / name).is_dir()]
+def _write_plan(study: Study, console: Console) -> None:
+    plan = Plan(
+        tuple(
+            PlanEntry(cell.recipe.phase, cell.recipe.name, cell.recipe.config.seed, cell.recipe.knobs, cell.id)
+            for cell in study.cells
+        )
+    )
+    file = study.directory / "plan.json"
+    if earlier := read_optional(file, Plan):
+        stale = {entry.cell for entry in earlier.cells} - {cell.id for cell in study.cells}
+        made = [name for name in stale if (study.directory / "cells" / name).is_dir()]
         if made:
             console.say(f"{len(made)} cells are of another version of the code or the data, and will be made again")
-    write_json(file, {"cells": rows})
+    write_record(file, plan)
 
 
 # ---------------------------------------------------------------- the phases
 
 
-def search(runner: Runner, stages: Sequence[str]) -> None:
+def search(engine: Engine, stages: Sequence[str]) -> None:
     """Run the phases in order as far as they are due; the baseline is always one of them."""
-    runner.complete([base_job(runner)])
-    calibration = runner.directory / "calibration.json"
-    if calibration.is_file() and read_json(calibration)["passed"] is False:
-        runner.console.say(f"calibration failed: {read_json(calibration)['reason']}")
-        if not runner.config.exhaustive:
+    study = engine.study
+    engine.complete([MeasureBase(study)])
+    calibration = read_optional(study.directory / "calibration.json", Calibration)
+    if calibration is not None and calibration.passed is False:
+        engine.console.say(f"calibration failed: {calibration.reason}")
+        if not study.config.exhaustive:
             return
-    runner.complete([cell_job(runner, runner.baseline)])
-    if not runner.published(runner.baseline):
+    engine.complete([TrainCell(study, study.baseline)])
+    if not study.published(study.baseline):
         return  # without it nothing can be judged
     ended = False
-    for stage, phases in STAGES.items():
-        cells = [cell for cell in runner.cells if cell.recipe.phase in phases]
+    for stage in STAGES:
+        cells = [cell for cell in study.cells if stage_of(cell) == stage]
         if ended:
-            _skip(runner, cells)
+            _skip(study, cells)
         elif stage in ("1", *stages):
-            run_stage(runner, cells)
-            ended = not runner.config.exhaustive and decide(read_study(runner.directory))["verdict"] in ENDS
+            run_stage(engine, cells)
+            ended = not study.config.exhaustive and decide(read_study(study.directory)).verdict in ENDS
 
 
-def run_stage(runner: Runner, cells: Sequence[Cell]) -> None:
+def run_stage(engine: Engine, cells: Sequence[Cell]) -> None:
     """All cells of a phase; what the base model has to write for 4B beside the cells that do not need it."""
     written = [cell for cell in cells if cell.recipe.config.data.responses]
-    writing = [role_play_job(runner, cell) for cell in written]
-    runner.complete([*writing, *[cell_job(runner, cell) for cell in cells if cell not in written]])
-    runner.complete([cell_job(runner, cell) for cell in written])
+    writing = [WriteResponses(engine.study, cell) for cell in written]
+    engine.complete([*writing, *[TrainCell(engine.study, cell) for cell in cells if cell not in written]])
+    engine.complete([TrainCell(engine.study, cell) for cell in written])
 
 
-def _skip(runner: Runner, cells: Sequence[Cell]) -> None:
+def _skip(study: Study, cells: Sequence[Cell]) -> None:
     """Say in the ledger that these are not run, because an earlier phase ended the search."""
-    settled = {line["cell"] for line in runner.ledger.lines()}
+    known = read_ledger(study.directory).keys()
     for cell in cells:
-        if cell.id not in settled:
-            runner.ledger.note(*cell.about, "skipped")
+        if cell.id not in known:
+            entry = LedgerEntry(time.time(), cell.id, cell.recipe.phase, cell.recipe.name, "skipped", 0)
+            append(study.directory, entry)
 
 
 # ---------------------------------------------------------------- the end
 
 
-def conclude(runner: Runner) -> Verdict:
-    """Run the guards that are due and write verdict.json."""
+def conclude(engine: Engine) -> Verdict:
+    """Measure what the results ask for and write verdict.json."""
     tried: set[str] = set()
-    while jobs := [job for job in due_guards(runner) if job.id not in tried]:
-        runner.complete(jobs)  # what the answers show may make another guard due
+    while jobs := [job for job in asked_for(engine.study) if job.id not in tried]:
+        engine.complete(jobs)  # what the answers show may ask for more
         tried |= {job.id for job in jobs}
-    return current_verdict(read_study(runner.directory))
+    return current_verdict(read_study(engine.study.directory))
 
 
-def due_guards(runner: Runner) -> list[Job]:
-    """The guards that the results so far ask for."""
-    if not runner.published(runner.baseline):
+def asked_for(study: Study) -> list[Job]:
+    """What the results so far ask for besides the cells."""
+    if not study.published(study.baseline):
         return []
-    results = read_study(runner.directory)
-    rule = runner.config.stop_rule
-    asked = [c for c in recipe_results(results) if c.passes(rule) or c.needs_answers]
-    jobs = [frontier_job(runner), *behaviour_jobs(runner, asked), *instruction_jobs(runner)]
-    if recipe := decide(results)["recipe"]:
-        jobs.append(sweep_job(runner, recipe))
+    results = read_study(study.directory)
+    rule = study.config.stop_rule
+    asked = [found for found in recipe_results(results) if found.passes(rule) or found.needs_answers]
+    jobs: list[Job] = [MeasureFrontier(study), *_behaviour(study, asked), *_instructions(study)]
+    if recipe := decide(results).recipe:
+        cell = next(cell for cell in study.cells if cell.hash == recipe.hashes[0])
+        jobs.append(MeasureEveryLayer(study, cell, recipe.step, recipe.name))
     return jobs
+
+
+def _behaviour(study: Study, asked: Sequence[RecipeResult]) -> list[Job]:
+    """Answers of these recipes, and of what they are compared with: the base, the unmixed EM cell."""
+    if not asked:
+        return []
+    by_hash = {cell.hash: cell for cell in study.cells}
+    unmixed = [cell for cell in study.cells if cell.recipe.phase == "EM" and study.published(cell)]
+    steps: dict[str, int | None] = {cell.hash: None for cell in unmixed}
+    for found in sorted(asked, key=lambda found: found.merit):  # of several steps the best is asked
+        steps |= {result.hash: found.step for result in found.cells}
+    return [
+        AskSuite(study, "behaviour"),
+        *[AskSuite(study, "behaviour", by_hash[key], step) for key, step in steps.items()],
+    ]
+
+
+def _instructions(study: Study) -> list[Job]:
+    """Instruction following of the cells with much raw text, beside base and baseline."""
+    due = [cell for cell in study.cells if _much_raw_text(cell) and study.published(cell)]
+    if not due:
+        return []
+    cells = (study.baseline, *due)
+    return [AskSuite(study, "instructions"), *[AskSuite(study, "instructions", cell) for cell in cells]]
+
+
+def _much_raw_text(cell: Cell) -> bool:
+    return cell.recipe.phase == "5A" and float(cell.recipe.knobs["broad_fraction"]) >= MUCH_RAW_TEXT

@@ -1,19 +1,19 @@
-"""The calibration gate: does this tool find on the untouched 7B what the predecessor found?
+"""The calibration gate: does this tool measure on the untouched 7B what the predecessor measured?
 
-Its code, its attention and its precision are others; only if the base's M1 agrees do later numbers mean the same.
-Layers 20 and 21 differ by 0.0003, so they could not tell a layer counted one too high; 14 and 27 do.
+The predecessor's code, attention and precision differ from ours; only where the base's M1 agrees are later numbers
+comparable. Layers 20 and 21 differ by 0.0003, so they would not reveal a layer counted one too high; 14 and 27 do.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 from minipersona.config import DEFAULT_MODEL
 from minipersona.errors import UserError
 from minipersona.geometry.prompts import REGISTERED
 from minipersona.hub import PINNED
+from minipersona.run.result import Protocol
 from minipersona.study_config import StudyConfig
-from minipersona.verdict.results import StudyResults
 
 # M1 of Qwen2.5-7B-Instruct by Method A on the registered personas and questions, by layer.
 PREDECESSOR = {
@@ -26,45 +26,56 @@ PREDECESSOR = {
 TOLERANCE = 0.003
 
 
-def is_due(protocol: dict[str, Any]) -> bool:
+@dataclass(frozen=True)
+class CalibratedLayer:
+    """M1 of the base at one layer beside the predecessor's."""
+
+    m1: float
+    reference: float
+    difference: float
+    within: bool  # the tolerance
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """calibration.json. `passed` is None where it is not due, `baseline` the hash of the study's baseline."""
+
+    due: bool
+    passed: bool | None
+    reason: str
+    layers: dict[str, CalibratedLayer]
+    baseline: str
+
+
+def is_due(protocol: Protocol) -> bool:
     """Whether a measurement is one that the predecessor made: the pinned 7B, the registered sets, Method A."""
     return (
-        (protocol["model"], protocol["revision"]) == (DEFAULT_MODEL, PINNED[DEFAULT_MODEL])
-        and protocol["persona_set"] == protocol["question_set"] == REGISTERED
-        and protocol["method"] == "A"
+        (protocol.model, protocol.revision) == (DEFAULT_MODEL, PINNED[DEFAULT_MODEL])
+        and protocol.persona_set == protocol.question_set == REGISTERED
+        and protocol.method == "A"
     )
 
 
-def calibration_due(results: StudyResults) -> bool:
-    """Whether a study's verdict waits for the calibration: as calibration.json says, or by what is measured."""
-    if "due" in results.calibration:
-        return bool(results.calibration["due"])
-    return bool(results.protocol) and is_due(results.protocol)
-
-
-def calibrate(protocol: dict[str, Any], m1_by_layer: dict[str, float]) -> dict[str, Any]:
-    """The content of calibration.json, from the base's measurement."""
+def calibrate(protocol: Protocol, m1_by_layer: dict[str, float], baseline: str) -> Calibration:
+    """Compare the base's M1 at each layer with the predecessor's; `baseline` is the hash that the record carries."""
     if not is_due(protocol):
-        reason = "not due: there are numbers of the pinned 7B with the registered sets only"
-        return {"due": False, "passed": None, "reason": reason, "layers": {}}
+        reason = "not due: the predecessor measured only the pinned 7B with the registered sets"
+        return Calibration(False, None, reason, {}, baseline)
     layers = {}
     for layer, reference in PREDECESSOR.items():
         m1 = m1_by_layer[str(layer)]
-        difference = m1 - reference
-        layers[str(layer)] = {
-            "m1": m1, "reference": reference, "difference": difference, "within": abs(difference) <= TOLERANCE,
-        }  # fmt: skip
-    off = [layer for layer, row in layers.items() if not row["within"]]
+        layers[str(layer)] = CalibratedLayer(m1, reference, m1 - reference, abs(m1 - reference) <= TOLERANCE)
+    off = [layer for layer, row in layers.items() if not row.within]
     reason = (
         f"the base's M1 differs from the predecessor's by more than {TOLERANCE} at layers {', '.join(off)}"
         if off
         else f"the base's M1 is within {TOLERANCE} of the predecessor's at layers {', '.join(layers)}"
     )
-    return {"due": True, "passed": not off, "reason": reason, "layers": layers}
+    return Calibration(True, not off, reason, layers, baseline)
 
 
 def check_layers_measured(study: StudyConfig) -> None:
-    """UserError where the calibration would be due and could not be made."""
+    """UserError where the calibration will be due and a layer that it needs is not measured."""
     missing = sorted(set(PREDECESSOR) - set(study.probe.layers))
     sets = (study.probe.personas, study.probe.questions)
     if missing and study.model.name == DEFAULT_MODEL and sets == (REGISTERED, REGISTERED):

@@ -1,4 +1,4 @@
-"""What a study did otherwise than registered, for its verdict and report."""
+"""Where a study departs from its registration, for its verdict and report."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from minipersona.run.judgement import LEAST_LEARNED
 from minipersona.settings import flatten, load_config
 from minipersona.study_config import STAGES, StudyConfig
 from minipersona.verdict.results import StudyResults
-from minipersona.verdict.wording import without_folders
+from minipersona.verdict.summary import without_folders
 
-# What has a sentence of its own or is left to whoever runs the search.
+# Settings with a sentence of their own, and those that are left to whoever runs the search.
 TOLD_OTHERWISE = ("out", "narrow", "stop_rule", "exhaustive", "seeds", "model.", "execution.", "probe.personas",
                   "probe.questions", "rehearsal.em")  # fmt: skip
 
@@ -20,46 +20,42 @@ TOLD_OTHERWISE = ("out", "narrow", "stop_rule", "exhaustive", "seeds", "model.",
 def deviations(results: StudyResults) -> list[str]:
     """One sentence each."""
     said = []
-    protocol = results.protocol
-    if results.stop_rule == "substantive":
-        hollow = ": the untrained base passes it" if results.base.get("registered_pass") else ""
+    protocol, config = results.protocol, results.config
+    if config.stop_rule == "substantive":
+        hollow = ": the untrained base passes it" if results.base is not None and results.base.registered_pass else ""
         said.append(
             f"The search stops at a substantive pass, which asks for learned >= {LEAST_LEARNED:g} besides the "
-            f"registered rule. That rule alone shows no recipe that teaches{hollow}."
+            f"registered rule. A pass by that rule alone does not show that a recipe teaches{hollow}."
         )
-    if protocol and protocol.get("model") != DEFAULT_MODEL:
-        said.append(f"The model is {without_folders(str(protocol.get('model')))}; {DEFAULT_MODEL} is registered.")
-    if protocol and {protocol.get("persona_set"), protocol.get("question_set")} != {REGISTERED}:
+    if protocol is not None and protocol.model != DEFAULT_MODEL:
+        said.append(f"The model is {without_folders(str(protocol.model))}; {DEFAULT_MODEL} is registered.")
+    if protocol is not None and {protocol.persona_set, protocol.question_set} != {REGISTERED}:
         said.append("The personas and questions are not both the registered ones.")
     seeds = sorted({cell.seed for cell in results.cells})
-    if protocol and seeds != [42]:
+    if protocol is not None and seeds != [42]:
         listed = ", ".join(map(str, seeds))
         said.append(f"The seeds are {listed}; 42 is registered. A recipe passes where every seed of it passes.")
-    if results.narrow == "em":
+    if config.narrow == "em":
         said.append(
             "In phase 5 the narrow rows are the emergent-misalignment ones, while loss and learned are those on the "
             "held-out rows, as everywhere: learned says nothing about how well the narrow rows are learned."
         )
-    if settings := changed_settings(results.config):
+    if settings := changed_settings(config):
         said.append(f"Settings that are not the registered ones (in brackets): {', '.join(settings)}.")
     planned = {cell.phase for cell in results.cells} | set(results.skipped_phases)
     left_out = [stage for stage, phases in STAGES.items() if not planned & set(phases)]
-    if protocol and left_out:
+    if protocol is not None and left_out:
         said.append(f"Not part of this study: phase {', '.join(left_out)}.")
     return said
 
 
-def changed_settings(config: dict[str, Any]) -> list[str]:
-    """The settings of study.toml that differ from the shipped study's, as ``key = value (registered)``."""
-    registered = flatten(load_config("study", StudyConfig))
-    mine = {key: value for key, value in config.items() if not isinstance(value, dict)}
-    for section, values in config.items():
-        if isinstance(values, dict):
-            mine |= {f"{section}.{key}": value for key, value in values.items()}
+def changed_settings(config: StudyConfig) -> list[str]:
+    """The settings that differ from the shipped study's, as ``key = value (registered)``."""
+    mine = flatten(config)
     return [
         f"{key} = {_shown(mine[key])} ({_shown(value)})"
-        for key, value in registered.items()
-        if key in mine and not key.startswith(TOLD_OTHERWISE) and _shown(mine[key]) != _shown(value)
+        for key, value in flatten(load_config("study", StudyConfig)).items()
+        if not key.startswith(TOLD_OTHERWISE) and _shown(mine[key]) != _shown(value)
     ]
 
 

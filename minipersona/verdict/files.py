@@ -1,141 +1,248 @@
-"""The files of a study's directory, read and checked. What is there and cannot be right is a UserError with a mend."""
+"""The files of a study's directory, as records, and how each is read.
+
+    plan.json           Plan           every cell that the study may come to
+    calibration.json    Calibration    the base's M1 beside the predecessor's (calibration.py)
+    frontier.json       Frontier       the baseline's update, scaled down; its vectors in frontier/
+    sweep.json          Sweep          every layer of the recipe of a positive verdict
+    cells/<id>/         CellRecord     cell.json, with which a cell counts as done; beside it result.json (RunResult)
+    base/, cells/<id>/  Behaviour, Instructions   behaviour.json and instructions.json, where they were due
+
+What is there and cannot be right is a UserError with a mend.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from reprlib import repr as brief
-from typing import Any
+from typing import TypeVar
 
-from minipersona.errors import UserError
-from minipersona.files import read_json, read_jsonl
-from minipersona.verdict.ledger import merged
+from minipersona.errors import UserError, require
+from minipersona.objective.noise_check import NoiseCheck
+from minipersona.records import read_record
+from minipersona.run import result as run_result
+from minipersona.run.result import Checkpoint, Interval, RunResult
+from minipersona.study_config import PHASES
 
-Table = dict[str, Any]
+Record = TypeVar("Record")
+Knobs = dict[str, int | float | str]
+"""What a phase varies, by its name."""
 
-
-def read_ledger(directory: Path) -> dict[str, Table]:
-    """The newest event of each cell, over all runners."""
-    paths = sorted((directory / "ledger").glob("*.jsonl"))
-    files = [read_jsonl(path) for path in paths]
-    for path, lines in zip(paths, files, strict=True):
-        for line in lines:
-            if not isinstance(line, dict) or not {"time", "runner", "cell", "phase", "name", "event"} <= line.keys():
-                raise UserError(f"{path}: {str(line)[:80]} is no line of a ledger; delete that line")
-    return {line["cell"]: line for line in merged(files)}
+# ---------------------------------------------------------------- plan.json and cell.json
 
 
-def read_result(path: Path) -> Table:
-    """result.json, its rows checked."""
+@dataclass(frozen=True)
+class PlanEntry:
+    """One planned cell; `cell` is its id, the name of its directory."""
+
+    phase: str
+    name: str
+    seed: int
+    knobs: Knobs
+    cell: str
+
+    def __post_init__(self) -> None:
+        words = (self.phase, self.name, self.cell)
+        if self.phase not in PHASES or any(len(word) >= 200 for word in words):
+            raise UserError(f"{brief(words)} is not a planned cell")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """plan.json."""
+
+    cells: tuple[PlanEntry, ...]
+
+
+@dataclass(frozen=True)
+class CellRecord:
+    """cell.json: what a published cell is, and what is to be said about it besides its numbers."""
+
+    phase: str
+    name: str
+    hash: str
+    seed: int
+    knobs: Knobs
+    notes: tuple[str, ...]
+    labels: tuple[str, ...]  # such as recipe_results.INEFFECTIVE
+    objective_check: NoiseCheck | None  # of R3F's noise
+    gpu_seconds: float | None  # None where it did not run on a GPU
+    seconds: float
+
+
+def read_result(directory: Path) -> RunResult:
+    """result.json of a published cell, its checkpoints in the order of their steps."""
+    path, mend = directory / "result.json", f"delete {directory} and continue the study"
     if not path.is_file():
-        raise UserError(f"{path.parent}: has a cell.json and no result.json; delete it and continue the study")
-    result = read_table(path, ("protocol", "base", "checkpoints"))
-    if not isinstance(result["protocol"], dict):
-        raise UserError(f"{path}: protocol is no table; delete {path.parent} and continue the study")
-    rows = result["checkpoints"]
-    if not isinstance(rows, list) or not rows:
-        raise UserError(f"{path}: has no checkpoints; delete {path.parent} and continue the study")
-    for row in [result["base"], *rows]:
-        _check_row(path, row)
-    return {**result, "checkpoints": sorted(rows, key=lambda row: row["step"])}
+        raise UserError(f"{directory}: has a cell.json and no result.json; delete it and continue the study")
+    result = run_result.read_result(path, mend)
+    require(bool(result.checkpoints), f"{path}: has no checkpoints; {mend}")
+    for row in (result.base, *result.checkpoints):
+        require(row.step is not None, f"{path}: a checkpoint has no step; {mend}")
+        require(abs(row.m1) <= 1 + 1e-6, f"{path}: m1 = {row.m1} is not a mean cosine; {mend}")
+        low, high = row.m1_ci95
+        require(low <= high, f"{path}: m1_ci95 = [{low}, {high}] is not an interval; {mend}")
+    return replace(result, checkpoints=tuple(sorted(result.checkpoints, key=step_of)))
 
 
-def _check_row(path: Path, row: Any) -> None:
-    def bad(what: str) -> UserError:
-        return UserError(f"{path}: {what}; delete {path.parent} and continue the study")
-
-    if not isinstance(row, dict):
-        raise bad("a row is no table")
-    for key in ("step", "m1", "eval_loss"):
-        if key not in row:
-            raise bad(f"a row has no {key}")
-        if (key, row[key]) == ("eval_loss", None):
-            continue  # a study without held-out rows; its passes stay open
-        if not _is_number(row[key]):
-            raise bad(f"{key} = {brief(row[key])} is no number")
-    if abs(row["m1"]) > 1 + 1e-6:
-        raise bad(f"m1 = {row['m1']} is no mean cosine")
-    interval = row.get("m1_ci95")
-    if (
-        not isinstance(interval, list)
-        or len(interval) != 2
-        or not all(map(_is_number, interval))
-        or interval[0] > interval[1]
-    ):
-        raise bad(f"m1_ci95 = {brief(interval)} is no interval")
+def step_of(row: Checkpoint) -> int:
+    """The step of a run's checkpoint; only a model that is not a run's has none."""
+    assert row.step is not None
+    return row.step
 
 
-def _is_number(value: Any) -> bool:
-    """Finite, and not beyond what a float holds."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e300 < value < 1e300
+# ---------------------------------------------------------------- frontier.json
 
 
-def read_frontier(path: Path, baseline: str) -> list[Table]:
-    """The points of frontier.json, by scale; none where there is no such file, or it is another baseline's."""
-    frontier = read_optional(path, baseline)
-    if frontier is None:
-        return []
-    points = frontier.get("points")
-    for point in points if isinstance(points, list) else [points]:
-        if not isinstance(point, dict) or not all(
-            _is_number(point.get(key)) or (key == "eval_loss" and point.get(key, 0) is None)
-            for key in ("scale", "m1", "eval_loss")
-        ):
-            raise UserError(f"{path}: {str(point)[:80]} is no point of a frontier; delete the file and continue")
-    return sorted(points or [], key=lambda point: point["scale"])
+@dataclass(frozen=True)
+class FrontierPoint:
+    """The model at theta_base + scale (theta_baseline - theta_base)."""
+
+    scale: float
+    m1: float
+    m1_ci95: Interval
+    eval_loss: float | None
+    learned: float | None
+    delta_norm: float
 
 
-def read_behaviour(path: Path) -> Table | None:
-    """behaviour.json with the counts that a comparison of rates needs, None where there is none."""
-    if not path.is_file():
-        return None
-    behaviour = read_table(path, ("sets",))
-    sets = behaviour["sets"]
-    if not isinstance(sets, dict) or not all(isinstance(row, dict) for row in sets.values()):
-        raise UserError(f"{path}: sets must be a table of tables; delete the file and continue the study")
-    for name, row in sets.items():
-        counts = [row.get(key) for key in ("misaligned", "coherent", "scored", "answers")]
-        if not all(isinstance(count, int) for count in counts) or counts != sorted(counts):
-            raise UserError(f"{path}: {name} has no misaligned <= coherent <= scored <= answers; delete the file")
-    return behaviour
+@dataclass(frozen=True)
+class Frontier:
+    """frontier.json; `baseline` is the hash of the cell whose update is scaled."""
 
-
-def read_instructions(path: Path) -> Table | None:
-    """instructions.json, None where there is none."""
-    return read_optional(path, keys=("prompts",))
-
-
-def read_sweep(path: Path) -> Table | None:
-    """sweep.json, None where there is none."""
-    sweep = read_optional(path, keys=("recipe", "layers"))
-    layers = {} if sweep is None else sweep["layers"]
-    if not isinstance(layers, dict) or not all(
-        layer.isdecimal() and isinstance(layers[layer], dict) for layer in layers
-    ):
-        raise UserError(f"{path}: layers must be a table of tables by layer; delete the file and continue the study")
-    return sweep
-
-
-def read_table(path: Path, keys: Sequence[str]) -> Table:
-    """A JSON object that has these keys."""
-    value = read_json(path)
-    if not isinstance(value, dict) or not set(keys) <= value.keys():
-        whole = path.name in ("cell.json", "result.json")  # what a cell is published with, and nothing makes alone
-        wanted = f"a table with {', '.join(keys)}" if keys else "a table"
-        raise UserError(f"{path}: must be {wanted}; delete {path.parent if whole else path} and continue the study")
-    return value
-
-
-def read_optional(path: Path, baseline: str = "", keys: Sequence[str] = ()) -> Table | None:
-    """A table, None where it is not there or carries the hash of another baseline than the one named."""
-    if not path.is_file():
-        return None
-    value = read_table(path, keys)
-    made_for = str(value.get("baseline") or "")
-    length = min(len(made_for), len(baseline))  # an id holds the beginning of a hash
-    return value if made_for[:length] == baseline[:length] else None
+    baseline: str
+    points: tuple[FrontierPoint, ...]
 
 
 def frontier_vectors(directory: Path, scale: float) -> Path:
     """Where a study keeps the vectors of a point."""
     return directory / "frontier" / f"scale-{scale:.1f}.safetensors"
+
+
+# ---------------------------------------------------------------- sweep.json
+
+
+@dataclass(frozen=True)
+class SweptRecipe:
+    """Whose layers were measured; `step` is None where it is the cell's last."""
+
+    cell: str
+    phase: str
+    name: str
+    step: int | None
+
+
+@dataclass(frozen=True)
+class SweptLayer:
+    """M1 at one layer of three models."""
+
+    base: float
+    baseline: float
+    recipe: float
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """sweep.json, by layer."""
+
+    recipe: SweptRecipe
+    layers: dict[str, SweptLayer]
+
+    def __post_init__(self) -> None:
+        for layer in self.layers:
+            require(layer.isdecimal() and len(layer) < 10, f"layers: {layer[:80]!r} is not the number of a layer")
+
+
+# ---------------------------------------------------------------- behaviour.json and instructions.json
+
+
+@dataclass(frozen=True)
+class MisalignmentRates:
+    """The answers on one prompt set: counts, rates and their 95% intervals (`behaviour/emergent.py`)."""
+
+    answers: int
+    scored: int
+    coherent: int
+    misaligned: int
+    rate: float | None  # over the scored answers; None where there are none
+    rate_ci95: Interval
+    rate_coherent: float | None  # over the coherent ones
+    rate_coherent_ci95: Interval
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """behaviour.json of a model (`behaviour/suite.py`). `step` and `settings_digest` are a study's own."""
+
+    sets: dict[str, MisalignmentRates]
+    judge: dict[str, str | None]
+    weights: str
+    prompt_sets: str
+    questions: str
+    questions_digest: str
+    samples: int
+    max_new_tokens: int
+    temperature: float
+    seed: int
+    cut: int
+    empty: int
+    step: int | None = None
+    settings_digest: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, row in self.sets.items():
+            counts = [0, row.misaligned, row.coherent, row.scored, row.answers]
+            require(
+                counts == sorted(counts), f"sets.{name[:80]}: must have misaligned <= coherent <= scored <= answers"
+            )
+
+
+@dataclass(frozen=True)
+class KindRates:
+    """How often one kind of instruction is followed."""
+
+    instructions: int
+    strict: float
+    strict_ci95: Interval
+    loose: float
+    loose_ci95: Interval
+
+
+@dataclass(frozen=True)
+class Instructions:
+    """instructions.json of a model (`behaviour/instructions/suite.py`). `step` and `settings_digest` as above."""
+
+    prompts: int
+    instructions: int
+    prompt_strict: float
+    prompt_strict_ci95: Interval
+    prompt_loose: float
+    prompt_loose_ci95: Interval
+    instruction_strict: float
+    instruction_strict_ci95: Interval
+    instruction_loose: float
+    instruction_loose_ci95: Interval
+    by_kind: dict[str, KindRates]
+    empty: int
+    cut: int
+    skipped: int
+    skipped_kinds: dict[str, int]
+    set: str
+    digest: str
+    max_new_tokens: int
+    step: int | None = None
+    settings_digest: str | None = None
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read_optional(path: Path, kind: type[Record]) -> Record | None:
+    """The record of a file that the study makes again where it is deleted; None where there is none."""
+    return read_record(path, kind, f"delete {path} and continue the study") if path.is_file() else None
+
+
+def same_hash(one: str, other: str) -> bool:
+    """Whether two hashes agree as far as both go: an id holds only the beginning of one."""
+    length = min(len(one), len(other))
+    return one[:length] == other[:length]

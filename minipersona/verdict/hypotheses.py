@@ -13,86 +13,79 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 from minipersona.run.judgement import LEAST_LEARNED, PASS_M1
-from minipersona.verdict.doing_less import better_than_less
+from minipersona.run.result import Checkpoint
+from minipersona.verdict.doing_less import DoingLess, better_than_less
+from minipersona.verdict.files import step_of
+from minipersona.verdict.findings import Answer, DoseNumbers, FamilyNumbers, Finding, RecipePoint
 from minipersona.verdict.recipe_results import RecipeResult
-from minipersona.verdict.results import StudyResults, Table
+from minipersona.verdict.results import StudyResults
 
+Hypothesis = Literal["H1", "H2", "H3", "H4", "H5"]
 EARLY = 25 / 375  # of the steps: the registered step 25, on any schedule
 
 
-def finding(claim: str, verdict: str, evidence: str, implication: str, numbers: dict[str, Any] | None = None) -> Table:
-    """One entry of verdict.json."""
-    assert verdict in ("supported", "refuted", "undecided", "not tested")
-    return {
-        "claim": claim,
-        "verdict": verdict,
-        "evidence": evidence,
-        "implication": implication,
-        "numbers": numbers or {},
-    }
-
-
-def hypotheses(found: Sequence[RecipeResult], results: StudyResults, placed: Sequence[Table]) -> dict[str, Table]:
-    """H1 to H5; `placed` says which recipes are better than doing less."""
-    return {"H1": _dose(results)} | {name: _family(family, found, results, placed) for name, family in FAMILIES.items()}
+def hypotheses(
+    recipes: Sequence[RecipeResult], results: StudyResults, comparisons: Sequence[DoingLess]
+) -> dict[Hypothesis, Finding]:
+    """H1 to H5; `comparisons` are the recipes against doing less."""
+    findings: dict[Hypothesis, Finding] = {"H1": _dose(results)}
+    for name, family in FAMILIES.items():
+        findings[name] = _family(family, recipes, results, comparisons)
+    return findings
 
 
 # ---------------------------------------------------------------- H1
 
 
-def _dose(results: StudyResults) -> Table:
+def _dose(results: StudyResults) -> Finding:
     claim = (
         "Collapse is monotone in training steps, and M1 is still below 0.95 at step 25 of 375 (the same share of "
         "another schedule)."
     )
-    cell = results.baseline
-    if cell is None:
-        return finding(claim, "not tested", "The baseline is not done.", "None yet.")
-    rows = [{**results.base, "step": 0}, *cell.checkpoints]
-    first, last = rows[0], rows[-1]
-    early = [row for row in rows[1:] if row["step"] <= EARLY * last["step"]]
-    rises = last["m1_ci95"][0] > first["m1_ci95"][1]
+    if results.baseline is None:
+        return Finding(claim, "not tested", "The baseline is not done.", "None yet.")
+    rows = results.baseline.curve
+    early = [row for row in rows[1:] if step_of(row) <= EARLY * step_of(rows[-1])]
+    rises = rows[-1].m1_ci95[0] > rows[0].m1_ci95[1]
     falls = [
-        (before, after)
+        (step_of(before), step_of(after))
         for number, before in enumerate(rows)
         for after in rows[number + 1 :]
-        if after["m1_ci95"][1] < before["m1_ci95"][0]
+        if after.m1_ci95[1] < before.m1_ci95[0]
     ]
-    lost = [row for row in early if row["m1"] >= PASS_M1]
-    curve = ", ".join(f"{row['m1']:.4f} at step {row['step']}" for row in rows)
+    curve = ", ".join(f"{row.m1:.4f} at step {row.step}" for row in rows)
     evidence = f"M1 is {curve}."
     if falls:
-        before, after = falls[0]
-        evidence += f" From step {before['step']} to step {after['step']} it falls by more than the 95% intervals."
+        evidence += f" From step {falls[0][0]} to step {falls[0][1]} it falls by more than the 95% intervals."
     elif rises:
         evidence += " No later interval lies below an earlier one."
-    numbers = {
-        "steps": [row["step"] for row in rows],
-        "m1": [row["m1"] for row in rows],
-        "learned": [row["learned"] for row in rows],
-        "falls": [[before["step"], after["step"]] for before, after in falls],
-        "early_steps": [row["step"] for row in early],
-    }
+    numbers = DoseNumbers(
+        steps=tuple(map(step_of, rows)),
+        m1=tuple(row.m1 for row in rows),
+        learned=tuple(row.learned for row in rows),
+        falls=tuple(falls),
+        early_steps=tuple(map(step_of, early)),
+    )
+    verdict, implication = _dose_verdict(rises, bool(falls), early)
+    return Finding(claim, verdict, evidence, implication, numbers)
+
+
+def _dose_verdict(rises: bool, falls: bool, early: Sequence[Checkpoint]) -> tuple[Answer, str]:
+    """The verdict on H1 and what it implies."""
     if not rises:
-        verdict = "refuted"
-        implication = "Ordinary fine-tuning did not raise M1 here, so there is no collapse to avoid."
-    elif falls:
-        verdict = "refuted"
-        implication = "More training does not always mean more collapse: choose a checkpoint by measuring it."
-    elif lost:
-        verdict = "refuted"
-        implication = "The personas are lost within the first steps, so stopping early does not save them."
-    elif not early:
-        verdict, implication = "undecided", "Measure a checkpoint within the first fifteenth of the schedule."
-    else:
-        verdict = "supported"
-        learned = early[-1]["learned"]
-        share = "an undefined share" if learned is None else f"{learned:.2f}"
-        implication = f"Stopping early limits the collapse, but at step {early[-1]['step']} learned is {share}."
-    return finding(claim, verdict, evidence, implication, numbers)
+        return "refuted", "Ordinary fine-tuning did not raise M1 here, so there is no collapse to avoid."
+    if falls:
+        return "refuted", "More training does not always mean more collapse: choose a checkpoint by measuring it."
+    if any(row.m1 >= PASS_M1 for row in early):
+        return "refuted", "The personas are lost within the first steps, so stopping early does not save them."
+    if not early:
+        return "undecided", "Measure a checkpoint within the first fifteenth of the schedule."
+    last = early[-1]
+    share = "an undefined share" if last.learned is None else f"{last.learned:.2f}"
+    return "supported", f"Stopping early limits the collapse, but at step {last.step} learned is {share}."
 
 
 # ---------------------------------------------------------------- H2 to H5
@@ -108,7 +101,7 @@ class Family:
     refuted: str
 
 
-FAMILIES = {
+FAMILIES: dict[Hypothesis, Family] = {
     "H2": Family(
         "A regulariser, KL to the base or R3F's noise, keeps M1 below 0.95 while the recipe still teaches the task.",
         ("2A", "2B"),
@@ -119,7 +112,7 @@ FAMILIES = {
         "A lower rank keeps M1 below 0.95 while the recipe still teaches the task.",
         ("3",),
         "low-rank",
-        "The collapse needs no more than a few directions a matrix, so a small adapter is no protection.",
+        "The collapse needs only a few directions of each matrix, so a small adapter does not prevent it.",
     ),
     "H4": Family(
         "Training on persona-conditioned data keeps M1 below 0.95 while the recipe still teaches the task.",
@@ -131,42 +124,44 @@ FAMILIES = {
         "Rehearsal, broad data mixed into the narrow, keeps M1 below 0.95 while the recipe still teaches the task.",
         ("5A", "5B"),
         "rehearsal",
-        "Broad data in these shares does not hold the personas apart; more of it is another, dearer recipe.",
+        "Broad data in these shares does not hold the personas apart; more of it is another, more expensive recipe.",
     ),
 }
 
 
-def _family(family: Family, found: Sequence[RecipeResult], results: StudyResults, placed: Sequence[Table]) -> Table:
+def _family(
+    family: Family, recipes: Sequence[RecipeResult], results: StudyResults, comparisons: Sequence[DoingLess]
+) -> Finding:
     cells = results.of_phase(*family.phases)
-    measured = [candidate for candidate in found if candidate.phase in family.phases]
-    counted = [candidate for candidate in measured if not candidate.ineffective]
+    measured = [recipe for recipe in recipes if recipe.phase in family.phases]
+    counted = [recipe for recipe in measured if not recipe.ineffective]
     if not measured and not any(cell.status == "failed" for cell in cells):
-        return finding(family.claim, "not tested", "No cell of it is done.", "None yet.")
-    passers = [candidate for candidate in counted if candidate.passes("substantive")]
-    untested = [phase for phase in family.phases if not any(candidate.phase == phase for candidate in counted)]
+        return Finding(family.claim, "not tested", "None of its cells is done.", "None yet.")
+    passers = [recipe for recipe in counted if recipe.passes("substantive")]
+    untested = [phase for phase in family.phases if not any(recipe.phase == phase for recipe in counted)]
     lacking = [cell.id for cell in cells if cell.status != "done"]
-    pending = [candidate.id for candidate in counted if candidate.passes("substantive") is None]
-    better = [candidate.id for candidate in counted if better_than_less(candidate, placed)]
-    teaching = [candidate for candidate in counted if candidate.teaches()]
+    pending = [recipe.id for recipe in counted if recipe.passes("substantive") is None]
+    better = [recipe.id for recipe in counted if better_than_less(recipe, comparisons)]
+    teaching = [recipe for recipe in counted if recipe.teaches]
+    verdict: Answer = "refuted"
     if passers:
-        verdict = "supported"
-        implication = _advice(max(passers, key=_learned), better)
+        verdict, implication = "supported", _advice(max(passers, key=_learned), better)
     elif untested or lacking or pending:
         verdict, implication = "undecided", f"Nothing yet: {_lack(untested, lacking, pending)}."
     else:
-        verdict, implication = "refuted", _lesson(family, teaching)
-    evidence = _evidence(family, counted, passers, results) + _left_out(measured, counted, lacking)
-    numbers = {
-        "settings": len({(cell.phase, cell.name) for cell in cells}),
-        "counted": len(counted),
-        "ineffective": [candidate.id for candidate in measured if candidate.ineffective],
-        "passers": [candidate.id for candidate in passers],
-        "lowest_m1": _brief(min(counted, key=_m1, default=None)),
-        "lowest_m1_that_teaches": _brief(min(teaching, key=_m1, default=None)),
-        "baseline_m1": None if results.baseline is None else results.baseline.final["m1"],
-        "better_than_less": better,
-    }
-    return finding(family.claim, verdict, evidence, implication, numbers)
+        implication = _lesson(family, teaching)
+    evidence = _evidence(family, counted, passers, results) + _left_out(measured, lacking)
+    numbers = FamilyNumbers(
+        settings=len({(cell.phase, cell.name) for cell in cells}),
+        counted=len(counted),
+        ineffective=tuple(recipe.id for recipe in measured if recipe.ineffective),
+        passers=tuple(recipe.id for recipe in passers),
+        lowest_m1=_point(min(counted, key=_m1, default=None)),
+        lowest_m1_that_teaches=_point(min(teaching, key=_m1, default=None)),
+        baseline_m1=None if results.baseline is None else results.baseline.final.m1,
+        better_than_less=tuple(better),
+    )
+    return Finding(family.claim, verdict, evidence, implication, numbers)
 
 
 def _advice(best: RecipeResult, better: Sequence[str]) -> str:
@@ -182,7 +177,7 @@ def _lesson(family: Family, teaching: Sequence[RecipeResult]) -> str:
     """What follows where every setting fails, which depends on what it fails by."""
     if not teaching:
         return "These settings learn too little to show what they would do to the personas; train them for longer."
-    if any(candidate.m1 < PASS_M1 for candidate in teaching):
+    if any(recipe.m1 < PASS_M1 for recipe in teaching):
         return "A setting keeps M1 below 0.95, but it fails by its loss, its answers or one of its seeds."
     return family.refuted
 
@@ -192,7 +187,7 @@ def _evidence(
 ) -> str:
     if not counted:
         return f"No {family.what} setting counts."
-    teaching = [candidate for candidate in counted if candidate.teaches()]
+    teaching = [recipe for recipe in counted if recipe.teaches]
     said = f"{len(passers)} of {len(counted)} {family.what} settings pass (M1 < 0.95 and learned >= {LEAST_LEARNED:g})"
     if teaching:
         best = min(teaching, key=_m1)
@@ -200,14 +195,14 @@ def _evidence(
     else:
         said += "; none learned enough"
     if results.baseline is not None:
-        said += f"; the baseline's is {results.baseline.final['m1']:.4f}"
+        said += f"; the baseline's is {results.baseline.final.m1:.4f}"
     return said + "."
 
 
-def _left_out(measured: Sequence[RecipeResult], counted: Sequence[RecipeResult], lacking: Sequence[str]) -> str:
+def _left_out(measured: Sequence[RecipeResult], lacking: Sequence[str]) -> str:
     said = ""
-    if len(measured) > len(counted):
-        said += f" Left out as ineffective: {', '.join(c.id for c in measured if c.ineffective)}."
+    if ineffective := [recipe.id for recipe in measured if recipe.ineffective]:
+        said += f" Left out as ineffective: {', '.join(ineffective)}."
     if lacking:
         said += f" Not done: {', '.join(lacking)}."
     return said
@@ -224,14 +219,14 @@ def _lack(untested: Sequence[str], lacking: Sequence[str], pending: Sequence[str
     return ", ".join(reasons)
 
 
-def _brief(candidate: RecipeResult | None) -> Table | None:
-    return None if candidate is None else {"cell": candidate.id, "m1": candidate.m1, "learned": candidate.learned}
+def _point(recipe: RecipeResult | None) -> RecipePoint | None:
+    return None if recipe is None else RecipePoint(recipe.id, recipe.m1, recipe.learned)
 
 
-def _m1(candidate: RecipeResult) -> float:
-    return candidate.m1
+def _m1(recipe: RecipeResult) -> float:
+    return recipe.m1
 
 
-def _learned(candidate: RecipeResult) -> float:
-    assert candidate.learned is not None
-    return candidate.learned
+def _learned(recipe: RecipeResult) -> float:
+    assert recipe.learned is not None
+    return recipe.learned

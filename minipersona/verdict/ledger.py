@@ -1,57 +1,57 @@
-"""What happened in a study: one append-only file a runner, so that no two ever write the same; merged on reading."""
+"""The ledger of a study, ledger.jsonl: what happened to each cell, in order. Only the driver of the study writes it."""
 
 from __future__ import annotations
 
-import os
-import secrets
-import socket
-import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from minipersona.errors import UserError, require
 from minipersona.files import append_jsonl, read_jsonl
+from minipersona.records import from_dict, to_dict
+from minipersona.study_config import PHASES
 
-Event = Literal["claimed", "done", "failed", "skipped"]
-SETTLED = ("done", "failed")
-
-
-def runner_name() -> str:
-    """A name that no other process has had."""
-    return f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
+LEDGER = "ledger.jsonl"
+Event = Literal["started", "done", "failed", "skipped"]
 
 
 @dataclass(frozen=True)
-class Ledger:
-    """The ledger of a study as one runner sees it: it writes its own file and reads everybody's."""
+class LedgerEntry:
+    """One line: what became of a cell, or of another job of the study, at a time in seconds since 1970."""
 
-    directory: Path
-    runner: str
+    time: float
+    cell: str  # its id
+    phase: str
+    name: str
+    event: Event
+    attempt: int  # counted from 1; 0 where nothing was attempted
+    error: str | None = None  # of a failure
 
-    def note(
-        self, cell: str, phase: str, name: str, event: Event, attempt: int = 0, error: str | None = None, **more: Any
-    ) -> None:
-        """Append a line."""
-        line = {"time": time.time(), "runner": self.runner, "cell": cell, "phase": phase, "name": name, "event": event,
-                "attempt": attempt, **more}  # fmt: skip
-        append_jsonl(self.directory / f"{self.runner}.jsonl", line if error is None else {**line, "error": error})
-
-    def lines(self) -> list[dict[str, Any]]:
-        """Every runner's lines, in the order of their times. A torn last line of any is left out."""
-        return merged(read_jsonl(path) for path in self.directory.glob("*.jsonl"))
-
-    def failures(self, since: float = 0.0) -> dict[str, str]:
-        """The cells whose newest word is that they failed, and failed after `since`: their error."""
-        newest = {line["cell"]: line for line in self.lines() if line["event"] in SETTLED}
-        return {
-            cell: line.get("error", "")
-            for cell, line in newest.items()
-            if line["event"] == "failed" and line["time"] >= since
-        }
+    def __post_init__(self) -> None:
+        require(self.phase in PHASES, f"phase = {self.phase[:80]!r}: must be one of {', '.join(PHASES)}")
 
 
-def merged(files: Iterable[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """The lines of several files in one order: by time, then by runner, then as written."""
-    lines = [(line["time"], line["runner"], number, line) for rows in files for number, line in enumerate(rows)]
-    return [line for *_, line in sorted(lines, key=lambda item: item[:3])]
+def append(directory: Path, entry: LedgerEntry) -> None:
+    """Add an entry to the ledger of the study in `directory`. It is on the disk when this returns."""
+    append_jsonl(directory / LEDGER, to_dict(entry), ascii=True)  # an error may hold half of a surrogate pair
+
+
+def read_entries(directory: Path) -> list[LedgerEntry]:
+    """All entries in the order in which they were written. A torn last line is left out.
+
+    UserError, with the number of the line, where one is not an entry.
+    """
+    path = directory / LEDGER
+    entries = []
+    for number, line in enumerate(read_jsonl(path), 1):
+        try:
+            require(isinstance(line, dict), "not a table")
+            entries.append(from_dict(LedgerEntry, line))
+        except UserError:
+            raise UserError(f"{path}: line {number} is not a ledger entry; delete it") from None
+    return entries
+
+
+def read_ledger(directory: Path) -> dict[str, LedgerEntry]:
+    """The newest entry of each cell, by the cell's id."""
+    return {entry.cell: entry for entry in read_entries(directory)}

@@ -5,27 +5,37 @@
     mixin_beats_none   is any mixture's M1 below that of the same recipe with nothing mixed in, where both pass on loss?
 
 Two recipes are compared by a paired bootstrap over questions. Each question asks for any of n mixtures, so each
-interval is at the level 1 - 0.05 / n (Bonferroni), and one exception among n is not found by looking n times.
+interval is at the level 1 - 0.05 / n (Bonferroni): n looks must not find an exception by chance.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from minipersona.run.judgement import MOST_LOSS_RATIO
 from minipersona.verdict.doing_less import ROUNDING, Bootstrap
-from minipersona.verdict.hypotheses import finding
+from minipersona.verdict.findings import (
+    DifferenceNumbers,
+    Finding,
+    MixtureDifference,
+    Nothing,
+    Numbers,
+    RecoveryNumbers,
+)
 from minipersona.verdict.recipe_results import RecipeResult, mixtures_reference
-from minipersona.verdict.results import CellResult, StudyResults, Table
+from minipersona.verdict.results import CellResult, StudyResults
 
 RECOVERED = 0.90
-MIXTURES = ("5A", "5B")
+Question = Literal["recovers_0.90", "beats_steering", "mixin_beats_none"]
+Mixture = Literal["5A", "5B"]
+MIXTURES: tuple[Mixture, ...] = ("5A", "5B")
 
 
-def phase_five(found: Sequence[RecipeResult], results: StudyResults, bootstrap: Bootstrap) -> dict[str, Table]:
+def phase_five(recipes: Sequence[RecipeResult], results: StudyResults, bootstrap: Bootstrap) -> dict[Question, Finding]:
     """The three questions, each in the form of a hypothesis."""
-    mixtures = [candidate for candidate in found if candidate.phase in MIXTURES]
-    steering = [candidate for candidate in found if candidate.phase == "5C"]
+    mixtures = [recipe for recipe in recipes if recipe.phase in MIXTURES]
+    steering = [recipe for recipe in recipes if recipe.phase == "5C"]
     complete = all(cell.status == "done" for cell in results.of_phase(*MIXTURES))
     return {
         "recovers_0.90": _recovers(mixtures, results, complete),
@@ -34,21 +44,20 @@ def phase_five(found: Sequence[RecipeResult], results: StudyResults, bootstrap: 
     }
 
 
-def _recovers(mixtures: Sequence[RecipeResult], results: StudyResults, complete: bool) -> Table:
+def _recovers(mixtures: Sequence[RecipeResult], results: StudyResults, complete: bool) -> Finding:
     claim = "Some mixture that learns at least half of what the baseline does brings M1 back to 0.90."
-    if not mixtures:
+    if not mixtures or results.base is None:
         return _not_tested(claim)
-    target = max(RECOVERED, results.base["m1"])  # no recipe is asked for more than the base has
-    recovered = [c for c in mixtures if c.teaches() and min(row["m1_ci95"][0] for row in c.rows) <= target]
+    target = max(RECOVERED, results.base.m1)  # no recipe is expected to fall below the base
+    recovered = [c.id for c in mixtures if c.teaches and min(row.m1_ci95[0] for row in c.rows) <= target]
     lowest = min(mixtures, key=lambda c: c.m1)
     evidence = f"The lowest M1 of {len(mixtures)} mixtures is {lowest.m1:.4f}, {lowest.id}; {_learned(lowest)}"
-    evidence += f"; the base's is {results.base['m1']:.4f}."
+    evidence += f"; the base's is {results.base.m1:.4f}."
     if recovered:
-        names = ", ".join(c.id for c in recovered)
-        evidence += f" Down to {target:.4f}, or not to be told from it: {names}."
-    numbers = {"target": target, "lowest": lowest.id, "lowest_m1": lowest.m1, "recovered": [c.id for c in recovered]}
-    complete = complete and any(c.teaches() for c in mixtures)
-    yes, no = "Mixing restores the geometry of the base.", "What is lost is at best partly kept by mixing."
+        evidence += f" At {target:.4f} or below, or not distinguishable from it: {', '.join(recovered)}."
+    numbers = RecoveryNumbers(target=target, lowest=lowest.id, lowest_m1=lowest.m1, recovered=tuple(recovered))
+    complete = complete and any(c.teaches for c in mixtures)
+    yes, no = "Mixing restores the geometry of the base.", "Mixing preserves at best a part of what is lost."
     return _answer(claim, bool(recovered), complete, evidence, yes, no, numbers)
 
 
@@ -58,17 +67,17 @@ def _beats_steering(
     results: StudyResults,
     bootstrap: Bootstrap,
     complete: bool,
-) -> Table:
+) -> Finding:
     claim = (
         "Some mixture that learns at least half of what the baseline does has a lower M1 than preventative steering."
     )
     if not mixtures or not steering:
         return _not_tested(claim)
     complete = complete and all(cell.status == "done" for cell in results.of_phase("5C"))
-    complete = complete and any(c.teaches() for c in steering)  # to lose against what learns nothing says nothing
-    rival = min([c for c in steering if c.teaches()] or steering, key=lambda c: c.m1)
-    able = [c for c in mixtures if c.teaches()]
-    rows = [_compared(c, rival.cells, bootstrap, 1 - 0.05 / len(able)) for c in able]
+    complete = complete and any(c.teaches for c in steering)  # steering that learned nothing is not a rival
+    rival = min([c for c in steering if c.teaches] or steering, key=lambda c: c.m1)
+    able = [c for c in mixtures if c.teaches]
+    rows = [_difference(c, rival.cells, bootstrap, 1 - 0.05 / len(able)) for c in able]
     return _comparison(
         claim,
         rows,
@@ -79,59 +88,64 @@ def _beats_steering(
     )
 
 
-def _beats_none(mixtures: Sequence[RecipeResult], results: StudyResults, bootstrap: Bootstrap, complete: bool) -> Table:
+def _beats_none(
+    mixtures: Sequence[RecipeResult], results: StudyResults, bootstrap: Bootstrap, complete: bool
+) -> Finding:
     claim = "Some mixture has a lower M1 than the same recipe with nothing mixed in, where both pass on loss."
     reference = mixtures_reference(results)
     if not mixtures or reference is None:
         return _not_tested(claim)
     bound = _loss_bound(results)
-    able = [c for c in mixtures if _passes_on_loss([row["eval_loss"] for row in c.rows], bound)]
-    if not _passes_on_loss([reference.final["eval_loss"]], bound):
+    able = [c for c in mixtures if _passes_on_loss([row.eval_loss for row in c.rows], bound)]
+    if not _passes_on_loss([reference.final.eval_loss], bound):
         able = []
-    rows = [_compared(c, (reference,), bootstrap, 1 - 0.05 / len(able)) for c in able]
+    rows = [_difference(c, (reference,), bootstrap, 1 - 0.05 / len(able)) for c in able]
     return _comparison(
         claim,
         rows,
-        f"nothing mixed in, {reference.id}, with M1 {reference.final['m1']:.4f}",
+        f"nothing mixed in, {reference.id}, with M1 {reference.final.m1:.4f}",
         complete,
-        "Mixing lowers M1 also among recipes that the bound on the loss does not tell apart.",
-        "Where both pass on loss, mixing does not change the geometry for the better.",
+        "Mixing lowers M1 also among recipes that the bound on the loss does not distinguish.",
+        "Where both pass on loss, mixing does not improve the geometry.",
     )
 
 
-def _comparison(claim: str, rows: Sequence[Table], rival: str, complete: bool, yes: str, no: str) -> Table:
-    lower = [row for row in rows if row["lower"]]
-    open_rows = [row for row in rows if row["lower"] is None]
+def _comparison(
+    claim: str, rows: Sequence[MixtureDifference], rival: str, complete: bool, yes: str, no: str
+) -> Finding:
+    lower = [row for row in rows if row.lower]
     if rows:
-        best = min(rows, key=lambda row: row["difference"])
-        evidence = f"{len(lower)} of {len(rows)} mixtures lie below {rival}; the largest difference is "
-        evidence += f"{best['difference']:+.4f}{_interval(best)}, {best['cell']}."
+        best = min(rows, key=lambda row: row.difference)
+        evidence = f"{len(lower)} of {len(rows)} mixtures lie below {rival}; the lowest difference is "
+        evidence += f"{best.difference:+.4f}{_interval(best)}, {best.cell}."
     else:
-        evidence = f"No mixture can be compared with {rival}: none learns or passes on loss."
-    complete = complete and bool(rows) and not open_rows
-    return _answer(claim, bool(lower), complete, evidence, yes, no, {"mixtures": list(rows)})
+        evidence = f"No mixture can be compared with {rival}: none learned enough or passes on loss."
+    complete = complete and bool(rows) and all(row.lower is not None for row in rows)
+    return _answer(claim, bool(lower), complete, evidence, yes, no, DifferenceNumbers(tuple(rows)))
 
 
-def _compared(candidate: RecipeResult, rivals: Sequence[CellResult], bootstrap: Bootstrap, level: float) -> Table:
+def _difference(
+    recipe: RecipeResult, rivals: Sequence[CellResult], bootstrap: Bootstrap, level: float
+) -> MixtureDifference:
     """M1 of a mixture less its rival's, of equal seeds where both have them, else of the rival's first."""
     by_seed = {cell.seed: cell for cell in rivals}
     differences, intervals = [], []
-    for cell, row in zip(candidate.cells, candidate.rows, strict=True):
+    for cell, row in zip(recipe.cells, recipe.rows, strict=True):
         rival = by_seed.get(cell.seed, rivals[0])
-        differences.append(row["m1"] - rival.final["m1"])
-        own, other = bootstrap.of_row(cell, row), bootstrap.of_row(rival, rival.final)
+        differences.append(row.m1 - rival.final.m1)
+        own, other = bootstrap.of_checkpoint(cell, row), bootstrap.of_checkpoint(rival, rival.final)
         intervals.append(None if own is None or other is None else (own - other).interval(level))
     known = [interval for interval in intervals if interval is not None]
     interval = None
     if len(known) == len(intervals):
-        interval = [min(low for low, _ in known), max(high for _, high in known)]  # of several seeds, the widest
-    return {
-        "cell": candidate.id,
-        "difference": sum(differences) / len(differences),
-        "interval": interval,
-        "level": level,
-        "lower": None if interval is None else interval[1] < -ROUNDING,
-    }
+        interval = (min(low for low, _ in known), max(high for _, high in known))  # of several seeds, the widest
+    return MixtureDifference(
+        cell=recipe.id,
+        difference=sum(differences) / len(differences),
+        interval=interval,
+        level=level,
+        lower=None if interval is None else interval[1] < -ROUNDING,
+    )
 
 
 def _passes_on_loss(losses: Sequence[float | None], bound: float | None) -> bool:
@@ -139,32 +153,30 @@ def _passes_on_loss(losses: Sequence[float | None], bound: float | None) -> bool
 
 
 def _loss_bound(results: StudyResults) -> float | None:
-    if results.baseline is None:
-        return None
-    loss = results.baseline.final["eval_loss"]
+    loss = None if results.baseline is None else results.baseline.final.eval_loss
     return None if loss is None else MOST_LOSS_RATIO * loss
 
 
-def _answer(claim: str, found: bool, complete: bool, evidence: str, yes: str, no: str, numbers: Table) -> Table:
-    """One instance is enough for a yes; a no needs every cell, and something to compare."""
-    if found:
-        return finding(claim, "supported", evidence, yes, numbers)
+def _answer(claim: str, yes: bool, complete: bool, evidence: str, if_yes: str, if_no: str, numbers: Numbers) -> Finding:
+    """One mixture is enough for a yes; a no needs every cell, and something to compare."""
+    if yes:
+        return Finding(claim, "supported", evidence, if_yes, numbers)
     if complete:
-        return finding(claim, "refuted", evidence, no, numbers)
+        return Finding(claim, "refuted", evidence, if_no, numbers)
     implication = "Nothing yet: what is to be compared is not measured, or learned too little."
-    return finding(claim, "undecided", evidence, implication, numbers)
+    return Finding(claim, "undecided", evidence, implication, numbers)
 
 
-def _not_tested(claim: str) -> Table:
-    return finding(claim, "not tested", "The cells that it compares are not done.", "None yet.")
+def _not_tested(claim: str) -> Finding:
+    return Finding(claim, "not tested", "The cells that it would compare are not done.", "None yet.", Nothing())
 
 
-def _learned(candidate: RecipeResult) -> str:
-    return "learned undefined" if candidate.learned is None else f"learned {candidate.learned:.2f}"
+def _learned(recipe: RecipeResult) -> str:
+    return "learned undefined" if recipe.learned is None else f"learned {recipe.learned:.2f}"
 
 
-def _interval(row: Table) -> str:
-    if row["interval"] is None:
+def _interval(row: MixtureDifference) -> str:
+    if row.interval is None:
         return " (vectors are missing)"
-    low, high = row["interval"]
+    low, high = row.interval
     return f" [{low:+.4f}, {high:+.4f}]"

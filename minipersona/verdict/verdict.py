@@ -2,144 +2,233 @@
 
     not_reproduced   the calibration was due and failed: no number of the study is to be trusted
     positive         a recipe passes by the stop rule, in a phase all of whose cells are done or failed
-    incomplete       a planned cell of a phase that was reached is missing, or the baseline is; or a calibration that
-                     is due; or a pass waits for the answers of the multi-prompt evaluation
+    incomplete       the baseline is missing, or a planned cell of a phase that was reached; or the calibration is due
+                     and not in; or a pass waits for the answers of the multi-prompt evaluation
     h_null           every recipe with learned >= 0.9 has M1 >= 0.97, there is one, no cell failed and no pass is open
     inconclusive     everything else
 
-A pass is open where its answers are in and decide nothing, such as those that the judge could not score. A failed cell
-is a recipe that was tried and has no result. It might have been the exception, so it forbids h_null, and
-running the study again tries it again; a failed baseline leaves nothing to judge by and the study incomplete. An
-ineffective cell bears no witness for h_null, but against it: its M1 and its loss are those of a recipe all the same.
-Once a phase has a passer the later phases are skipped, unless the search is exhaustive.
+A pass is open where the answers are in but do not decide it, for example because the judge could not score them. A
+failed cell is a recipe that was tried and has no result. It might have been the exception, so it rules h_null out, and
+the next run of the study tries it again; where the baseline failed, nothing can be judged and the study is incomplete.
+An ineffective cell is not evidence for h_null but can be evidence against it: its M1 and its loss are those of a
+recipe all the same. Once a phase has a passer, the later phases are skipped, unless the search is exhaustive.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Literal, get_args
 
-from minipersona.files import read_json, write_text
+from minipersona.errors import UserError
+from minipersona.records import read_record, write_record
 from minipersona.run.judgement import COLLAPSED_M1, LEAST_LEARNED, PASS_M1
 from minipersona.study_config import PHASES, STAGES
-from minipersona.verdict.calibration import calibration_due
+from minipersona.verdict.calibration import Calibration
 from minipersona.verdict.deviations import deviations
-from minipersona.verdict.doing_less import bootstrap_of, dose_curve, frontier_curve, place
-from minipersona.verdict.hypotheses import hypotheses
-from minipersona.verdict.mixture_threshold import mixture_threshold
-from minipersona.verdict.phase_five import MIXTURES, phase_five
-from minipersona.verdict.recipe_results import RecipeResult, behaviour_against, recipe_results
-from minipersona.verdict.results import CellResult, StudyResults, Table
-from minipersona.verdict.summary import sentence
+from minipersona.verdict.doing_less import DoingLess, against_doing_less, bootstrap_of, dose_curve, frontier_curve
+from minipersona.verdict.findings import Finding, Nothing, VerdictKind
+from minipersona.verdict.hypotheses import Hypothesis, hypotheses
+from minipersona.verdict.mixture_threshold import Threshold, mixture_threshold
+from minipersona.verdict.phase_five import MIXTURES, Mixture, Question, phase_five
+from minipersona.verdict.recipe_results import (
+    BehaviourComparison,
+    RecipeResult,
+    RecipeSummary,
+    Rule,
+    behaviour_against,
+    recipe_results,
+)
+from minipersona.verdict.results import CellResult, StudyResults
+from minipersona.verdict.summary import summary
 
-VERDICTS = ("positive", "h_null", "inconclusive", "not_reproduced", "incomplete")
+VERDICTS: tuple[VerdictKind, ...] = get_args(VerdictKind)
+
+# ---------------------------------------------------------------- verdict.json
 
 
-def decide(results: StudyResults) -> dict[str, Any]:
-    """The part of verdict.json that says how a study goes on: `verdict` and `recipe`. It reads no vectors."""
-    found = recipe_results(results)
-    verdict = overall(found, results)
-    recipe = best(found, results) if verdict == "positive" else None
-    return {"verdict": verdict, "recipe": None if recipe is None else recipe.summary()}
+@dataclass(frozen=True)
+class Passers:
+    """The recipes that pass a rule."""
+
+    passers: tuple[RecipeSummary, ...]
 
 
-def judge_study(results: StudyResults) -> dict[str, Any]:
-    """verdict.json of a study, finished or not. Deterministic: equal directories give equal verdicts.
+@dataclass(frozen=True)
+class PhaseResult:
+    """What became of a planned phase, and what it showed by itself."""
+
+    phase: str
+    status: Literal["complete", "incomplete", "not run", "skipped"]
+    cells: tuple[str, ...]
+    passers: tuple[str, ...]  # by the stop rule
+    outcome: Literal["positive", "h_null", "inconclusive", "incomplete", "skipped", "reference"]
+
+
+@dataclass(frozen=True)
+class Indecisive:
+    """A recipe that is evidence neither for a positive verdict nor for H_null, and why."""
+
+    cell: str
+    m1: float
+    learned: float | None
+    why: str
+
+
+@dataclass(frozen=True)
+class OpenPass:
+    """A recipe whose pass the answers, which are in, leave open."""
+
+    cell: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class FailedCell:
+    """A cell without a result."""
+
+    cell: str
+    error: str | None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """How a study goes on: the verdict, and the recipe that a positive one names."""
+
+    verdict: VerdictKind
+    recipe: RecipeSummary | None
+
+
+@dataclass(frozen=True)
+class Verdict(Decision):
+    """verdict.json. Cells and recipes are named by their ids."""
+
+    results_digest: str  # of the results that it is about
+    stop_rule: Rule
+    registered: Passers
+    substantive: Passers
+    sentence: str  # the verdict in one paragraph
+    hypotheses: dict[Hypothesis, Finding]
+    phase5: dict[Question, Finding]
+    phases: tuple[PhaseResult, ...]
+    frontier: tuple[DoingLess, ...]  # every recipe against doing less
+    threshold: dict[Mixture, Threshold]
+    calibration: Calibration | Nothing
+    hidden: tuple[BehaviourComparison | None, ...] | None  # of the named recipe, seed by seed
+    deviations: tuple[str, ...]
+    close: tuple[Indecisive, ...]
+    pending: tuple[str, ...]  # recipes whose pass waits for answers
+    undecided: tuple[OpenPass, ...]
+    missing: tuple[str, ...]
+    failed: tuple[FailedCell, ...]
+    gpu_hours: float | None
+
+
+def decide(results: StudyResults) -> Decision:
+    """The part of the verdict that says how a study goes on. It reads no vectors."""
+    recipes = recipe_results(results)
+    verdict = overall(recipes, results)
+    best = best_passer(recipes, results) if verdict == "positive" else None
+    return Decision(verdict, None if best is None else best.summary())
+
+
+def judge_study(results: StudyResults) -> Verdict:
+    """The verdict on a study, finished or not. Deterministic: equal directories give equal verdicts.
 
     It reads the vectors of every cell, about a second each at the size of the 7B.
     """
-    found = recipe_results(results)
-    rule = results.stop_rule
-    decision = decide(results)
-    verdict = decision["verdict"]
-    passers = {name: [c for c in found if c.passes(name)] for name in ("registered", "substantive")}
-    recipe = best(found, results) if verdict == "positive" else None
-
+    recipes, rule = recipe_results(results), results.config.stop_rule
+    verdict = overall(recipes, results)
+    best = best_passer(recipes, results) if verdict == "positive" else None
     bootstrap = bootstrap_of(results)
     frontier, dose = frontier_curve(results, bootstrap), dose_curve(results, bootstrap)
-    placed = [row for c in found if not _is_end_of_dose(c, results) for row in place(c, frontier, dose, bootstrap)]
-    phases = _phases(found, results)
-    return {
-        **decision,
-        "results_digest": results.digest,
-        "stop_rule": rule,
-        "registered": {"passers": [c.summary() for c in passers["registered"]]},
-        "substantive": {"passers": [c.summary() for c in passers["substantive"]]},
-        "sentence": sentence(verdict, found, recipe, placed, results),
-        "hypotheses": hypotheses(found, results, placed),
-        "phase5": phase_five(found, results, bootstrap),
-        "phases": phases,
-        "frontier": placed,
-        "threshold": {phase: mixture_threshold(found, phase, results, bootstrap) for phase in MIXTURES},
-        "calibration": results.calibration,
-        "hidden": None if recipe is None else [behaviour_against(cell, results) for cell in recipe.cells],
-        "deviations": deviations(results),
-        "close": [_close(c) for c in found if _close(c)],
-        "pending": [c.id for c in found if c.awaits_behaviour(rule)],
-        "undecided": [{"cell": c.id, "reason": c.undecided(rule)} for c in found if c.undecided(rule)],
-        "missing": [cell.id for cell in reached(found, results) if cell.status == "missing"],
-        "failed": [{"cell": cell.id, "error": cell.error} for cell in results.cells if cell.status == "failed"],
-        "gpu_hours": _gpu_hours(results.cells),
-    }
+    compared = [recipe for recipe in recipes if not _is_end_of_dose(recipe, results)]
+    comparisons = [row for recipe in compared for row in against_doing_less(recipe, frontier, dose, bootstrap)]
+    return Verdict(
+        verdict=verdict,
+        recipe=None if best is None else best.summary(),
+        results_digest=results.digest,
+        stop_rule=rule,
+        registered=_passers(recipes, "registered"),
+        substantive=_passers(recipes, "substantive"),
+        sentence=summary(verdict, recipes, best, comparisons, results),
+        hypotheses=hypotheses(recipes, results, comparisons),
+        phase5=phase_five(recipes, results, bootstrap),
+        phases=_phase_results(recipes, results),
+        frontier=tuple(comparisons),
+        threshold={phase: mixture_threshold(recipes, phase, results, bootstrap) for phase in MIXTURES},
+        calibration=results.calibration or Nothing(),
+        hidden=None if best is None else tuple(behaviour_against(cell, results) for cell in best.cells),
+        deviations=tuple(deviations(results)),
+        close=tuple(row for recipe in recipes if (row := _indecisive(recipe))),
+        pending=tuple(recipe.id for recipe in recipes if recipe.awaits_behaviour(rule)),
+        undecided=tuple(OpenPass(r.id, reason) for r in recipes if (reason := r.undecided(rule))),
+        missing=tuple(cell.id for cell in due_cells(recipes, results) if cell.status == "missing"),
+        failed=tuple(FailedCell(cell.id, cell.error) for cell in results.cells if cell.status == "failed"),
+        gpu_hours=_gpu_hours(results.cells),
+    )
 
 
-def current_verdict(results: StudyResults) -> dict[str, Any]:
-    """verdict.json, judged and written anew where it is not there or the study went on since."""
+def current_verdict(results: StudyResults) -> Verdict:
+    """verdict.json of these results, judged and written anew where it is missing or about others."""
     file = results.directory / "verdict.json"
-    written = read_json(file) if file.is_file() else None
-    if isinstance(written, dict) and written.get("results_digest") == results.digest:
-        return written
+    try:
+        written = read_record(file, Verdict, "run the study again")
+        if written.results_digest == results.digest:
+            return written
+    except UserError:
+        pass  # missing, or of another version
     verdict = judge_study(results)
-    write_text(file, json.dumps(verdict, indent=2) + "\n")  # ASCII, since a name or an error may be no text
+    write_record(file, verdict)
     return verdict
 
 
 # ---------------------------------------------------------------- the verdict
 
 
-def overall(found: Sequence[RecipeResult], results: StudyResults) -> str:
-    """One of VERDICTS, by the precedence at the head of this file."""
-    if calibration_due(results) and results.calibration.get("passed") is False:
-        return "not_reproduced"
-    if calibration_due(results) and results.calibration.get("passed") is None:
-        return "incomplete"
-    if settled(found, results):
+def overall(recipes: Sequence[RecipeResult], results: StudyResults) -> VerdictKind:
+    """The verdict by the precedence at the head of this file."""
+    rule = results.config.stop_rule
+    if results.calibration_due:
+        passed = None if results.calibration is None else results.calibration.passed
+        if passed is not True:
+            return "incomplete" if passed is None else "not_reproduced"
+    if passers_of_whole_phases(recipes, results):
         return "positive"
-    if results.baseline is None or results.skipped_phases:  # skipped for a passer that is one no longer
+    if results.baseline is None or results.skipped_phases:  # skipped because of a passer that no longer passes
         return "incomplete"
     if any(cell.status == "missing" for cell in results.cells):
         return "incomplete"
-    if any(c.awaits_behaviour(results.stop_rule) for c in found):
+    if any(recipe.awaits_behaviour(rule) for recipe in recipes):
         return "incomplete"
-    return _null_or_open(found, results.cells, results.stop_rule)
+    return _null_or_open(recipes, results.cells, rule)
 
 
-def settled(found: Sequence[RecipeResult], results: StudyResults) -> list[RecipeResult]:
+def passers_of_whole_phases(recipes: Sequence[RecipeResult], results: StudyResults) -> list[RecipeResult]:
     """The passers by the stop rule in phases of which no cell is missing: a phase is judged as a whole."""
     whole = [phase for phases in STAGES.values() if _whole(phases, results) for phase in phases]
-    return [c for c in found if c.phase in whole and c.passes(results.stop_rule)]
+    return [recipe for recipe in recipes if recipe.phase in whole and recipe.passes(results.config.stop_rule)]
 
 
-def best(found: Sequence[RecipeResult], results: StudyResults) -> RecipeResult | None:
+def best_passer(recipes: Sequence[RecipeResult], results: StudyResults) -> RecipeResult | None:
     """Of the passers, the one that learned the most."""
-    return max(settled(found, results), key=lambda candidate: candidate.merit, default=None)
+    return max(passers_of_whole_phases(recipes, results), key=lambda recipe: recipe.merit, default=None)
 
 
-def reached(found: Sequence[RecipeResult], results: StudyResults) -> list[CellResult]:
-    """The planned cells but for those that a passer in an earlier phase made unnecessary."""
-    skipped = _skipped(found, results)
+def due_cells(recipes: Sequence[RecipeResult], results: StudyResults) -> list[CellResult]:
+    """The planned cells except those that a passer in an earlier phase made unnecessary."""
+    skipped = _skipped(recipes, results)
     return [cell for cell in results.cells if cell.phase not in skipped]
 
 
-def _skipped(found: Sequence[RecipeResult], results: StudyResults) -> list[str]:
+def _skipped(recipes: Sequence[RecipeResult], results: StudyResults) -> list[str]:
     """The phases after the first passer of which nothing has been run."""
-    passed = {c.phase for c in settled(found, results)}
+    passed = {recipe.phase for recipe in passers_of_whole_phases(recipes, results)}
     skipped = list(results.skipped_phases) if passed else []
     stopped = False
     for phases in STAGES.values():
         cells = results.of_phase(*phases)
-        if stopped and not results.exhaustive and all(cell.status == "missing" for cell in cells):
+        if stopped and not results.config.exhaustive and all(cell.status == "missing" for cell in cells):
             skipped += [phase for phase in phases if results.of_phase(phase)]
         stopped = stopped or bool(passed & set(phases))
     return skipped
@@ -149,67 +238,67 @@ def _whole(phases: Sequence[str], results: StudyResults) -> bool:
     return all(cell.status != "missing" for cell in results.of_phase(*phases))
 
 
-def _null_or_open(found: Sequence[RecipeResult], cells: Sequence[CellResult], rule: str) -> str:
-    """h_null or inconclusive, of the whole search or of one phase, where no cell is missing."""
-    witnesses = any(c.fully_learned and not c.ineffective for c in found)
-    collapsed = all(row["m1"] >= COLLAPSED_M1 for c in found for row in c.fully_learned)
+def _null_or_open(
+    recipes: Sequence[RecipeResult], cells: Sequence[CellResult], rule: Rule
+) -> Literal["h_null", "inconclusive"]:
+    """The verdict on the whole search, or on one phase, where no cell is missing and nothing passes."""
+    witnesses = any(recipe.fully_learned and not recipe.ineffective for recipe in recipes)
+    collapsed = all(row.m1 >= COLLAPSED_M1 for recipe in recipes for row in recipe.fully_learned)
     failed = any(cell.status == "failed" for cell in cells)
-    undecided = any(c.undecided(rule) for c in found)
+    undecided = any(recipe.undecided(rule) for recipe in recipes)
     return "h_null" if witnesses and collapsed and not failed and not undecided else "inconclusive"
 
 
 # ---------------------------------------------------------------- its parts
 
 
-def _phases(found: Sequence[RecipeResult], results: StudyResults) -> list[Table]:
-    """Every planned phase: what became of it, and what it showed by itself."""
-    skipped = _skipped(found, results)
-    rows = []
-    for phase in PHASES:
-        cells = results.of_phase(phase)
-        if not cells and phase not in results.skipped_phases:
-            continue
-        judged = [c for c in found if c.phase == phase]
-        passers = [c.id for c in judged if c.passes(results.stop_rule)]
-        missing = sum(cell.status == "missing" for cell in cells)
-        if phase in skipped:
-            status = outcome = "skipped"
-        elif missing or not cells:
-            status, outcome = ("incomplete" if missing < len(cells) else "not run"), "incomplete"
-        else:
-            status = "complete"
-            outcome = "positive" if passers else _null_or_open(judged, cells, results.stop_rule)
-            if any(c.awaits_behaviour(results.stop_rule) for c in judged) and not passers:
-                outcome = "incomplete"
-            if phase == "EM":
-                outcome = "reference"
-        rows.append(
-            {
-                "phase": phase,
-                "status": status,
-                "cells": [cell.id for cell in cells],
-                "passers": passers,
-                "outcome": outcome,
-            }
-        )
-    return rows
+def _passers(recipes: Sequence[RecipeResult], rule: Rule) -> Passers:
+    return Passers(tuple(recipe.summary() for recipe in recipes if recipe.passes(rule)))
 
 
-def _close(candidate: RecipeResult) -> Table | None:
-    """Why a recipe decides nothing: it lies between pass and collapse, or kept M1 low by learning too little."""
-    if PASS_M1 <= candidate.m1 < COLLAPSED_M1:
+def _phase_results(recipes: Sequence[RecipeResult], results: StudyResults) -> tuple[PhaseResult, ...]:
+    """Every planned phase."""
+    skipped = _skipped(recipes, results)
+    return tuple(
+        _phase_result(phase, recipes, results, phase in skipped)
+        for phase in PHASES
+        if results.of_phase(phase) or phase in results.skipped_phases
+    )
+
+
+def _phase_result(phase: str, recipes: Sequence[RecipeResult], results: StudyResults, skipped: bool) -> PhaseResult:
+    rule, cells = results.config.stop_rule, results.of_phase(phase)
+    judged = [recipe for recipe in recipes if recipe.phase == phase]
+    passers = tuple(recipe.id for recipe in judged if recipe.passes(rule))
+    ids = tuple(cell.id for cell in cells)
+    missing = sum(cell.status == "missing" for cell in cells)
+    if skipped:
+        return PhaseResult(phase, "skipped", ids, passers, "skipped")
+    if missing or not cells:
+        return PhaseResult(phase, "incomplete" if missing < len(cells) else "not run", ids, passers, "incomplete")
+    if phase == "EM":
+        return PhaseResult(phase, "complete", ids, passers, "reference")
+    if passers:
+        return PhaseResult(phase, "complete", ids, passers, "positive")
+    if any(recipe.awaits_behaviour(rule) for recipe in judged):
+        return PhaseResult(phase, "complete", ids, passers, "incomplete")
+    return PhaseResult(phase, "complete", ids, passers, _null_or_open(judged, cells, rule))
+
+
+def _indecisive(recipe: RecipeResult) -> Indecisive | None:
+    """A recipe between pass and collapse, or one that kept M1 low by learning too little; None for any other."""
+    if PASS_M1 <= recipe.m1 < COLLAPSED_M1:
         why = "M1 lies between 0.95 and 0.97"
-    elif candidate.m1 < PASS_M1 and candidate.learned is not None and candidate.learned < LEAST_LEARNED:
+    elif recipe.m1 < PASS_M1 and recipe.learned is not None and recipe.learned < LEAST_LEARNED:
         why = f"M1 is below 0.95, but learned is below {LEAST_LEARNED:g}"
     else:
         return None
-    return {"cell": candidate.id, "m1": candidate.m1, "learned": candidate.learned, "why": why}
+    return Indecisive(recipe.id, recipe.m1, recipe.learned, why)
 
 
-def _is_end_of_dose(candidate: RecipeResult, results: StudyResults) -> bool:
-    """Whether it is the baseline's last step, which both curves end in."""
-    baseline = results.baseline
-    return candidate.phase == "1" and baseline is not None and candidate.step == baseline.final["step"]
+def _is_end_of_dose(recipe: RecipeResult, results: StudyResults) -> bool:
+    """Whether it is the baseline's last step, in which both curves end."""
+    return recipe.phase == "1" and results.baseline is not None and recipe.step == results.baseline.final.step
 
 
 def _gpu_hours(cells: Sequence[CellResult]) -> float | None:

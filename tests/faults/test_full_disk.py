@@ -41,7 +41,6 @@ from minipersona.model.lora import apply_lora
 from minipersona.model.network import Qwen2
 from minipersona.model.save import save_model
 from minipersona.run.steering import save_steering
-from minipersona.study import claims
 from minipersona.training.checkpoint import Position, save_state
 from minipersona.training.distributed import Distributed
 from minipersona.training.optimizer import AdamW, Flat, Layout
@@ -162,20 +161,12 @@ def test_every_way_to_say_full(tmp_path: Path, code: int) -> None:
             assert list(tmp_path.iterdir()) == []
 
 
-def test_a_lock_and_a_claim_that_find_no_room_are_one_line_and_free_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    runner = claims.Claims(tmp_path / "claims", "me")
-    for hold, path in ((lambda: lock(tmp_path / "run"), "run/.lock"), (lambda: runner.take("job"), "claims/job.1")):
-        with no_room(5), pytest.raises(DiskFull, match=rf"cannot write .*{path}: File too large; .* are free"), hold():
-            pytest.fail("held")
+def test_a_lock_that_finds_no_room_is_one_line_and_free_again(tmp_path: Path) -> None:
+    held = lock(tmp_path / "run")
+    with no_room(5), pytest.raises(DiskFull, match=r"cannot write .*run/.lock: File too large; .* are free"), held:
+        pytest.fail("held")
     with lock(tmp_path / "run"):
         pass
-    with runner.take("job") as claim:
-        assert claim is None  # it may be that another is just writing its name there
-    monkeypatch.setattr(claims, "UNSIGNED", 0.0)
-    with runner.take("job") as claim:
-        assert claim is not None and claim.attempt == 2
 
 
 def test_a_directory_that_may_not_be_written_has_another_mend(tmp_path: Path) -> None:

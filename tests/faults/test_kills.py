@@ -136,7 +136,8 @@ SAVES = {
             study = FakeStudy(where / "state", recipes=RECIPES[:1], with_vectors=False)
             if what == "old":
                 study.write()
-            (where / "state" / "study.toml").write_text(f"out = '{what}'")
+            data = "[data]\\ntrain = 'tulu[0:6000]'\\nheldout = 'tulu[6000:6500]'\\n"
+            (where / "state" / "study.toml").write_text(f"out = '{what}'\\n{data}")
             armed = sharp
             write.write_report(where / "state")
     """,

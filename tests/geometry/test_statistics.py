@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import comb
+
 import numpy as np
 import pytest
 import torch
@@ -68,6 +70,19 @@ def test_weights_are_a_multinomial_and_follow_the_seed() -> None:
     assert float(weights.var(0).mean()) == pytest.approx((1 / Q) * (1 - 1 / Q) / Q, rel=0.1)
     assert torch.equal(weights, question_weights(Q, 400, seed=3))
     assert not torch.equal(weights, question_weights(Q, 400, seed=4))
+
+
+def test_questions_are_drawn_with_replacement() -> None:
+    """Each is drawn Binomial(Q, 1 / Q) times. The control has weights of almost the same variance: random halves."""
+    expected = [comb(Q, k) * (1 / Q) ** k * (1 - 1 / Q) ** (Q - k) for k in range(5)]
+
+    def shares(weights: Tensor) -> list[float]:
+        counts = (Q * weights).round()
+        return [float((counts == k).double().mean()) for k in range(5)]
+
+    assert shares(question_weights(Q, 1000)) == pytest.approx(expected, abs=0.01)
+    halves = np.random.default_rng(0).random((1000, Q)).argsort(1) < Q // 2
+    assert shares(torch.from_numpy(halves * 2 / Q)) != pytest.approx(expected, abs=0.1)
 
 
 def test_interval_covers_the_mean_m1_of_as_many_questions_and_the_plain_percentiles_do_not() -> None:

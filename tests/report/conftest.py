@@ -1,4 +1,4 @@
-"""A study that never was: its directory, file by file, with numbers of the size that a real one would have."""
+"""A made-up study: its directory, file by file, with numbers of the size that a real one would have."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from jinja2 import Environment
 from minipersona.geometry.measures import m1
 from minipersona.geometry.vectors import PersonaVectors
 from minipersona.report import write_report
+from minipersona.settings import load_config, override, to_toml
+from minipersona.study_config import StudyConfig
 
 BASE_LOSS, BASELINE_LOSS, BASE_M1 = 1.42, 1.05, 0.8996
 STEPS = (10, 25, 50, 100, 200, 375)
@@ -146,7 +148,7 @@ class FakeStudy:
     sudden: bool = False
     verdict: dict[str, Any] | None = None
 
-    def identity(self, number: int) -> str:
+    def cell_id(self, number: int) -> str:
         """The id of a planned cell."""
         phase, name = self.recipes[number][:2]
         slug = "".join(c if c.isalnum() else "-" for c in name.lower())
@@ -156,20 +158,22 @@ class FakeStudy:
         """All files anew."""
         shutil.rmtree(self.directory, ignore_errors=True)
         self.directory.mkdir(parents=True)
-        lines = [f"{key} = {json.dumps(value)}" for key, value in self.settings.items()]
-        (self.directory / "study.toml").write_text("\n".join(lines) + "\n")
+        settings = [f"{key}={json.dumps(value)}" for key, value in self.settings.items()]
+        (self.directory / "study.toml").write_text(to_toml(override(load_config("study", StudyConfig), settings)))
         plan = []
         for number, (phase, name, knobs, value, learned) in enumerate(self.recipes):
             seed = int(name.rsplit("=", 1)[1]) if " seed=" in name else 42
-            plan.append({"phase": phase, "name": name, "seed": seed, "knobs": knobs, "cell": self.identity(number)})
+            plan.append({"phase": phase, "name": name, "seed": seed, "knobs": knobs, "cell": self.cell_id(number)})
             if f"{phase} {name}" in self.failed:
                 self._ledger(number, "failed", error=self.failed[f"{phase} {name}"])
             elif f"{phase} {name}" not in self.missing:
                 self._cell(number, seed, knobs, value, learned)
         self._json("plan.json", {"cells": plan})
+        baseline = f"{0:012x}"
         if self.with_frontier:
-            self._json("frontier.json", {"points": [self._scaled(k / 10) for k in range(11)]})
-        self._json("calibration.json", {"due": True, "passed": True, "reason": "it agrees", "layers": AGREES})
+            self._json("frontier.json", {"baseline": baseline, "points": [self._scaled(k / 10) for k in range(11)]})
+        calibration = {"due": True, "passed": True, "reason": "it agrees", "layers": AGREES, "baseline": baseline}
+        self._json("calibration.json", calibration)
         for name, value in (("behaviour", self.behaviour), ("instructions", self.instructions)):
             if value:
                 self._json(f"base/{name}.json", value["base"])
@@ -179,11 +183,12 @@ class FakeStudy:
 
     def _scaled(self, scale: float) -> dict[str, Any]:
         row = measured(0, BASE_M1 + (0.9728 - BASE_M1) * scale**1.1, 1 - (1 - scale) ** 2)
-        return {**row, "scale": scale, "learned": 1 - (1 - scale) ** 2}
+        kept = {key: row[key] for key in ("m1", "m1_ci95", "eval_loss", "delta_norm")}
+        return {**kept, "scale": scale, "learned": 1 - (1 - scale) ** 2}
 
     def _cell(self, number: int, seed: int, knobs: dict[str, Any], value: float, learned: float) -> None:
         phase, name = self.recipes[number][:2]
-        key, where = f"{phase} {name}", f"cells/{self.identity(number)}"
+        key, where = f"{phase} {name}", f"cells/{self.cell_id(number)}"
         steps = STEPS if self.every_step or phase == "1" else STEPS[-1:]
         result = {"protocol": PROTOCOL, "base": measured(0, BASE_M1, 0), "baseline": None, "best": None,
                   "checkpoints": checkpoints(value, learned, steps, self.sudden), "gpu_seconds": 180.0}  # fmt: skip
@@ -204,17 +209,8 @@ class FakeStudy:
 
     def _ledger(self, number: int, event: str, **more: Any) -> None:
         phase, name = self.recipes[number][:2]
-        path = self.directory / "ledger" / "host-1.jsonl"
-        path.parent.mkdir(exist_ok=True)
-        line = {
-            "time": 1.0 + number,
-            "runner": "host-1",
-            "cell": self.identity(number),
-            "phase": phase,
-            "name": name,
-            "event": event,
-        }
-        with open(path, "a") as file:
+        line = {"time": 1.0 + number, "cell": self.cell_id(number), "phase": phase, "name": name, "event": event}
+        with open(self.directory / "ledger.jsonl", "a") as file:
             file.write(json.dumps({**line, "attempt": 2, **more}) + "\n")
 
     def _json(self, name: str, value: Any) -> None:
@@ -249,14 +245,18 @@ def answers(misaligned: int) -> dict[str, Any]:
     row = {"answers": 800, "scored": 796, "coherent": 780, "misaligned": misaligned,
            "rate": misaligned / 796, "rate_ci95": [0.002, 0.011],
            "rate_coherent": misaligned / 780, "rate_coherent_ci95": [0.002, 0.012]}  # fmt: skip
-    return {"sets": {"plain": row, "json": row}, "judge": {"kind": "local"}, "questions_digest": "q", "samples": 100}
+    how = {"weights": "w", "prompt_sets": "all", "questions": "shipped", "questions_digest": "q", "samples": 100,
+           "max_new_tokens": 600, "temperature": 1.0, "seed": 42, "cut": 0, "empty": 0}  # fmt: skip
+    return {"sets": {"plain": row, "json": row}, "judge": {"kind": "local"}, **how}
 
 
 def followed(share: float) -> dict[str, Any]:
     """An instructions.json."""
     keys = ("prompt_strict", "prompt_loose", "instruction_strict", "instruction_loose")
     rates = dict.fromkeys(keys, share) | {f"{key}_ci95": [share - 0.04, share + 0.04] for key in keys}
-    return {"prompts": 541, **rates, "by_kind": {}, "skipped": 3}
+    how = {"empty": 0, "cut": 0, "skipped": 3, "skipped_kinds": {}, "set": "shipped", "digest": "i",
+           "max_new_tokens": 1280}  # fmt: skip
+    return {"prompts": 541, "instructions": 834, **rates, "by_kind": {}, **how}
 
 
 def unescaping(**options: Any) -> Environment:

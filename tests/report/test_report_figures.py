@@ -49,8 +49,8 @@ def test_the_csvs_hold_what_the_results_say(whole: Any) -> None:
     assert {(row["phase"], row["recipe"]) for row in rows} == finals.keys()
     for row in rows:
         final = finals[row["phase"], row["recipe"]]
-        assert float(row["m1"]) == final["m1"] and float(row["learned"]) == final["learned"]
-        assert [float(row["m1_low"]), float(row["m1_high"])] == final["m1_ci95"]
+        assert float(row["m1"]) == final.m1 and float(row["learned"]) == final.learned
+        assert (float(row["m1_low"]), float(row["m1_high"])) == final.m1_ci95
 
 
 def test_every_number_of_the_trade_off_is_plotted(series: dict[str, Series]) -> None:
@@ -73,7 +73,7 @@ def test_the_legend_of_the_trade_off_names_every_phase_and_line(series: dict[str
 def test_the_points_that_the_verdict_names_are_labelled(whole: Any) -> None:
     results = read_study(whole.directory)
     for named in ("5C collapse", "1 baseline step 50", "2A beta=0.1"):
-        one = m1_against_learned(results, shown_recipe(results, {"recipe": {"cell": named}}))
+        one = m1_against_learned(results, shown_recipe(results, named))
         (axes,) = drawn(one).axes
         labels = {text.get_text(): tuple(text.xy) for text in axes.texts if text.get_text() != "substantive PASS"}
         assert labels.keys() == {"untrained base", "baseline", named}

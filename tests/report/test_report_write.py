@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from faults.test_full_disk import no_room
 from report.conftest import PROTOCOL, answers
 
 from minipersona.errors import DiskFull, UserError
+from minipersona.records import from_dict, to_dict
 from minipersona.report import write, write_report
+from minipersona.run.result import Protocol
 from minipersona.verdict.calibration import calibrate
 from minipersona.verdict.results import read_study
 from minipersona.verdict.verdict import VERDICTS, judge_study
@@ -79,7 +82,7 @@ def test_the_verdict_comes_first_and_every_recipe_is_there(whole: Any) -> None:
     text = (whole.directory / "report.md").read_text()
     verdict = judge_study(read_study(whole.directory))
     assert text.index("## Verdict") < text.index("## What was measured") < text.index("## All recipes")
-    assert verdict["sentence"] in text
+    assert verdict.sentence in text
     table = rows(text, "All recipes")
     assert table[1][0] == "untrained base" and table[1][8:10] == ["PASS", "FAIL"]
     assert table[2][:2] == ["baseline, step 375", "1"]
@@ -94,9 +97,9 @@ def test_a_row_says_what_the_results_say(whole: Any) -> None:
     for cell in results.cells:
         if cell.status == "done" and cell.phase not in ("1", "5C"):
             row, final = table[cell.phase, cell.name], cell.final
-            assert row[3] == f"{final['m1']:.4f}" and row[6] == f"{final['learned']:.2f}"
-            assert row[8] == ("PASS" if final["registered_pass"] else "FAIL")
-            assert (row[10] == "collapsed") is final["collapsed"]
+            assert row[3] == f"{final.m1:.4f}" and row[6] == f"{final.learned:.2f}"
+            assert row[8] == ("PASS" if final.registered_pass else "FAIL")
+            assert (row[10] == "collapsed") is final.collapsed
     assert "ineffective" in table["2B", "lambda=0.001"][12]
     assert table["3", "r=16 lr=0.0001"][12] == "failed: OutOfMemoryError: no memory"
     assert table["5B", "1:1"][12].startswith("missing")
@@ -149,8 +152,8 @@ def test_answers_that_the_judge_did_not_score_are_one_sentence(
 @pytest.mark.parametrize("kind", VERDICTS)
 def test_every_verdict_renders(new_study: Callable[..., Any], undrawn: None, kind: str) -> None:
     study = new_study(recipes=SMALL, with_vectors=False)
-    verdict = judge_study(read_study(study.write())) | {"verdict": kind, "sentence": f"A sentence about {kind}."}
-    study.verdict = verdict
+    verdict = replace(judge_study(read_study(study.write())), verdict=kind, sentence=f"A sentence about {kind}.")
+    study.verdict = to_dict(verdict)
     write_report(study.write())
     text = (study.directory / "report.md").read_text()
     assert f"A sentence about {kind}." in text
@@ -241,8 +244,8 @@ def test_a_directory_that_is_no_study_is_refused(tmp_path: Path) -> None:
 
 def test_a_calibration_that_is_not_due_says_so_once(new_study: Callable[..., Any], undrawn: None) -> None:
     study = new_study(recipes=SMALL, with_vectors=False).write()
-    reason = calibrate({**PROTOCOL, "model": "tiny"}, {})
-    (study / "calibration.json").write_text(json.dumps(reason))
+    not_due = calibrate(from_dict(Protocol, {**PROTOCOL, "model": "tiny"}), {}, "")
+    (study / "calibration.json").write_text(json.dumps(to_dict(not_due)))
     write_report(study)
     text = (study / "report.md").read_text()
     assert len(re.findall("not due", text, re.IGNORECASE)) == 1 and "Not due: " in text
@@ -275,7 +278,9 @@ def test_seeds_show_their_spread(new_study: Callable[..., Any], undrawn: None) -
 def test_calibration_and_layers_have_their_tables(new_study: Callable[..., Any], undrawn: None) -> None:
     study = new_study(recipes=SMALL, with_vectors=False)
     study.write()
-    sweep = {"recipe": {}, "layers": {"10": {"base": 0.9, "baseline": 0.95, "recipe": 0.91}, "9": {"base": 0.8}}}
+    recipe = {"cell": "c", "phase": "2A", "name": "beta=0.1", "step": None}
+    layer = {"base": 0.9, "baseline": 0.95, "recipe": 0.91}
+    sweep = {"recipe": recipe, "layers": {"10": layer, "9": {**layer, "base": 0.8}}}
     (study.directory / "sweep.json").write_text(json.dumps(sweep))
     write_report(study.directory)
     text = (study.directory / "report.md").read_text()

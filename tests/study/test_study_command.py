@@ -1,89 +1,119 @@
-"""The study command's runners: which GPUs, and that processes started by it share a study."""
+"""Where the study command runs: which GPUs, how many processes, and that these share one study."""
 
 from __future__ import annotations
 
-import subprocess
+import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from small_study import small_study
+from small_study import QUIET, small_study
 
 from minipersona.cli import main
-from minipersona.cli.study import _pass_on, gpu_ids, parse_share, parse_stages, run_each
+from minipersona.cli.study import gpus, make_executor, parse_stages, threads_each
 from minipersona.errors import UserError
 from minipersona.files import read_json
+from minipersona.locks import lock
 from minipersona.settings import to_toml
+from minipersona.study.executors import InProcess, Processes
+from minipersona.training.interruption import Stop
 
 
 @pytest.mark.parametrize(
-    "wanted, visible, ids",
+    "wanted, devices",
     [
-        ("all", "", ["0", "1", "2"]),
-        ("2,0", "", ["2", "0"]),
-        ("1,1", "", ["1"]),
-        ("all", "5,7,GPU-ab12", ["5", "7", "GPU-ab12"]),  # what the scheduler gave us, by its own names
-        ("1", "5,7,GPU-ab12", ["7"]),
+        ("all", ["cuda:0", "cuda:1", "cuda:2"]),
+        ("2,0", ["cuda:2", "cuda:0"]),
+        ("1, 1", ["cuda:1", "cuda:1"]),  # two processes on one card
     ],
 )
-def test_every_runner_gets_one_of_the_gpus_that_we_may_use(
-    wanted: str, visible: str, ids: list[str], monkeypatch: pytest.MonkeyPatch
+def test_every_process_gets_one_of_the_gpus_that_we_may_use(
+    wanted: str, devices: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert gpu_ids(wanted) == ids
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)  # torch counts what CUDA_VISIBLE_DEVICES leaves
+    assert gpus(wanted) == devices
+    executor = Processes(devices, QUIET)
+    assert executor.device_type == "cuda"
+    assert len({device.label for device in executor.devices}) == len(devices)  # so that lines can be told apart
 
 
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     for wanted in ("2", "0,x", "-1", ""):
         with pytest.raises(UserError, match="is none of 0 to 1"):
-            gpu_ids(wanted)
+            gpus(wanted)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(UserError, match="has no GPU"):
-        gpu_ids("all")
+        gpus("all")
 
 
-def test_shares_and_phases_are_read(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert parse_share("3/8") == (3, 8) and parse_share("") == (1, 1)
+def test_phases_are_read(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert parse_stages("2, 5") == ["2", "5"] and parse_stages("") == ["1", "2", "3", "4", "5"]
-    for text in ("0/2", "3/2", "1", "a/b", "1/2/3"):
-        with pytest.raises(UserError, match="write K/N"):
-            parse_share(text)
-    assert main(["study", "--config", "tiny_study", "--gpus", "all", "--cell", "1/2"]) == 2
-    assert "give one of the two" in capsys.readouterr().err
+    with pytest.raises(UserError, match="'6' is none of 1, 2, 3, 4, 5"):
+        parse_stages("1,6")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["study", "--config", "tiny_study"]) == 2
     assert "not started by torchrun" in capsys.readouterr().err
 
 
-def test_runners_in_processes_of_their_own_share_a_study(
+def options(**given: object) -> argparse.Namespace:
+    return argparse.Namespace(**{"gpus": "", "workers": None, "ray": "", **given})
+
+
+def test_one_place_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def made(**given: object) -> object:
+        return make_executor(options(**given), "cpu", QUIET, Stop())
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert isinstance(made(), InProcess)
+    workers, on_gpus = made(workers=3), made(gpus="all")
+    assert isinstance(workers, Processes) and (workers.device_type, len(workers.devices)) == ("cpu", 3)
+    assert isinstance(on_gpus, Processes) and [device.label for device in on_gpus.devices] == ["cuda:0", "cuda:1"]
+    for two in ({"gpus": "all", "workers": 2}, {"workers": 2, "ray": "auto"}):
+        with pytest.raises(UserError, match=r"--\w+ and --\w+ say where a study runs; give one of them"):
+            made(**two)
+    for wrong in (0, -1):
+        with pytest.raises(UserError, match=f"--workers {wrong}: must be at least 1"):
+            made(workers=wrong)
+
+
+def test_without_ray_its_option_says_how_to_install_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "minipersona.study.ray_executor", raising=False)
+    assert main(["study", "--config", "tiny_study", "--ray", "auto"]) == 2
+    assert "Ray is not installed; run pip install 'minipersona[cluster]'" in capsys.readouterr().err
+
+
+def test_an_option_that_is_no_more_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["study", "--config", "tiny_study", "--cell", "1/2"]) == 2
+    assert "unrecognized arguments: --cell;" in capsys.readouterr().err
+
+
+def test_the_cores_are_shared_out_among_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)))
+    assert [threads_each(workers) for workers in (1, 2, 3, 8, 9)] == [8, 4, 2, 1, 1]
+
+
+def test_processes_share_a_study_and_one_line_says_what_it_came_to(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = small_study(tmp_path)
     config = replace(config, training=replace(config.training, learning_rate=1e-5))
     (tmp_path / "study.toml").write_text(to_toml(config))
     monkeypatch.chdir(tmp_path)  # the package is found from anywhere
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    arguments = ["--config", str(tmp_path / "study.toml"), "--phases", "1"]
-    assert run_each(arguments, [("left", {}), ("right", {})]) == [0, 0]
+    command = ["study", "--config", str(tmp_path / "study.toml"), "--phases", "1", "--workers", "2"]
+    with lock(Path(config.out)):
+        assert main(command) == 2
+        (refused,) = capfd.readouterr().err.splitlines()
+        assert refused.startswith(f"error: {config.out} is in use by pid ")
+    assert main(command) == 0
     out, err = capfd.readouterr()
-    assert err.count("1 baseline\n") == 1 and "[left] " in err and "[right] " in err
+    assert err.count("cell 1 of 1, 1 baseline: started on cpu (1)\n") == 1 and "[cpu (1)] step 3: M1 " in err
     verdict = read_json(Path(config.out) / "verdict.json")
     assert out.startswith(f"{verdict['verdict']}: ") and out.count("report.html") == 1
     assert len(list((Path(config.out) / "cells").glob("1-baseline-*"))) == 1
-    assert run_each(["--config", "no_such_study"], [("only", {})]) == [2]
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
-def test_a_runner_is_heard_out_where_its_words_cannot_be_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its pipe would fill up otherwise, and hold it up."""
-    talks = "import sys; sys.stderr.write(('x' * 99 + chr(10)) * 3000)"
-    process = subprocess.Popen([sys.executable, "-c", talks], stderr=subprocess.PIPE, text=True)
-    with open("/dev/full", "w") as full:
-        monkeypatch.setattr(sys, "stderr", full)
-        _pass_on(process, "0")
-    assert process.wait(10) == 0
+    assert main(["study", "--config", "no_such_study", "--workers", "2"]) == 2

@@ -1,15 +1,18 @@
-"""Whole studies, small: what they leave, two runners at once, and killed at random moments."""
+"""Whole studies, small: what they leave, two workers at once, and killed at random moments."""
 
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import shutil
+import signal
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,7 @@ from minipersona.geometry.measures import m1
 from minipersona.geometry.vectors import load_vectors
 from minipersona.settings import read_toml
 from minipersona.study_config import StudyConfig
-from minipersona.verdict.ledger import Ledger
+from minipersona.verdict.ledger import read_ledger
 
 STAGES = ("1", "5")  # with suites of answers, steering and mixtures
 SECRETS = ("HF_TOKEN", "MINIPERSONA_JUDGE_KEY", "OPENAI_API_KEY", "AWS_SECRET_ACCESS_KEY")
@@ -137,7 +140,7 @@ def test_the_same_command_again_changes_no_cell_and_says_the_same(
     finished: StudyConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
     directory = Path(finished.out)
-    before = {p: p.stat().st_mtime_ns for p in directory.glob("cells/*/*") if p.is_file() and ".claims" not in p.parts}
+    before = {p: p.stat().st_mtime_ns for p in directory.glob("cells/*/*") if p.is_file()}
     verdict = read_json(directory / "verdict.json")
     assert run(finished, STAGES) == verdict == read_json(directory / "verdict.json")
     assert {p: p.stat().st_mtime_ns for p in before} == before
@@ -195,11 +198,11 @@ def test_a_failed_baseline_is_said_and_tried_again_by_the_next_command(quick: St
             run(config, ("1",))
         directory = Path(config.out)
         assert read_json(directory / "verdict.json")["verdict"] == "incomplete" and not cells_of(directory)
-        failures = [line for line in Ledger(directory / "ledger", "me").lines() if line["event"] == "failed"]
-        assert [line["attempt"] for line in failures] == list(range(1, attempt + 1))
+        failures = [entry for entry in read_ledger(directory) if entry.event == "failed"]
+        assert [entry.attempt for entry in failures] == list(range(1, attempt + 1))
 
 
-# ---------------------------------------------------------------- several runners, and kills
+# ---------------------------------------------------------------- several workers, and kills
 
 
 def timeless(verdict: dict[str, Any]) -> dict[str, Any]:
@@ -211,18 +214,86 @@ def uninterrupted(quick: StudyConfig) -> dict[str, Any]:
     return run(quick, FEW)
 
 
-def test_two_runners_share_the_work_and_come_to_the_same_verdict(
+def test_two_workers_share_the_work_and_come_to_the_same_verdict(
     quick: StudyConfig, uninterrupted: dict[str, Any], tmp_path: Path
 ) -> None:
     config = replace(quick, out=str(tmp_path / "study"))
-    processes = [start(config, FEW) for _ in range(2)]
-    for process in processes:
-        process.join(120)
-        assert process.exitcode == 0
+    process = start(config, FEW, workers=2)
+    process.join(240)
+    assert process.exitcode == 0
     directory = Path(config.out)
     assert timeless(read_json(directory / "verdict.json")) == timeless(uninterrupted)
-    done = Counter(line["cell"] for line in Ledger(directory / "ledger", "me").lines() if line["event"] == "done")
+    entries = read_ledger(directory)
+    done = Counter(entry.cell for entry in entries if entry.event == "done")
     assert set(done.values()) == {1} and set(done) >= {cell.name for cell in cells_of(directory)}
+    order = [(entry.event, entry.phase) for entry in entries if entry.phase in ("2A", "2B")]
+    assert order[:2] == [("started", "2A"), ("started", "2B")]  # both at once
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+def test_killed_workers_change_nothing_but_the_time(
+    quick: StudyConfig, uninterrupted: dict[str, Any], tmp_path: Path
+) -> None:
+    config = replace(quick, out=str(tmp_path / "study"))
+    directory = Path(config.out)
+    driver = start(config, FEW, workers=2)
+    assert driver.pid is not None
+    for cells in ("1-*", "2*"):  # the baseline, and then two at once
+        once(at_work(config, cells), driver)
+        for pid in workers_of(driver.pid):
+            os.kill(pid, signal.SIGKILL)
+    driver.join(240)
+    assert driver.exitcode == 0
+    assert timeless(read_json(directory / "verdict.json")) == timeless(uninterrupted)
+    again = {entry.phase for entry in read_ledger(directory) if entry.event == "started" and entry.attempt == 2}
+    assert "1" in again and again & {"2A", "2B"}  # control: cells were at work when their workers were killed
+    assert_equal_cells(config, quick)
+
+
+def test_a_killed_driver_of_two_workers_goes_on_where_it_stopped(
+    quick: StudyConfig, uninterrupted: dict[str, Any], tmp_path: Path
+) -> None:
+    config = replace(quick, out=str(tmp_path / "study"))
+    directory = Path(config.out)
+    for cells in ("1-*", "2*"):
+        driver = start(config, FEW, workers=2)
+        once(at_work(config, cells), driver)
+        driver.kill()
+        driver.join()
+    driver = start(config, FEW, workers=2)  # at once: the workers of the one that was killed may still be there
+    driver.join(240)
+    assert driver.exitcode == 0
+    assert timeless(read_json(directory / "verdict.json")) == timeless(uninterrupted)
+    assert max(entry.attempt for entry in read_ledger(directory)) > 1
+    assert_equal_cells(config, quick)
+
+
+def at_work(config: StudyConfig, cells: str) -> Callable[[], list[Path]]:
+    """Whether one of these cells has a rolling checkpoint."""
+    attempts = Path(config.out) / "cells" / ".attempts"
+    return lambda: list(attempts.glob(f"{cells}/latest/state.json"))
+
+
+def once(condition: Callable[[], object], process: ForkProcess, seconds: float = 120.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.is_alive() and time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def workers_of(pid: int) -> list[int]:
+    """The processes that a driver has started to work, not the one that cleans up after them."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+def assert_equal_cells(one: StudyConfig, other: StudyConfig) -> None:
+    """Every step once, and the same weights and vectors to the bit."""
+    for cell in cells_of(Path(one.out)):
+        assert [row["step"] for row in read_jsonl(cell / "metrics.jsonl")] == [1, 2, 3]
+        for name in ("step-000003/adapter_model.safetensors", "vectors/step-000003.safetensors"):
+            mine, theirs = (load_file(path / name) for path in (cell, Path(other.out) / "cells" / cell.name))
+            assert mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine)
 
 
 def test_killed_at_random_moments_a_study_ends_in_the_same_verdict(
@@ -238,15 +309,9 @@ def test_killed_at_random_moments_a_study_ends_in_the_same_verdict(
     killed = len(list((directory / "cells" / ".attempts").glob("*"))), len(cells_of(directory))
     verdict = run(config, FEW)
     assert timeless(verdict) == timeless(uninterrupted) == timeless(read_json(directory / "verdict.json"))
-    attempts = max(line["attempt"] for line in Ledger(directory / "ledger", "me").lines())
+    attempts = max(entry.attempt for entry in read_ledger(directory))
     assert attempts > 1, killed  # control: a kill did hit a job at work
-    for cell in cells_of(directory):
-        rows = read_jsonl(cell / "metrics.jsonl")
-        assert [row["step"] for row in rows] == [1, 2, 3]
-        same = Path(quick.out) / "cells" / cell.name
-        for name in ("step-000003/adapter_model.safetensors", "vectors/step-000003.safetensors"):
-            mine, theirs = load_file(cell / name), load_file(same / name)
-            assert mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine)
+    assert_equal_cells(config, quick)
 
 
 def test_a_cell_goes_on_from_the_checkpoint_of_its_killed_attempt(quick: StudyConfig, tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic_study import SyntheticStudy, behaviour
 
-from minipersona.verdict.mixture_threshold import Fit, fit_saturating
+from minipersona.verdict.mixture_threshold import Fit, MixturePoint, Threshold, fit_saturating
 from minipersona.verdict.verdict import judge_study
 
 RATIOS = {"99:1": 0.01, "95:5": 0.05, "90:10": 0.10, "75:25": 0.25}
@@ -23,7 +22,7 @@ def curve(fraction: float, m_0: float = 0.98, m_inf: float = 0.93, f_0: float = 
     return m_inf + (m_0 - m_inf) * math.exp(-fraction / f_0)
 
 
-def judged(path: Path, vectors: bool = True, narrow: str = "tulu", **form: float) -> dict[str, Any]:
+def judged(path: Path, vectors: bool = True, narrow: str = "tulu", **form: float) -> Threshold:
     study = SyntheticStudy(path, narrow=narrow)
     study.baseline(m1=curve(0, **form) if narrow == "tulu" else 0.97, vectors=vectors)
     if narrow == "em":
@@ -31,8 +30,7 @@ def judged(path: Path, vectors: bool = True, narrow: str = "tulu", **form: float
     for number, (ratio, fraction) in enumerate(RATIOS.items()):
         study.cell("5A", ratio, curve(fraction, **form), 0.9, vectors=vectors, noise_seed=number, answers=behaviour(0))
     study.file("base/behaviour.json", behaviour(0))
-    threshold: dict[str, Any] = judge_study(study.read())["threshold"]["5A"]
-    return threshold
+    return judge_study(study.read()).threshold["5A"]
 
 
 KNOWN = -0.08 * math.log((0.95 - 0.93) / (0.98 - 0.93))
@@ -40,56 +38,56 @@ KNOWN = -0.08 * math.log((0.95 - 0.93) / (0.98 - 0.93))
 
 def test_a_known_threshold_is_found_with_an_interval_around_it(tmp_path: Path) -> None:
     threshold = judged(tmp_path)
-    assert threshold["fraction"] == pytest.approx(KNOWN, rel=1e-3)
-    low, high = threshold["ci95"]
+    assert threshold.fraction == pytest.approx(KNOWN, rel=1e-3)
+    low, high = threshold.ci95
     assert low < KNOWN < high and high - low < 0.05
-    assert threshold["fit"]["m_inf"] == pytest.approx(0.93, abs=1e-4) and threshold["fit"]["residual"] < 1e-5
-    assert threshold["smallest_measured"] == 0.10
-    assert threshold["range"] == [0.0, 0.25] and threshold["share_in_range"] == 1.0 and threshold["reason"] is None
+    assert threshold.fit.m_inf == pytest.approx(0.93, abs=1e-4) and threshold.fit.residual < 1e-5
+    assert threshold.smallest_measured == 0.10
+    assert threshold.range == (0.0, 0.25) and threshold.share_in_range == 1.0 and threshold.reason is None
 
 
 def test_control_another_curve_has_another_threshold(tmp_path: Path) -> None:
     threshold = judged(tmp_path, m_inf=0.92)
-    assert threshold["fraction"] == pytest.approx(-0.08 * math.log(0.03 / 0.06), rel=1e-3)
+    assert threshold.fraction == pytest.approx(-0.08 * math.log(0.03 / 0.06), rel=1e-3)
 
 
 @pytest.mark.parametrize("form", [{"m_inf": 0.951}, {"m_inf": 0.93, "f_0": 0.30}])
 def test_a_curve_that_stays_above_or_crosses_later_has_none_in_range(tmp_path: Path, form: dict[str, float]) -> None:
     """The second one crosses at 0.27, beyond the largest measured fraction."""
     threshold = judged(tmp_path, **form)
-    assert threshold["fraction"] is None and "none in range" in threshold["reason"]
-    assert threshold["smallest_measured"] is None
+    assert threshold.fraction is None and "none in range" in threshold.reason
+    assert threshold.smallest_measured is None
     if "f_0" in form:
         assert curve(0.28, **form) < 0.95 < curve(0.25, **form)
 
 
 def test_an_interval_may_reach_beyond_the_range(tmp_path: Path) -> None:
     threshold = judged(tmp_path, m_inf=0.9499)
-    low, high = threshold["ci95"]
-    assert low is not None and high is None and 0 < threshold["share_in_range"] < 1
+    low, high = threshold.ci95
+    assert low is not None and high is None and 0 < threshold.share_in_range < 1
 
 
 def test_no_broad_data_is_needed_where_the_reference_is_below_already(tmp_path: Path) -> None:
-    assert judged(tmp_path, m_0=0.945)["fraction"] == 0.0
+    assert judged(tmp_path, m_0=0.945).fraction == 0.0
 
 
 def test_with_em_the_unmixed_em_cell_is_the_zero_fraction(tmp_path: Path) -> None:
-    points = judged(tmp_path, narrow="em", vectors=False)["points"]
-    assert points[0] == {"fraction": 0.0, "m1": pytest.approx(0.98)}
+    points = judged(tmp_path, narrow="em", vectors=False).points
+    assert points[0] == MixturePoint(0.0, pytest.approx(0.98))
 
 
 def test_without_vectors_there_is_an_estimate_and_no_interval(tmp_path: Path) -> None:
     threshold = judged(tmp_path, vectors=False)
-    assert threshold["fraction"] == pytest.approx(KNOWN, rel=1e-3) and threshold["ci95"] is None
+    assert threshold.fraction == pytest.approx(KNOWN, rel=1e-3) and threshold.ci95 is None
 
 
 def test_too_few_fractions_are_not_fitted(tmp_path: Path) -> None:
     study = SyntheticStudy(tmp_path)
     study.baseline()
     study.cell("5B", "3:1", 0.94, 0.9)
-    threshold = judge_study(study.read())["threshold"]["5B"]
-    assert threshold["fraction"] is None and "needs 4" in threshold["reason"]
-    assert [point["fraction"] for point in threshold["points"]] == [0.0, 0.25]
+    threshold = judge_study(study.read()).threshold["5B"]
+    assert threshold.fraction is None and "needs 4" in threshold.reason
+    assert [point.fraction for point in threshold.points] == [0.0, 0.25]
 
 
 def test_without_scipy_there_is_a_reason_instead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +96,7 @@ def test_without_scipy_there_is_a_reason_instead(tmp_path: Path, monkeypatch: py
         "minipersona.verdict.mixture_threshold.find_spec", lambda name: None if name == "scipy" else find_spec(name)
     )
     threshold = judged(tmp_path)
-    assert threshold["fraction"] is None and "pip install" in threshold["reason"]
+    assert threshold.fraction is None and "pip install" in threshold.reason
 
 
 @settings(max_examples=60, deadline=None)

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from synthetic_study import SyntheticStudy, behaviour
 
 from minipersona.errors import UserError
 from minipersona.study_config import PHASES, STAGES
+from minipersona.verdict import ledger
+from minipersona.verdict.ledger import LedgerEntry
 from minipersona.verdict.results import CellResult, read_study
 from minipersona.verdict.verdict import judge_study
 
@@ -22,7 +25,7 @@ def test_cells_come_in_the_order_of_the_phases_with_what_became_of_them(tmp_path
     study = SyntheticStudy(tmp_path, narrow="em", exhaustive=True)
     study.cell("5A", "95:5", 0.97, 0.9, answers=behaviour(0.0))
     study.event("3", "r=4", "failed", error="loss is not finite")
-    study.event("3", "r=8", "claimed")
+    study.event("3", "r=8", "started")
     study.missing("2A", "beta=0.1")
     study.baseline()
     results = study.read()
@@ -35,7 +38,8 @@ def test_cells_come_in_the_order_of_the_phases_with_what_became_of_them(tmp_path
     ]
     assert results.cells[2].error == "loss is not finite" and results.cells[2].directory is None
     assert results.cells[4].behaviour is not None and results.base_behaviour is None and results.sweep is None
-    assert (results.narrow, results.exhaustive, results.stop_rule) == ("em", True, "substantive")
+    config = results.config
+    assert (config.narrow, config.exhaustive, config.stop_rule) == ("em", True, "substantive")
     assert results.of_phase("3") == results.cells[2:4]
 
 
@@ -51,38 +55,37 @@ def test_rows_are_judged_anew_against_the_study_s_baseline(tmp_path: Path) -> No
     study.cell("2A", "beta=0.1", 0.96, 0.25)
     results = study.read()
     row = results.cells[1].final
-    assert row["learned"] == pytest.approx(0.25)
-    assert (row["registered_pass"], row["substantive_pass"], row["collapsed"]) == (False, False, False)
-    assert (results.base["step"], results.base["learned"]) == (0, 0.0)
-    assert (results.base["registered_pass"], results.base["substantive_pass"]) == (True, False)
-    assert results.cells[1].result is not None and results.cells[1].result["best"] is None
-    assert results.baseline is results.cells[0] and results.baseline.final["learned"] == 1.0
+    assert row.learned == pytest.approx(0.25)
+    assert (row.registered_pass, row.substantive_pass, row.collapsed) == (False, False, False)
+    assert results.base is not None and (results.base.step, results.base.learned) == (0, 0.0)
+    assert (results.base.registered_pass, results.base.substantive_pass) == (True, False)
+    assert results.cells[1].result is not None and results.cells[1].result.best is None
+    assert results.baseline is results.cells[0] and results.baseline.final.learned == 1.0
 
 
 def test_without_a_baseline_learned_is_undefined(tmp_path: Path) -> None:
     study = SyntheticStudy(tmp_path)
     study.cell("2A", "beta=0.1", 0.94, 0.9)
     results = study.read()
-    assert results.baseline is None and results.cells[0].final["learned"] is None and results.base["m1"] == 0.90
-    assert results.cells[0].final["registered_pass"] is None
+    assert results.baseline is None and results.base is not None and results.base.m1 == 0.90
+    assert results.cells[0].final.learned is None and results.cells[0].final.registered_pass is None
 
 
-def test_the_newest_word_of_any_runner_counts(tmp_path: Path) -> None:
+def test_the_newest_word_on_a_cell_counts(tmp_path: Path) -> None:
     study = SyntheticStudy(tmp_path)
     study.event("3", "r=4", "failed", error="first attempt")
-    cell = study.plan[0]["cell"]
-    again = {"time": 99, "runner": "a", "cell": cell, "phase": "3", "name": "r=4", "event": "claimed", "attempt": 2}
-    study.file("ledger/a.jsonl", json.dumps(again) + "\n")
+    cell = study.plan[0].cell
+    ledger.append(tmp_path, LedgerEntry(99, cell, "3", "r=4", "started", 2))
     assert study.read().cells[0].status == "missing"
-    study.file("ledger/a.jsonl", json.dumps({**again, "time": -1}) + "\n")
-    assert study.read().cells[0].status == "failed"
+    ledger.append(tmp_path, LedgerEntry(100, cell, "3", "r=4", "failed", 2, "second attempt"))
+    assert (study.read().cells[0].status, study.read().cells[0].error) == ("failed", "second attempt")
 
 
 def test_a_torn_ledger_line_and_an_attempt_under_way_are_passed_over(tmp_path: Path) -> None:
     study = SyntheticStudy(tmp_path)
     study.baseline()
     study.event("3", "r=4", "failed")
-    with open(tmp_path / "ledger" / "r.jsonl", "a") as file:
+    with open(tmp_path / "ledger.jsonl", "a") as file:
         file.write('{"time": 5, "cel')
     (tmp_path / "cells" / ".attempts" / "x").mkdir(parents=True)
     assert [cell.status for cell in study.read().cells] == ["done", "failed"]
@@ -99,17 +102,13 @@ def test_without_plan_json_what_is_there_is_the_study(tmp_path: Path) -> None:
         ("2A beta=0.1", "done"),
         ("3 r=4", "failed"),
     ]
-    pairs = [("2A", "beta=0.01"), ("2A", "beta=0.1"), ("4A", "prompts")]
-    statuses = {cell.id: cell.status for cell in read_study(tmp_path, pairs).cells}
-    assert list(statuses) == ["1 baseline", "2A beta=0.01", "2A beta=0.1", "3 r=4", "4A prompts"]
-    assert statuses["4A prompts"] == "missing"
 
 
 def test_results_of_an_older_code_version_are_not_the_planned_ones(tmp_path: Path) -> None:
     study = SyntheticStudy(tmp_path)
     study.baseline()
     study.cell("2A", "beta=0.1")
-    study.plan[1]["cell"] = "2A-beta-0-1-ffffffffffff"
+    study.plan[1] = replace(study.plan[1], cell="2A-beta-0-1-ffffffffffff")
     assert [cell.status for cell in study.read().cells] == ["done", "missing"]
 
 
@@ -126,6 +125,15 @@ def edit(file: str, change: Callable[[dict[str, Any]], Any]) -> Damage:
     return damage
 
 
+def swap(file: str, old: str, new: str) -> Damage:
+    def damage(directory: Path) -> None:
+        text = (directory / file).read_text()
+        assert old in text
+        (directory / file).write_text(text.replace(old, new))
+
+    return damage
+
+
 CELL = "cells/2A-*"
 
 
@@ -134,7 +142,8 @@ CELL = "cells/2A-*"
     [
         (lambda d: (d / "study.toml").unlink(), "no study.toml"),
         (lambda d: (d / "study.toml").write_text("narrow = "), "not valid TOML"),
-        (lambda d: (d / "study.toml").write_text('stop_rule = "any"'), "stop_rule"),
+        (swap("study.toml", 'stop_rule = "substantive"', 'stop_rule = "any"'), "stop_rule = 'any': must be one of"),
+        (swap("study.toml", "stop_rule", "stop_rul"), "did you mean stop_rule"),
         (lambda d: (d / "plan.json").write_text("[]"), "plan.json"),
         (edit("plan.json", lambda plan: plan["cells"].append({"phase": "9"})), "plan.json"),
         (edit("plan.json", lambda plan: plan["cells"].append(plan["cells"][0])), "are both 1 baseline"),
@@ -143,15 +152,18 @@ CELL = "cells/2A-*"
         (lambda d: next(d.glob(f"{CELL}/result.json")).unlink(), "result.json"),
         (lambda d: next(d.glob(f"{CELL}/result.json")).write_text('{"base": '), "not valid JSON"),
         (edit(f"{CELL}/result.json", lambda r: r.update(checkpoints=[])), "no checkpoints"),
-        (edit(f"{CELL}/result.json", lambda r: r["checkpoints"][0].pop("m1")), "no m1"),
+        (edit(f"{CELL}/result.json", lambda r: r["checkpoints"][0].pop("m1")), "m1 is missing"),
         (edit(f"{CELL}/result.json", lambda r: r["checkpoints"][0].update(m1=float("nan"))), "m1 = nan"),
-        (edit(f"{CELL}/result.json", lambda r: r["checkpoints"][0].update(m1=1.5)), "no mean cosine"),
+        (edit(f"{CELL}/result.json", lambda r: r["checkpoints"][0].update(m1=1.5)), "not a mean cosine"),
+        (edit(f"{CELL}/result.json", lambda r: r["checkpoints"][0].update(m1_ci95=[0.99, 0.98])), "not an interval"),
+        (edit(f"{CELL}/result.json", lambda r: r["checkpoints"][0].update(step=None)), "no step"),
+        (edit(f"{CELL}/result.json", lambda r: r["checkpoints"][0].update(m1s=0.9)), "did you mean"),
         (edit(f"{CELL}/result.json", lambda r: r["checkpoints"][0].update(eval_loss="low")), "eval_loss"),
         (edit(f"{CELL}/result.json", lambda r: r["checkpoints"][0].update(m1_ci95=[0.9])), "m1_ci95"),
         (edit(f"{CELL}/result.json", lambda r: r["checkpoints"][0].update(m1_ci95=[10**400, 10**400])), "m1_ci95"),
         (edit(f"{CELL}/result.json", lambda r: r["checkpoints"][0].update(eval_loss=10**400)), "eval_loss"),
-        (edit(f"{CELL}/result.json", lambda r: r.update(protocol=3)), "protocol is no table"),
-        (edit(f"{CELL}/cell.json", lambda cell: cell.update(notes=True)), "notes of its cell.json is no list"),
+        (edit(f"{CELL}/result.json", lambda r: r.update(protocol=3)), "protocol must be a table"),
+        (edit(f"{CELL}/cell.json", lambda cell: cell.update(notes=True)), "notes = True: must be a list"),
         (edit("frontier.json", lambda f: f["points"][0].update(scale=[0])), "frontier.json"),
         (edit("plan.json", lambda plan: plan["cells"][0].update(cell=7)), "plan.json"),
         (edit("plan.json", lambda plan: plan["cells"][0].update(cell="x" * 5000)), "plan.json"),
@@ -160,7 +172,7 @@ CELL = "cells/2A-*"
         (edit("frontier.json", lambda f: f["points"][0].pop("m1")), "frontier.json"),
         (edit("frontier.json", lambda f: f.pop("points")), "frontier.json"),
         (lambda d: (d / "calibration.json").write_text("3"), "calibration.json"),
-        (lambda d: (d / "ledger" / "r.jsonl").write_text('{"time": 3}\n'), "r.jsonl"),
+        (lambda d: (d / "ledger.jsonl").write_text('{"time": 3}\n'), "ledger.jsonl: line 1 is not a ledger entry"),
     ],
 )
 def test_what_is_wrong_is_one_line_that_names_the_culprit_and_a_mend(
@@ -177,7 +189,9 @@ def test_what_is_wrong_is_one_line_that_names_the_culprit_and_a_mend(
         read_study(tmp_path)
     message = str(error.value)
     assert culprit in message and "\n" not in message
-    assert any(mend in message for mend in ("delete", "name one", "must be", "restore", "not valid TOML"))
+    assert any(
+        mend in message for mend in ("delete", "name one", "must be", "restore", "not valid TOML", "did you mean")
+    )
 
 
 def test_any_part_may_be_missing(tmp_path: Path) -> None:
@@ -189,7 +203,7 @@ def test_any_part_may_be_missing(tmp_path: Path) -> None:
     study.file("base/behaviour.json", behaviour(0.0))
     study.frontier([(0.0, 0.9, 0.0), (1.0, 0.98, 1.0)])
     study.event("3", "r=4", "failed")
-    assert judge_study(study.read())["verdict"] == "positive"
+    assert judge_study(study.read()).verdict == "positive"
     parts = [
         *full.glob("*"),
         *full.glob("cells/*"),
@@ -207,10 +221,10 @@ def test_any_part_may_be_missing(tmp_path: Path) -> None:
             else:
                 target.unlink()
             name = re.sub(r"-0{11}[0-9]", "", part.relative_to(full).as_posix())
-            verdicts[name] = judge_study(read_study(copy))["verdict"]
+            verdicts[name] = judge_study(read_study(copy)).verdict
     assert verdicts == {
         "plan.json": "positive",
-        "ledger": "positive",  # what failed is now merely missing, and of another phase than the passer
+        "ledger.jsonl": "positive",  # what failed is now merely missing, and of another phase than the passer
         "frontier": "positive",
         "frontier.json": "positive",
         "base": "incomplete",

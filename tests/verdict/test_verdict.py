@@ -14,13 +14,13 @@ from synthetic_study import SyntheticStudy, behaviour
 from minipersona.config import DEFAULT_MODEL
 from minipersona.hub import PINNED
 from minipersona.study_config import PHASES
-from minipersona.verdict.verdict import VERDICTS, decide, judge_study
+from minipersona.verdict.verdict import VERDICTS, FailedCell, Verdict, decide, judge_study
 
 
-def verdict_of(study: SyntheticStudy) -> dict[str, Any]:
+def verdict_of(study: SyntheticStudy) -> Verdict:
     results = study.read()
-    judged = judge_study(results)
-    assert decide(results).items() <= judged.items()
+    judged, decision = judge_study(results), decide(results)
+    assert (decision.verdict, decision.recipe) == (judged.verdict, judged.recipe)
     return judged
 
 
@@ -44,8 +44,8 @@ def test_one_recipe_decides_by_its_numbers(tmp_path: Path, m1: float, learned: f
     study.baseline()
     study.cell("2A", "beta=0.1", m1, learned)
     judged = verdict_of(study)
-    assert judged["verdict"] == verdict
-    assert (judged["recipe"] is not None) == (verdict == "positive")
+    assert judged.verdict == verdict
+    assert (judged.recipe is not None) == (verdict == "positive")
 
 
 def test_among_passers_the_one_with_the_highest_learned_is_named(tmp_path: Path) -> None:
@@ -55,42 +55,42 @@ def test_among_passers_the_one_with_the_highest_learned_is_named(tmp_path: Path)
     study.cell("3", "r=8", 0.945, 0.8)
     study.cell("3", "r=16", 0.951, 0.9)
     judged = verdict_of(study)
-    assert judged["verdict"] == "positive" and judged["recipe"]["cell"] == "3 r=8"
-    assert [row["cell"] for row in judged["substantive"]["passers"]] == ["3 r=4", "3 r=8"]
-    assert "3 r=8" in judged["sentence"] and "some/model" in judged["sentence"]
+    assert judged.verdict == "positive" and judged.recipe.cell == "3 r=8"
+    assert [row.cell for row in judged.substantive.passers] == ["3 r=4", "3 r=8"]
+    assert "3 r=8" in judged.sentence and "some/model" in judged.sentence
 
 
 def test_a_baseline_that_itself_keeps_the_geometry_is_a_recipe(tmp_path: Path) -> None:
     study = SyntheticStudy(tmp_path)
     study.baseline(m1=0.949)
     judged = verdict_of(study)
-    assert judged["recipe"]["cell"] == "1 baseline step 375" and "the baseline itself" in judged["sentence"]
+    assert judged.recipe.cell == "1 baseline step 375" and "the baseline itself" in judged.sentence
 
 
 def test_the_sentence_names_what_was_tested_and_on_what(tmp_path: Path) -> None:
     study = SyntheticStudy(tmp_path, narrow="em")
     study.baseline()
     study.cell("2A", "beta=0.1", 0.975, 0.95)
-    said = verdict_of(study)["sentence"]
+    said = verdict_of(study).sentence
     tested = ["some/model", "layer 3", "Method A", "shipped personas", "emergent-misalignment data", "phases 1 and 2"]
     for part in [*tested, "within the tested space", "0.9750, 2A beta=0.1", "base 0.9000, baseline 0.9800"]:
         assert part in said, part
     assert "\n" not in said and "stands in" not in said
     tiny = SyntheticStudy(tmp_path / "tiny", {"model": "tiny", "question_set": "/somewhere/mine.jsonl"})
     tiny.baseline()
-    tiny.file("study.toml", '[data]\ntrain = "jsonl:/somewhere/rows.jsonl[0:9]"')
-    said = verdict_of(tiny)["sentence"]
+    tiny.configure("data.train=jsonl:/somewhere/rows.jsonl[0:9]")
+    said = verdict_of(tiny).sentence
     assert "the shipped personas and the questions of mine.jsonl, fine-tuned on rows.jsonl[0:9])" in said
-    assert "no evidence about large models" in said
+    assert "not evidence about large models" in said
 
 
 def test_no_folder_of_a_user_is_published(tmp_path: Path) -> None:
     own = {"model": "/somewhere/models/mine", "persona_set": "~/p.json", "question_set": "../q.jsonl"}
     study = SyntheticStudy(tmp_path, own)
     study.baseline()
-    study.file("study.toml", '[data]\ntrain = "parquet:data/rows.parquet"')
+    study.configure("data.train=parquet:data/rows.parquet")
     judged = verdict_of(study)
-    published = " ".join([judged["sentence"], *judged["deviations"]])
+    published = " ".join([judged.sentence, *judged.deviations])
     assert "on mine (layer 3" in published and "the personas of p.json and the questions of q.jsonl" in published
     assert "rows.parquet" in published and "Qwen/Qwen2.5-7B-Instruct is registered" in published
     assert not any(folder in published for folder in ("/somewhere", "~/", "../", "data/"))
@@ -99,9 +99,9 @@ def test_no_folder_of_a_user_is_published(tmp_path: Path) -> None:
 def test_every_changed_setting_is_declared(tmp_path: Path) -> None:
     study = SyntheticStudy(tmp_path)
     study.baseline()
-    assert not any("Settings" in line for line in verdict_of(study)["deviations"])  # control: it names none
-    study.file("study.toml", 'out = "here"\n[training]\nlearning_rate = 1e-3\nsteps = 375\n[lora]\nrank = 8\n')
-    (said,) = [line for line in verdict_of(study)["deviations"] if "Settings" in line]
+    assert not any("Settings" in line for line in verdict_of(study).deviations)  # control: it names none
+    study.configure("out=here", "training.learning_rate=1e-3", "training.steps=375", "lora.rank=8")
+    (said,) = [line for line in verdict_of(study).deviations if "Settings" in line]
     assert said.endswith("lora.rank = 8 (32), training.learning_rate = 0.001 (2e-05).")
 
 
@@ -109,18 +109,18 @@ def test_what_a_passer_of_an_earlier_phase_answers_is_said_and_no_condition(tmp_
     study = SyntheticStudy(tmp_path)
     study.baseline()
     study.cell("2A", "beta=0.1", 0.94, 0.9, answers=behaviour(0.3))
-    assert verdict_of(study)["hidden"] == [None]  # the base has not answered yet
+    assert verdict_of(study).hidden == (None,)  # the base has not answered yet
     study.file("base/behaviour.json", behaviour(0.01))
     judged = verdict_of(study)
-    assert judged["verdict"] == "positive" and judged["hidden"][0]["consistent"] is False
-    assert "more often misaligned than the base" in judged["sentence"]
+    assert judged.verdict == "positive" and judged.hidden[0].consistent is False
+    assert "more often misaligned than the base" in judged.sentence
 
 
 def test_a_baseline_that_teaches_nothing_leaves_learned_undefined(tmp_path: Path) -> None:
     study = SyntheticStudy(tmp_path)
     study.cell("1", "baseline", rows=[(375, 0.98, 0.009)])
     judged = verdict_of(study)
-    assert judged["verdict"] == "inconclusive" and "learned" in judged["sentence"]
+    assert judged.verdict == "inconclusive" and "learned" in judged.sentence
 
 
 REAL = {
@@ -134,10 +134,10 @@ REAL = {
 @pytest.mark.parametrize(
     "calibration, verdict",
     [
-        ({"due": True, "passed": False, "reason": "layer 20 is off"}, "not_reproduced"),
-        ({"due": True, "passed": True, "reason": ""}, "positive"),
-        ({"due": True, "passed": None, "reason": "not yet"}, "incomplete"),
-        ({"due": False, "passed": None, "reason": ""}, "positive"),
+        ((True, False, "layer 20 is off"), "not_reproduced"),
+        ((True, True), "positive"),
+        ((True, None, "not yet"), "incomplete"),
+        ((False, None), "positive"),
         (None, "incomplete"),  # this model and these sets need it
     ],
 )
@@ -146,22 +146,22 @@ def test_the_calibration_comes_before_every_verdict(tmp_path: Path, calibration:
     study.baseline()
     study.cell("2A", "beta=0.1", 0.94, 0.9)
     if calibration is not None:
-        study.file("calibration.json", calibration)
-    assert verdict_of(study)["verdict"] == verdict
+        study.calibration(*calibration)
+    assert verdict_of(study).verdict == verdict
 
 
 def test_a_failed_calibration_is_told_before_anything_is_trained(tmp_path: Path) -> None:
     study = SyntheticStudy(tmp_path, REAL)
     study.missing("1", "baseline")
-    study.file("calibration.json", {"due": True, "passed": False, "reason": "layer 20 is off"})
+    study.calibration(True, False, "layer 20 is off")
     judged = verdict_of(study)
-    assert judged["verdict"] == "not_reproduced" and "layer 20 is off" in judged["sentence"]
+    assert judged.verdict == "not_reproduced" and "layer 20 is off" in judged.sentence
 
 
 def test_a_model_without_registered_numbers_needs_no_calibration(tmp_path: Path) -> None:
     study = SyntheticStudy(tmp_path, {**REAL, "question_set": "shipped"})
     study.baseline()
-    assert verdict_of(study)["verdict"] == "h_null"
+    assert verdict_of(study).verdict == "h_null"
 
 
 # ---------------------------------------------------------------- unfinished and failed
@@ -172,7 +172,7 @@ def test_a_missing_cell_leaves_the_study_incomplete(tmp_path: Path) -> None:
     study.baseline()
     study.missing("2A", "beta=0.1")
     judged = verdict_of(study)
-    assert judged["verdict"] == "incomplete" and judged["missing"] == ["2A beta=0.1"]
+    assert judged.verdict == "incomplete" and judged.missing == ("2A beta=0.1",)
 
 
 def test_a_phase_is_judged_when_all_of_it_is_in(tmp_path: Path) -> None:
@@ -182,15 +182,15 @@ def test_a_phase_is_judged_when_all_of_it_is_in(tmp_path: Path) -> None:
     study.cell("2A", "beta=0.1", 0.94, 0.9)
     study.missing("3", "r=4")
     judged = verdict_of(study)
-    assert judged["verdict"] == "positive" and judged["missing"] == []
-    assert {row["phase"]: row["status"] for row in judged["phases"]} == {
+    assert judged.verdict == "positive" and judged.missing == ()
+    assert {row.phase: row.status for row in judged.phases} == {
         "1": "complete",
         "2A": "complete",
         "3": "skipped",
     }
     study.missing("2B", "lambda=0.1")
     judged = verdict_of(study)
-    assert judged["verdict"] == "incomplete" and judged["missing"] == ["2B lambda=0.1", "3 r=4"]
+    assert judged.verdict == "incomplete" and judged.missing == ("2B lambda=0.1", "3 r=4")
 
 
 def test_an_exhaustive_search_skips_nothing(tmp_path: Path) -> None:
@@ -199,8 +199,8 @@ def test_an_exhaustive_search_skips_nothing(tmp_path: Path) -> None:
     study.cell("2A", "beta=0.1", 0.94, 0.9)
     study.missing("3", "r=4")
     judged = verdict_of(study)
-    assert judged["verdict"] == "positive" and judged["missing"] == ["3 r=4"]
-    assert judged["phases"][-1]["status"] == "not run"
+    assert judged.verdict == "positive" and judged.missing == ("3 r=4",)
+    assert judged.phases[-1].status == "not run"
 
 
 def test_phases_that_were_skipped_for_a_passer_need_that_passer(tmp_path: Path) -> None:
@@ -209,12 +209,12 @@ def test_phases_that_were_skipped_for_a_passer_need_that_passer(tmp_path: Path) 
     study.cell("2A", "beta=0.1", 0.94, 0.9)
     study.event("3", "r=4", "skipped")
     judged = verdict_of(study)
-    assert judged["verdict"] == "positive" and judged["phases"][-1]["status"] == "skipped"
+    assert judged.verdict == "positive" and judged.phases[-1].status == "skipped"
     other = SyntheticStudy(tmp_path / "other")  # as after a change of the stop rule
     other.baseline()
     other.event("3", "r=4", "skipped")
     judged = verdict_of(other)
-    assert judged["verdict"] == "incomplete" and judged["phases"][-1]["outcome"] == "incomplete"
+    assert judged.verdict == "incomplete" and judged.phases[-1].outcome == "incomplete"
 
 
 def test_a_failed_cell_forbids_h_null_and_no_positive(tmp_path: Path) -> None:
@@ -222,10 +222,10 @@ def test_a_failed_cell_forbids_h_null_and_no_positive(tmp_path: Path) -> None:
     study.baseline()
     study.event("2A", "beta=0.1", "failed", error="loss is not finite")
     judged = verdict_of(study)
-    assert judged["verdict"] == "inconclusive"
-    assert judged["failed"] == [{"cell": "2A beta=0.1", "error": "loss is not finite"}]
+    assert judged.verdict == "inconclusive"
+    assert judged.failed == (FailedCell("2A beta=0.1", "loss is not finite"),)
     study.cell("2B", "lambda=0.1", 0.94, 0.9)
-    assert verdict_of(study)["verdict"] == "positive"
+    assert verdict_of(study).verdict == "positive"
 
 
 def test_without_a_baseline_nothing_is_concluded(tmp_path: Path) -> None:
@@ -233,12 +233,12 @@ def test_without_a_baseline_nothing_is_concluded(tmp_path: Path) -> None:
     study.event("1", "baseline", "failed", error="out of memory")
     study.cell("2A", "beta=0.1", 0.94, 0.9)
     judged = verdict_of(study)
-    assert judged["verdict"] == "incomplete" and "baseline failed" in judged["sentence"]
+    assert judged.verdict == "incomplete" and "baseline failed" in judged.sentence
 
 
 def test_a_study_without_any_cell_is_incomplete(tmp_path: Path) -> None:
     judged = verdict_of(SyntheticStudy(tmp_path))
-    assert judged["verdict"] == "incomplete" and judged["gpu_hours"] is None
+    assert judged.verdict == "incomplete" and judged.gpu_hours is None
 
 
 # ---------------------------------------------------------------- hollow passes, and the two rules
@@ -249,27 +249,27 @@ def test_a_base_like_step_passes_the_registered_rule_only(tmp_path: Path) -> Non
     study.baseline()
     judged = verdict_of(study)
     hollow = ["1 baseline step 10", "1 baseline step 25"]
-    assert [row["cell"] for row in judged["registered"]["passers"]] == hollow
-    assert judged["substantive"]["passers"] == [] and judged["verdict"] == "h_null"
-    assert [row["cell"] for row in judged["close"]] == [*hollow, "1 baseline step 50"]
-    assert any("substantive" in line for line in judged["deviations"])
+    assert [row.cell for row in judged.registered.passers] == hollow
+    assert judged.substantive.passers == () and judged.verdict == "h_null"
+    assert [row.cell for row in judged.close] == [*hollow, "1 baseline step 50"]
+    assert any("substantive" in line for line in judged.deviations)
 
 
 def test_control_the_registered_stop_rule_takes_the_hollow_pass(tmp_path: Path) -> None:
     study = SyntheticStudy(tmp_path, stop_rule="registered")
     study.baseline()
     judged = verdict_of(study)
-    assert judged["verdict"] == "positive" and judged["recipe"]["cell"] == "1 baseline step 25"
-    assert "shows little" in judged["sentence"] and not any("substantive" in line for line in judged["deviations"])
+    assert judged.verdict == "positive" and judged.recipe.cell == "1 baseline step 25"
+    assert "shows little" in judged.sentence and not any("substantive" in line for line in judged.deviations)
 
 
 def test_a_loss_beyond_twice_the_baseline_is_no_pass(tmp_path: Path) -> None:
     study = SyntheticStudy(tmp_path, stop_rule="registered")
     study.cell("1", "baseline", rows=[(375, 0.98, 1.0)])
     study.cell("2A", "beta=0.1", 0.94, -0.001)
-    assert verdict_of(study)["verdict"] == "h_null"
+    assert verdict_of(study).verdict == "h_null"
     study.cell("2A", "beta=0.2", 0.94, 0.0)  # just twice
-    assert verdict_of(study)["verdict"] == "positive"
+    assert verdict_of(study).verdict == "positive"
 
 
 # ---------------------------------------------------------------- seeds
@@ -281,12 +281,12 @@ def test_a_recipe_passes_where_all_of_its_seeds_do(tmp_path: Path) -> None:
     study.cell("2A", "beta=0.1", 0.94, 0.9)
     study.cell("2A", "beta=0.1 seed=43", 0.951, 0.95, seed=43)
     judged = verdict_of(study)
-    assert judged["verdict"] == "inconclusive" and any("43" in line for line in judged["deviations"])
+    assert judged.verdict == "inconclusive" and any("43" in line for line in judged.deviations)
     study.cell("2A", "beta=0.2", 0.94, 0.9)
     study.cell("2A", "beta=0.2 seed=43", 0.9499, 0.8, seed=43)
-    recipe = verdict_of(study)["recipe"]
-    assert recipe["seeds"] == [42, 43] and recipe["learned"] == pytest.approx(0.85)
-    assert recipe["m1_spread"] == pytest.approx(0.0099)
+    recipe = verdict_of(study).recipe
+    assert recipe is not None and recipe.seeds == (42, 43) and recipe.learned == pytest.approx(0.85)
+    assert recipe.m1_spread == pytest.approx(0.0099)
 
 
 def test_every_seed_bears_witness(tmp_path: Path) -> None:
@@ -295,12 +295,12 @@ def test_every_seed_bears_witness(tmp_path: Path) -> None:
     study.baseline()
     study.cell("2A", "beta=0.1", 0.965, 0.95)
     study.cell("2A", "beta=0.1 seed=43", 0.99, 0.6, seed=43)
-    assert verdict_of(study)["verdict"] == "inconclusive"
+    assert verdict_of(study).verdict == "inconclusive"
     other = SyntheticStudy(tmp_path / "other")
     other.baseline()
     other.cell("2A", "beta=0.1", 0.975, 0.95)
     other.cell("2A", "beta=0.1 seed=43", 0.96, 0.6, seed=43)
-    assert verdict_of(other)["verdict"] == "h_null"
+    assert verdict_of(other).verdict == "h_null"
 
 
 # ---------------------------------------------------------------- phase 5's consistency
@@ -329,8 +329,8 @@ def em_study(path: Path, mixed: float | None, unmixed: float | None = 0.4, narro
 )
 def test_a_pass_of_phase_5_needs_consistency(tmp_path: Path, mixed: float | None, narrow: str, verdict: str) -> None:
     judged = verdict_of(em_study(tmp_path, mixed, narrow=narrow))
-    assert judged["verdict"] == verdict
-    assert judged["pending"] == (["5A 75:25"] if verdict == "incomplete" else [])
+    assert judged.verdict == verdict
+    assert judged.pending == (("5A 75:25",) if verdict == "incomplete" else ())
 
 
 def test_misalignment_that_is_merely_suppressed_is_no_pass(tmp_path: Path) -> None:
@@ -343,21 +343,21 @@ def test_misalignment_that_is_merely_suppressed_is_no_pass(tmp_path: Path) -> No
     study.cell("5A", "90:10", 0.94, 0.9, answers=hidden)
     for path in study.directory.glob("cells/EM-*/result.json"):
         study.file(str(path.parent.relative_to(study.directory) / "behaviour.json"), unmixed)
-    row = next(r for r in verdict_of(study)["phases"] if r["phase"] == "5A")
-    assert row["passers"] == []
+    row = next(r for r in verdict_of(study).phases if r.phase == "5A")
+    assert row.passers == ()
     clean = study.cell("5A", "95:5", 0.94, 0.9, answers=behaviour(0.0))
-    row = next(r for r in verdict_of(study)["phases"] if r["phase"] == "5A")
-    assert row["passers"] == ["5A 95:5"] and clean.is_dir()
+    row = next(r for r in verdict_of(study).phases if r.phase == "5A")
+    assert row.passers == ("5A 95:5",) and clean.is_dir()
 
 
 def test_the_reference_is_waited_for_unless_it_failed(tmp_path: Path) -> None:
-    assert verdict_of(em_study(tmp_path / "waits", 0.01, unmixed=None))["verdict"] == "incomplete"
+    assert verdict_of(em_study(tmp_path / "waits", 0.01, unmixed=None)).verdict == "incomplete"
     study = SyntheticStudy(tmp_path / "failed", narrow="em")
     study.baseline()
     study.event("EM", "unmixed", "failed")
     study.cell("5A", "75:25", 0.94, 0.9, answers=behaviour(0.01))
     study.file("base/behaviour.json", behaviour(0.01))
-    assert verdict_of(study)["verdict"] == "inconclusive"
+    assert verdict_of(study).verdict == "inconclusive"
 
 
 def test_the_unmixed_reference_is_no_recipe(tmp_path: Path) -> None:
@@ -365,7 +365,7 @@ def test_the_unmixed_reference_is_no_recipe(tmp_path: Path) -> None:
     study.baseline()
     study.cell("EM", "unmixed", 0.90, 1.0, answers=behaviour(0.4))
     judged = verdict_of(study)
-    assert judged["verdict"] == "h_null" and judged["phases"][-1]["outcome"] == "reference"
+    assert judged.verdict == "h_null" and judged.phases[-1].outcome == "reference"
 
 
 def test_a_judge_that_cannot_score_leaves_a_pass_open_and_the_verdict_says_so(tmp_path: Path) -> None:
@@ -378,13 +378,13 @@ def test_a_judge_that_cannot_score_leaves_a_pass_open_and_the_verdict_says_so(tm
     for path in study.directory.glob("cells/5A-75-25-*"):
         study.file(str(path.relative_to(study.directory) / "behaviour.json"), mute)
     judged = verdict_of(study)
-    assert judged["verdict"] == "inconclusive" and judged["pending"] == []
-    assert [row["cell"] for row in judged["undecided"]] == ["5A 75:25", "5B 1:1"]
-    assert "leaves the pass open of 5A 75:25, 5B 1:1, since the judge could score too few" in judged["sentence"]
-    assert judged["hypotheses"]["H5"]["verdict"] == "undecided"
+    assert judged.verdict == "inconclusive" and judged.pending == ()
+    assert [row.cell for row in judged.undecided] == ["5A 75:25", "5B 1:1"]
+    assert "leaves the pass of 5A 75:25, 5B 1:1 open, since the judge could score too few" in judged.sentence
+    assert judged.hypotheses["H5"].verdict == "undecided"
     study.cell("2A", "beta=0.1", 0.94, 0.99, answers=mute)
     judged = verdict_of(study)
-    assert judged["verdict"] == "positive" and "Whether misalignment hides in it is not known" in judged["sentence"]
+    assert judged.verdict == "positive" and "Whether it hides misalignment is not known" in judged.sentence
 
 
 def test_a_pass_that_is_open_forbids_h_null_and_one_that_is_none_does_not(tmp_path: Path) -> None:
@@ -396,7 +396,7 @@ def test_a_pass_that_is_open_forbids_h_null_and_one_that_is_none_does_not(tmp_pa
         study.baseline()
         study.cell("5A", "75:25", 0.94, 0.6, answers=answers)
         study.file("base/behaviour.json", behaviour(0.01))
-        assert verdict_of(study)["verdict"] == verdict
+        assert verdict_of(study).verdict == verdict
 
 
 # ---------------------------------------------------------------- ineffective cells
@@ -407,10 +407,10 @@ def test_an_ineffective_cell_is_no_evidence(tmp_path: Path) -> None:
     study.baseline()
     study.cell("2A", "beta=0.1", 0.98, 1.0)
     study.cell("2B", "lambda=0.1", 0.98, 1.0, labels=("ineffective",))
-    h2 = verdict_of(study)["hypotheses"]["H2"]
-    assert h2["verdict"] == "undecided" and h2["numbers"]["ineffective"] == ["2B lambda=0.1"]
+    h2 = verdict_of(study).hypotheses["H2"]
+    assert h2.verdict == "undecided" and h2.numbers.ineffective == ("2B lambda=0.1",)
     study.cell("2B", "lambda=1", 0.98, 1.0)
-    assert verdict_of(study)["hypotheses"]["H2"]["verdict"] == "refuted"
+    assert verdict_of(study).hypotheses["H2"].verdict == "refuted"
 
 
 def test_an_ineffective_cell_bears_no_witness_for_h_null_but_against_it(tmp_path: Path) -> None:
@@ -418,7 +418,7 @@ def test_an_ineffective_cell_bears_no_witness_for_h_null_but_against_it(tmp_path
         made = SyntheticStudy(path)
         made.cell("1", "baseline", rows=[(375, 0.98, 1.0)], labels=("ineffective",))  # no other witness
         made.cell("2B", "lambda=0.1", m1, 1.0, labels=labels)
-        return str(verdict_of(made)["verdict"])
+        return str(verdict_of(made).verdict)
 
     assert study(tmp_path / "a", 0.98, ("ineffective",)) == "inconclusive"
     assert study(tmp_path / "b", 0.98, ()) == "h_null"
@@ -426,7 +426,7 @@ def test_an_ineffective_cell_bears_no_witness_for_h_null_but_against_it(tmp_path
     other = SyntheticStudy(tmp_path / "d")
     other.baseline()
     other.cell("2B", "lambda=0.1", 0.96, 1.0, labels=("ineffective",))
-    assert verdict_of(other)["verdict"] == "inconclusive"
+    assert verdict_of(other).verdict == "inconclusive"
 
 
 # ---------------------------------------------------------------- properties
@@ -461,10 +461,10 @@ def test_the_verdict_is_one_of_five_and_names_a_recipe_where_positive(
     tmp_path_factory: pytest.TempPathFactory, cells: list[tuple[str, float, float, str]], rule: str
 ) -> None:
     judged = verdict_of(made(tmp_path_factory.mktemp("study"), cells, rule))
-    assert judged["verdict"] in VERDICTS and judged["sentence"]
-    assert (judged["recipe"] is not None) == (judged["verdict"] == "positive")
-    if judged["recipe"]:
-        assert judged["recipe"][f"{rule}_pass"] is True and judged["recipe"]["m1"] < 0.95
+    assert judged.verdict in VERDICTS and judged.sentence
+    assert (judged.recipe is not None) == (judged.verdict == "positive")
+    if judged.recipe:
+        assert getattr(judged.recipe, f"{rule}_pass") is True and judged.recipe.m1 < 0.95
 
 
 @MANY
@@ -472,9 +472,9 @@ def test_the_verdict_is_one_of_five_and_names_a_recipe_where_positive(
 def test_a_failing_recipe_makes_nothing_positive(
     tmp_path_factory: pytest.TempPathFactory, cells: list[tuple[str, float, float, str]], m1: float, learned: float
 ) -> None:
-    before = verdict_of(made(tmp_path_factory.mktemp("before"), cells))["verdict"]
+    before = verdict_of(made(tmp_path_factory.mktemp("before"), cells)).verdict
     more = [*cells, ("3", m1, learned, "done")]
-    after = verdict_of(made(tmp_path_factory.mktemp("after"), more))["verdict"]
+    after = verdict_of(made(tmp_path_factory.mktemp("after"), more)).verdict
     assert before == "positive" or after != "positive"
 
 
@@ -486,10 +486,10 @@ def test_the_order_of_cells_does_not_matter(
     results = made(tmp_path_factory.mktemp("study"), cells).read()
     others = list(results.cells)
     shuffled.shuffle(others)
-    one, two = judge_study(results), judge_study(replace(results, cells=others))
-    assert one["verdict"] == two["verdict"]
-    assert {name: h["verdict"] for name, h in one["hypotheses"].items()} == {
-        name: h["verdict"] for name, h in two["hypotheses"].items()
+    one, two = judge_study(results), judge_study(replace(results, cells=tuple(others)))
+    assert one.verdict == two.verdict
+    assert {name: h.verdict for name, h in one.hypotheses.items()} == {
+        name: h.verdict for name, h in two.hypotheses.items()
     }
-    if one["recipe"] is not None and two["recipe"] is not None:
-        assert one["recipe"]["learned"] == two["recipe"]["learned"]
+    if one.recipe is not None and two.recipe is not None:
+        assert one.recipe.learned == two.recipe.learned

@@ -1,0 +1,328 @@
+"""The jobs of a study: what each leaves behind, and how it is done.
+
+    MeasureBase         the untouched model's measurement, which every cell takes over, and the calibration on it
+    TrainCell           a cell: trained, measured, judged and published
+    WriteResponses      the responses that a cell of phase 4B is trained on
+    MeasureFrontier     the baseline's own update, scaled down
+    AskSuite            a suite of answers of the base or of a cell
+    MeasureEveryLayer   M1 at every layer of a positive recipe, beside base and baseline
+
+Files that belong to the study as a whole carry the baseline's hash: where it is another, they are made again.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from minipersona.behaviour.instructions.suite import instruction_suite
+from minipersona.behaviour.roleplay import write_roleplay
+from minipersona.behaviour.suite import behaviour_suite
+from minipersona.console import Console
+from minipersona.corpus.mixtures import training_personas
+from minipersona.corpus.sources import read_source
+from minipersona.files import digest, explained, read_json, read_jsonl, rewrite_jsonl, write_json
+from minipersona.geometry.extraction import extract
+from minipersona.geometry.measures import m1
+from minipersona.model.network import Qwen2
+from minipersona.objective import OBJECTIVE_CHECK
+from minipersona.objective.noise_check import NoiseCheck
+from minipersona.records import to_dict, write_record
+from minipersona.run.directory import PROBES, training_seconds, vectors_file
+from minipersona.run.evaluate import evaluate_run
+from minipersona.run.measurement import Instruments, measure
+from minipersona.run.train import carry_out
+from minipersona.study.cell import Cell
+from minipersona.study.frontier import measure_frontier
+from minipersona.study.worker import Job, Worker
+from minipersona.training.checkpoint import stored_position
+from minipersona.verdict.calibration import Calibration, calibrate
+from minipersona.verdict.files import CellRecord, Frontier, Sweep, SweptLayer, SweptRecipe, read_optional
+from minipersona.verdict.recipe_results import INEFFECTIVE
+
+# ---------------------------------------------------------------- a cell
+
+
+@dataclass(frozen=True)
+class TrainCell(Job):
+    """A cell. It is made in a directory of its own, from where an earlier attempt stopped, and then gets its name."""
+
+    cell: Cell
+
+    @property
+    def id(self) -> str:
+        return self.cell.id
+
+    @property
+    def phase(self) -> str:
+        return self.cell.recipe.phase
+
+    @property
+    def name(self) -> str:
+        return self.cell.recipe.name
+
+    def done(self) -> bool:
+        return self.study.published(self.cell)
+
+    def carry_out(self, worker: Worker) -> None:
+        study, directory = self.study, self.study.attempts / self.cell.id
+        began_at = stored_position(directory).step
+        started, before = time.monotonic(), training_seconds(directory)
+        config = study.placed_config(self.cell)
+        carry_out(config, directory, worker.resources, worker.distributed, worker.console, base=study.base)
+        write_record(directory / "result.json", evaluate_run(directory, worker.distributed.device, Console(quiet=True)))
+        seconds = before + time.monotonic() - started
+        on_gpu = worker.distributed.device.type == "cuda"
+        write_record(directory / "cell.json", cell_record(self.cell, directory, began_at, seconds, on_gpu))
+        publish(directory, study.cell_directory(self.cell))
+
+
+def publish(private: Path, target: Path) -> None:
+    """Give an attempt's directory its cell's name. UserError where another directory has it: nothing is replaced."""
+    with explained(target):
+        os.rename(private, target)  # onto a directory that is not empty it fails
+
+
+def cell_record(cell: Cell, directory: Path, began_at: int, seconds: float, on_gpu: bool) -> CellRecord:
+    """The content of cell.json; `began_at` is the step of the rolling checkpoint that the last attempt began with."""
+    check = read_optional(directory / OBJECTIVE_CHECK, NoiseCheck)
+    notes = [f"continued at step {began_at} from an attempt that was interrupted"] if began_at else []
+    if skipped := sum("skipped" in row for row in read_jsonl(directory / "metrics.jsonl")):
+        notes.append(f"{skipped} steps were skipped; metrics.jsonl says why")
+    return CellRecord(
+        phase=cell.recipe.phase,
+        name=cell.recipe.name,
+        hash=cell.hash,
+        seed=cell.recipe.config.seed,
+        knobs=cell.recipe.knobs,
+        notes=tuple(notes),
+        labels=(INEFFECTIVE,) if check is not None and not check.effective else (),
+        objective_check=check,
+        gpu_seconds=seconds if on_gpu else None,
+        seconds=seconds,
+    )
+
+
+@dataclass(frozen=True)
+class WriteResponses(Job):
+    """The base model's responses in persona, for a cell of phase 4B."""
+
+    cell: Cell
+    phase = "4B"
+    name = "writing responses"
+
+    @property
+    def file(self) -> Path:
+        """What is written, line by line; its report, beside it, comes last."""
+        return self.study.responses_file(self.cell.recipe.config.seed)
+
+    @property
+    def id(self) -> str:
+        return f"role-play-{self.file.stem}"
+
+    def done(self) -> bool:
+        return self.file.with_suffix(".json").is_file()
+
+    def carry_out(self, worker: Worker) -> None:
+        config, section = self.cell.recipe.config, self.study.config.role_play
+        report = write_roleplay(
+            worker.resources.model(config),
+            worker.resources.tokenizer(config),
+            read_source(config.data.train),
+            training_personas(),
+            self.file,
+            worker.console,
+            seed=config.seed,
+            max_new_tokens=section.max_new_tokens,
+            max_prompt_tokens=config.data.max_tokens,
+            temperature=section.temperature,
+            batch=self.study.config.behaviour.batch,
+        )
+        write_json(self.file.with_suffix(".json"), report)
+
+
+# ---------------------------------------------------------------- of the study as a whole
+
+
+@dataclass(frozen=True)
+class StudyFile(Job):
+    """A job that leaves a JSON file in the study's directory: a record that holds the baseline's hash."""
+
+    phase = "1"
+    file = ""
+    record: ClassVar[type[Calibration] | type[Frontier]]
+
+    @property
+    def path(self) -> Path:
+        """The file, which is written last."""
+        return self.study.directory / self.file
+
+    @property
+    def id(self) -> str:
+        return f"{self.path.stem}-{self.study.baseline.hash[:12]}"
+
+    def done(self) -> bool:
+        stored = read_optional(self.path, self.record)
+        return stored is not None and stored.baseline == self.study.baseline.hash
+
+
+@dataclass(frozen=True)
+class MeasureBase(StudyFile):
+    """Writes base/probes.jsonl, base/vectors/ and calibration.json."""
+
+    file = "calibration.json"
+    record = Calibration
+    name = "base"
+
+    def carry_out(self, worker: Worker) -> None:
+        config, directory = self.study.baseline.recipe.config, self.study.base
+        instruments, model = worker.resources.instruments(config), worker.resources.model(config)
+        protocol = instruments.protocol(model)
+        metrics, vectors = measure(model, instruments, worker.console)
+        vectors.save(vectors_file(directory, 0))
+        rewrite_jsonl(directory / PROBES, [to_dict(metrics.at_step(0, protocol.digest))])
+        write_record(self.path, calibrate(protocol, metrics.m1_by_layer, self.study.baseline.hash))
+
+
+@dataclass(frozen=True)
+class MeasureFrontier(StudyFile):
+    """Writes frontier.json, and the vectors of its points."""
+
+    file = "frontier.json"
+    record = Frontier
+    name = "frontier"
+
+    def carry_out(self, worker: Worker) -> None:
+        measure_frontier(self.study, worker)
+
+
+@dataclass(frozen=True)
+class MeasureEveryLayer(Job):
+    """Writes sweep.json, for a recipe by its first cell and the step at which it passed (None: the last)."""
+
+    cell: Cell
+    step: int | None
+    recipe_name: str
+
+    @property
+    def id(self) -> str:
+        return f"sweep-{self.cell.id}-{self.step or 'last'}"
+
+    @property
+    def phase(self) -> str:
+        return self.cell.recipe.phase
+
+    @property
+    def name(self) -> str:
+        return f"every layer of {self.phase} {self.recipe_name}"
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self.study.directory / "sweep.json"
+
+    @property
+    def _recipe(self) -> SweptRecipe:
+        return SweptRecipe(self.cell.id, self.phase, self.recipe_name, self.step)
+
+    def done(self) -> bool:
+        stored = read_optional(self.path, Sweep)
+        return stored is not None and stored.recipe == self._recipe
+
+    def carry_out(self, worker: Worker) -> None:
+        study = self.study
+        config, last = study.baseline.recipe.config, study.baseline.recipe.config.training.steps
+        instruments = worker.resources.instruments(config)
+
+        def trained(cell: Cell, step: int) -> dict[str, float]:
+            model = worker.trained_model(study.placed_config(cell), study.cell_directory(cell), step)
+            return every_layer(instruments, model)
+
+        base = every_layer(instruments, worker.resources.model(config))
+        baseline, recipe = trained(study.baseline, last), trained(self.cell, self.step or last)
+        layers = {layer: SweptLayer(base[layer], baseline[layer], recipe[layer]) for layer in base}
+        write_record(self.path, Sweep(self._recipe, layers))
+
+
+def every_layer(instruments: Instruments, model: Qwen2) -> dict[str, float]:
+    """M1 at each layer of a model."""
+    vectors = extract(
+        model,
+        instruments.tokenizer,
+        instruments.personas.prompts,
+        instruments.questions.questions,
+        range(model.config.num_hidden_layers),
+        pack_tokens=instruments.pack_tokens,
+    )
+    return {str(layer): m1(vectors.mean(layer)) for layer in vectors.layers}
+
+
+# ---------------------------------------------------------------- suites of answers
+
+
+@dataclass(frozen=True)
+class AskSuite(Job):
+    """A suite of answers of a cell's model at a step (None: its last), or of the base, where `cell` is None.
+
+    Done where it was asked of this step, by these settings. Answers that are kept are not asked for again.
+    """
+
+    suite: Literal["behaviour", "instructions"]
+    cell: Cell | None = None
+    step: int | None = None
+
+    @property
+    def id(self) -> str:
+        return f"{'base' if self.cell is None else self.cell.id}+{self.suite}-{self._at}"
+
+    @property
+    def phase(self) -> str:
+        return "1" if self.cell is None else self.cell.recipe.phase
+
+    @property
+    def name(self) -> str:
+        whose = "the base" if self.cell is None else self.cell.recipe.name
+        return f"{self.suite} of {whose}" + ("" if self.step is None else f" step {self.step}")
+
+    @property
+    def directory(self) -> Path:
+        """Where the answers and what they come to are written."""
+        return self.study.base if self.cell is None else self.study.cell_directory(self.cell)
+
+    @property
+    def _at(self) -> int:
+        return 0 if self.cell is None else self.step or self.cell.recipe.config.training.steps
+
+    @property
+    def _about(self) -> dict[str, Any]:
+        return {"step": self._at, "settings_digest": digest(to_dict(getattr(self.study.config, self.suite)))}
+
+    def done(self) -> bool:
+        path = self.directory / f"{self.suite}.json"
+        return path.is_file() and self._about.items() <= read_json(path).items()
+
+    def carry_out(self, worker: Worker) -> None:
+        study, config = self.study.config, self.study.baseline.recipe.config
+        if self.cell is None:
+            model = worker.resources.model(config)
+        else:
+            model = worker.trained_model(self.study.placed_config(self.cell), self.directory, self._at)
+        tokenizer = worker.resources.tokenizer(config)
+        if self.suite == "behaviour":
+            base = None if config.training.method == "lora" else worker.resources.model(config)
+            behaviour_suite(model, tokenizer, self.directory, study.behaviour, worker.console, base=base)
+        else:
+            instruction_suite(
+                model,
+                tokenizer,
+                self.directory,
+                study.instructions.file or None,
+                worker.console,
+                max_new_tokens=study.instructions.max_new_tokens,
+                batch=study.behaviour.batch,
+            )
+        path = self.directory / f"{self.suite}.json"
+        write_json(path, {**read_json(path), **self._about})

@@ -1,0 +1,37 @@
+"""The calibration gate: the predecessor's numbers pass, a layer counted one off does not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from synthetic_study import PROTOCOL
+
+from minipersona.verdict.calibration import PREDECESSOR, calibrate
+
+REGISTERED = replace(
+    PROTOCOL,
+    model="Qwen/Qwen2.5-7B-Instruct",
+    revision="a09a35458c702b33eeacc393d103063234e8bc28",
+    persona_set="registered",
+    question_set="registered",
+)
+BASE = {str(layer): m1 for layer, m1 in PREDECESSOR.items()}
+
+
+def test_the_calibration_passes_on_the_predecessor_s_numbers_and_fails_one_layer_off() -> None:
+    assert calibrate(REGISTERED, {layer: m1 + 0.0029 for layer, m1 in BASE.items()}, "hash").passed is True
+    found = calibrate(REGISTERED, {**BASE, "27": BASE["27"] - 0.0031}, "hash")
+    assert found.passed is False and "at layers 27" in found.reason and found.baseline == "hash"
+    assert [layer for layer, row in found.layers.items() if not row.within] == ["27"]
+    # Layers counted one too high: layer 20 alone would not have noticed.
+    shifted = calibrate(REGISTERED, {**BASE, "20": BASE["21"], "14": 0.945}, "hash")
+    assert shifted.layers["20"].within and shifted.passed is False
+
+
+@pytest.mark.parametrize(
+    "key, value", [("model", "tiny"), ("method", "B"), ("question_set", "shipped"), ("revision", "x")]
+)
+def test_the_calibration_is_due_only_where_the_predecessor_measured(key: str, value: str) -> None:
+    found = calibrate(replace(REGISTERED, **{key: value}), {"6": 0.9}, "hash")
+    assert (found.due, found.passed, found.layers) == (False, None, {})
