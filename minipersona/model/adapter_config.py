@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from reprlib import repr as brief
@@ -175,7 +175,7 @@ class _Reader:
     path: Path
     raw: dict[str, Any]
 
-    def number(self, key: str, value: Any, valid: Any, wanted: str) -> Any:
+    def number(self, key: str, value: Any, valid: Callable[[Any], bool], wanted: str) -> Any:
         if not valid(value):
             raise UserError(f"{self.path}: {key} = {brief(value)} must be {wanted}; is the file damaged?")
         return value
@@ -201,7 +201,7 @@ class _Reader:
             self._compiled(key, rf"(?:^|.*?\.){text}\.(?P<idx>\d+)\.", text)
         return texts
 
-    def pattern(self, key: str, valid: Any, wanted: str) -> dict[str, Any]:
+    def pattern(self, key: str, valid: Callable[[Any], bool], wanted: str) -> dict[str, Any]:
         """A mapping from regular expressions to numbers."""
         value = self.raw.get(key) or {}
         if not isinstance(value, dict):
