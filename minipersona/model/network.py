@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minipersona.model.acceleration.fused_linear import FusedLinear, refresh
+from minipersona.model.adapter_config import AdapterConfig
 from minipersona.model.attention import Scope, Spans, WithinDocuments
 from minipersona.model.config import ModelConfig
 from minipersona.model.lora import Linear
@@ -170,6 +171,7 @@ class Qwen2(nn.Module):
                    step of generation uses a flash kernel and a CUDA graph. False: the plain path, equal to rounding
     source         where the weights came from
     generation     what generation_config.json says there, for copies of the model that are saved
+    lora           the form of the adapters that are attached; None where there are none
     """
 
     def __init__(self, config: ModelConfig, compute_dtype: torch.dtype = torch.float32) -> None:
@@ -179,6 +181,7 @@ class Qwen2(nn.Module):
         self.fused = True
         self.source: dict[str, str | None] = {}
         self.generation: dict[str, Any] = {}
+        self.lora: AdapterConfig | None = None
         self.model = Decoder(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_head()

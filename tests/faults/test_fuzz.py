@@ -110,7 +110,7 @@ def gguf_files(folder: Path) -> Reader:
 
 def adapters(folder: Path) -> Reader:
     model, config = small_model(), LoraConfig(rank=2, alpha=4.0, targets=("q_proj", "down_proj"))
-    save_adapter(apply_lora(model, config), folder / "a", config)
+    save_adapter(apply_lora(model, config), folder / "a")
     return Reader(folder / "a", lambda: load_adapter(model, folder / "a"))
 
 

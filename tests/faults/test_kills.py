@@ -86,7 +86,7 @@ SAVES = {
             with torch.no_grad():
                 for adapter in adapters(model).values():
                     adapter.lora_B.fill_(1.0 if what == "old" else 2.0)
-            save_adapter(model, where / "state", config)
+            save_adapter(model, where / "state")
     """,
     "vectors": """
         import torch

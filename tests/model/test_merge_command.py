@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from minipersona.model.__main__ import main
 from minipersona.model.adapter_files import load_adapter, save_adapter
 from minipersona.model.generation import Request, generate
 from minipersona.model.load import load_model
-from minipersona.model.lora import adapters, apply_lora, merge_adapter
+from minipersona.model.lora import adapters, apply_lora, merge_adapter, merge_and_compare
 
 ROOT = Path(__file__).parents[2]
 IDS = torch.randint(0, 160, (2, 17), generator=torch.Generator().manual_seed(3))
@@ -46,7 +47,7 @@ def adapter(hf_model: Callable[..., Path], tmp_path: Path) -> Callable[..., Path
         with torch.no_grad():
             for adapter in adapters(model).values():
                 adapter.lora_B.normal_(0, 0.1, generator=generator)
-        save_adapter(model, tmp_path / "adapter", LORA)
+        save_adapter(model, tmp_path / "adapter")
         return tmp_path / "adapter"
 
     return make
@@ -87,9 +88,53 @@ def test_bfloat16_rounds_once_and_the_adapter_names_its_base(
     assert json.loads((out / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
+def tiny_updates(base: Path, directory: Path, size: float) -> None:
+    """An adapter whose updates are about `size`, where weights are about 0.1."""
+    model = apply_lora(load_model(str(base)), LORA)
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for adapter in adapters(model).values():
+            adapter.lora_B.normal_(0, size, generator=generator)
+    save_adapter(model, directory)
+
+
+def test_what_rounding_takes_from_an_adapter_is_said(
+    hf_model: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # The next bf16 number after a weight of 0.1 is 5e-4 away: a smaller update rounds to nothing.
+    base = hf_model()
+    for size, least, most in ((5e-5, 0.5, 1.5), (0.3, 0.0, 0.05)):
+        tiny_updates(base, tmp_path / f"{size}", size)
+        half = load_model(str(base), dtype=torch.bfloat16)
+        load_adapter(half, tmp_path / f"{size}")
+        share = merge_and_compare(half, IDS[:1])
+        assert least < share < most, share
+        assert half.compute_dtype == torch.bfloat16 and not adapters(half)
+        assert main(["merge", "--adapter", str(tmp_path / f"{size}"), "--out", str(tmp_path / f"merged-{size}")]) == 0
+        said = next(line for line in capsys.readouterr().err.splitlines() if "rounding to bfloat16" in line)
+        assert ("--dtype float32 keeps it" in said) == (size < 0.1)
+        found = re.search(r"by (\d+)%", said)
+        assert found is not None and round(100 * least) <= int(found[1]) <= 100 * most
+
+    # fp32 keeps the small adapter's effect, as it says.
+    whole = load_model(str(base), dtype=torch.float32)
+    plain = whole.logits(IDS)
+    load_adapter(whole, tmp_path / "5e-05")
+    unmerged = whole.logits(IDS)
+    command = ["merge", "--adapter", str(tmp_path / "5e-05"), "--out", str(tmp_path / "exact"), "--dtype", "float32"]
+    assert main(command) == 0
+    assert "rounding to" not in capsys.readouterr().err
+    merged = load_model(str(tmp_path / "exact")).logits(IDS)
+    assert (merged - unmerged).norm() < 0.01 * (unmerged - plain).norm()
+
+
+def test_an_adapter_without_an_effect_loses_none(hf_model: Callable[..., Path]) -> None:
+    assert merge_and_compare(apply_lora(load_model(str(hf_model()), dtype=torch.bfloat16), LORA), IDS[:1]) == 0.0
+
+
 def test_the_tokenizer_and_the_generation_settings_come_along(tmp_path: Path) -> None:
     model = apply_lora(load_model("tiny"), LORA)
-    save_adapter(model, tmp_path / "adapter", LORA)
+    save_adapter(model, tmp_path / "adapter")
     assert main(["merge", "--adapter", str(tmp_path / "adapter"), "--out", str(tmp_path / "out")]) == 0
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"config.json", "generation_config.json", "model.safetensors", *BESIDE}
@@ -121,7 +166,7 @@ def test_transformers_stops_where_the_base_does(
     if generation is not None:
         (base / "generation_config.json").write_text(json.dumps(generation))
     model = apply_lora(load_model(str(base)), LORA)
-    save_adapter(model, tmp_path / "adapter", LORA)
+    save_adapter(model, tmp_path / "adapter")
     options = ["--model", str(base), "--adapter", str(tmp_path / "adapter"), "--dtype", "float32"]
     assert main(["merge", *options, "--out", str(out)]) == 0
 
