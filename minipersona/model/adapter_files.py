@@ -13,10 +13,10 @@ from torch import Tensor
 from minipersona.config import LORA_TARGETS, LoraConfig
 from minipersona.errors import UserError
 from minipersona.files import read_json, sha256, write_directory_atomically, write_json
-from minipersona.model.load import other_formats
 from minipersona.model.lora import adapters, apply_lora, linears
 from minipersona.model.network import Qwen2
 from minipersona.model.tensor_file import FLOATS, open_safetensors
+from minipersona.model.weights import other_formats
 
 
 def adapter_tensors(model: Qwen2) -> dict[str, Tensor]:

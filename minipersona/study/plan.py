@@ -17,8 +17,9 @@ from minipersona.corpus.training_set import training_set
 from minipersona.errors import UserError
 from minipersona.geometry.extraction import common_prefixes, render_prompts
 from minipersona.geometry.prompts import load_personas, load_questions
-from minipersona.model.config import ModelConfig, known_config
+from minipersona.model.config import ModelConfig
 from minipersona.model.load import architecture, load_model
+from minipersona.model.sizes import known_config
 from minipersona.objective.cross_entropy import CrossEntropy
 from minipersona.objective.head import ForwardPass
 from minipersona.run.plan import (
@@ -96,7 +97,7 @@ def study_plan(study: StudyConfig, stages: Sequence[str]) -> str:
 
 
 def _sizes(study: StudyConfig) -> ModelConfig:
-    """The model's sizes; Qwen2.5's own are known without a network."""
+    """The model's sizes; those of published models are known without a network."""
     name = study.model.name
     known = known_config(name)
     return known if known is not None else architecture(name, study.model.revision or None)

@@ -25,7 +25,6 @@ from minipersona.records import read_record, write_record
 from minipersona.run.judgement import COLLAPSED_M1, LEAST_LEARNED, PASS_M1
 from minipersona.study_config import PHASES, STAGES
 from minipersona.verdict.calibration import Calibration
-from minipersona.verdict.deviations import deviations
 from minipersona.verdict.doing_less import DoingLess, against_doing_less, bootstrap_of, dose_curve, frontier_curve
 from minipersona.verdict.findings import Finding, Nothing, VerdictKind
 from minipersona.verdict.hypotheses import Hypothesis, hypotheses
@@ -40,7 +39,7 @@ from minipersona.verdict.recipe_results import (
     recipe_results,
 )
 from minipersona.verdict.results import CellResult, StudyResults
-from minipersona.verdict.summary import summary
+from minipersona.verdict.summary import deviations, summary
 
 VERDICTS: tuple[VerdictKind, ...] = get_args(VerdictKind)
 

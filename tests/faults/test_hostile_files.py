@@ -8,6 +8,7 @@ import shutil
 import struct
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ from minipersona.files import data_dir, parse_json, read_json
 from minipersona.geometry.extraction import extract
 from minipersona.geometry.prompts import load_personas, load_questions
 from minipersona.model.adapter_files import load_adapter, read_adapter_config, save_adapter
-from minipersona.model.config import read_config
+from minipersona.model.config import ModelConfig, RotaryScaling
+from minipersona.model.config_file import NEUTRAL, ROPE, read_config
 from minipersona.model.load import load_model
 from minipersona.model.lora import adapters, apply_lora
 from minipersona.model.network import Qwen2
@@ -168,6 +170,23 @@ def test_shards(tmp_path: Path) -> None:
     refused(lambda: load_model(str(folder), device="cpu"), str(folder / first), "missing")
 
 
+def test_weights_that_say_a_thing_twice(folder: Path) -> None:
+    """Names that become one once wrappers are left out, and a second file; both are read only where they agree."""
+    file = folder / "model.safetensors"
+    good = load_file(file)
+    for name in ("module.", "_orig_mod.", "_orig_mod._orig_mod.module."):
+        save_file({**good, f"{name}model.norm.weight": torch.ones(48)}, file)
+        refused(lambda: load_model(str(folder), device="cpu"), str(file), "are both model.norm.weight")
+    shard, index = folder / "shard.safetensors", folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(good, "shard.safetensors")}))
+    save_file(good, shard)
+    for other in ({}, {**good, "x": torch.ones(1)}, {**good, "model.norm.weight": torch.full((48,), torch.nan)}):
+        save_file(other, file)
+        refused(lambda: load_model(str(folder), device="cpu"), str(folder), "stands beside", "out of date")
+    save_file(good, file)
+    load_model(str(folder), device="cpu")  # the control
+
+
 def test_a_hub_caches_symlinks_out_of_the_directory_work(folder: Path, tmp_path: Path) -> None:
     blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / ("c" * 40)
     blobs.mkdir()
@@ -213,6 +232,18 @@ def test_a_hub_caches_symlinks_out_of_the_directory_work(folder: Path, tmp_path:
         {"tie_word_embeddings": "no"},
         {"quantization_config": {"bits": 4}},
         {"max_position_embeddings": 10**12},
+        {"rope_theta": 10_000, "rope_parameters": {"rope_theta": 5_000}},
+        {"rope_scaling": {"type": "llama3"}},
+        {"rope_parameters": {"rope_type": "llama3", "factor": 10**400}},
+        {"rope_parameters": [[]]},
+        {"architectures": ["LlamaForCausalLM"]},
+        {"architectures": {"a": 1}},
+        {"layer_types": ["sliding_attention"] * 3},
+        {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0},
+        {"use_sliding_window": "yes"},
+        {"is_causal": 1},
+        {"attention_multiplier": 10**400},
+        {"eos_token_id": [10**400]},
     ],
     ids=lambda change: json.dumps(change)[:60],
 )
@@ -468,7 +499,12 @@ JSON = st.recursive(
     max_leaves=12,
 )
 KEYS = ["peft_type", "r", "lora_alpha", "target_modules", "bias", "rank_pattern", "x"]
-QWEN = SIZES.to_json()
+FAMILIES = [
+    SIZES,
+    replace(SIZES, model_type="llama", head_dim=10, rope_scaling=RotaryScaling(8.0, 1.0, 4.0, 64), eos_token_id=(1, 2)),
+    replace(SIZES, model_type="qwen3", head_dim=16),
+]
+STATED = sorted({key for family in FAMILIES for key in family.to_json()} | {*NEUTRAL, *ROPE, "layer_types", "head_dim"})
 FEW = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -487,18 +523,19 @@ def test_any_adapter_config_is_read_or_refused(tmp_path: Path, change: dict[str,
 
 
 @FEW
-@given(
-    change=st.dictionaries(st.sampled_from([*QWEN, "rope_scaling", "rope_parameters", "head_dim"]), JSON, max_size=2)
-)
-def test_any_model_config_is_read_or_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+@given(family=st.sampled_from(FAMILIES), change=st.dictionaries(st.sampled_from(STATED), JSON, max_size=2))
+def test_any_model_config_is_read_or_refused(tmp_path: Path, family: ModelConfig, change: dict[str, Any]) -> None:
     file = tmp_path / "config.json"
-    file.write_text(json.dumps({**QWEN, **change}))
+    file.write_text(json.dumps({**family.to_json(), **change}))
     try:
         config = read_config(file)
     except UserError as error:
         assert str(error).startswith(str(file)) and "\n" not in str(error)
     else:
-        assert config.head_dim * config.num_attention_heads == config.hidden_size and config.rms_norm_eps > 0
+        assert config.head_dim > 0 and config.num_attention_heads % config.num_key_value_heads == 0
+        assert config.rms_norm_eps > 0 and config.model_type == family.model_type
+        if config.model_type == "qwen2":
+            assert config.head_dim * config.num_attention_heads == config.hidden_size
 
 
 MESSAGE = st.fixed_dictionaries(

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from minipersona.chat import load_tokenizer
 from minipersona.config import LoraConfig
 from minipersona.model.__main__ import main
 from minipersona.model.adapter_files import load_adapter, save_adapter
+from minipersona.model.generation import Request, generate
 from minipersona.model.load import load_model
 from minipersona.model.lora import adapters, apply_lora, merge_adapter
 
 ROOT = Path(__file__).parents[2]
 IDS = torch.randint(0, 160, (2, 17), generator=torch.Generator().manual_seed(3))
 LORA = LoraConfig(rank=3, alpha=6.0, targets=("q_proj", "v_proj", "down_proj"))
+IM_END, ENDOFTEXT = 2036, 2034  # of the tiny model
 BESIDE = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -91,6 +96,58 @@ def test_the_tokenizer_and_the_generation_settings_come_along(tmp_path: Path) ->
     tiny = ROOT / "data" / "tiny"
     for name in (*BESIDE, "generation_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tiny / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "config, generation",
+    [
+        ({}, None),
+        ({"eos_token_id": ENDOFTEXT}, None),
+        ({"eos_token_id": [ENDOFTEXT, 5]}, {"eos_token_id": ENDOFTEXT, "temperature": 0.5, "top_p": None}),
+        ({"eos_token_id": IM_END}, {"do_sample": True}),
+    ],
+    ids=["nothing", "config.json", "both", "generation_config.json without ids"],
+)
+def test_transformers_stops_where_the_base_does(
+    tmp_path: Path, config: dict[str, Any], generation: dict[str, Any] | None
+) -> None:
+    """A base whose files say nothing of the chat turn's end, or only the end of a text: the merged model says both."""
+    from transformers import AutoModelForCausalLM
+
+    base, out = tmp_path / "base", tmp_path / "out"
+    shutil.copytree(ROOT / "data" / "tiny", base)
+    (base / "config.json").write_text(json.dumps({**json.loads((base / "config.json").read_text()), **config}))
+    (base / "generation_config.json").unlink()
+    if generation is not None:
+        (base / "generation_config.json").write_text(json.dumps(generation))
+    model = apply_lora(load_model(str(base)), LORA)
+    save_adapter(model, tmp_path / "adapter", LORA)
+    options = ["--model", str(base), "--adapter", str(tmp_path / "adapter"), "--dtype", "float32"]
+    assert main(["merge", *options, "--out", str(out)]) == 0
+
+    prompt = load_tokenizer("tiny").encode_prompt([{"role": "user", "content": "What is your favourite season?"}]).ids
+    said = generate(model, [Request(prompt, 120)], stop=(IM_END, ENDOFTEXT))[0]
+    assert said.stopped and 0 < len(said.ids) < 100
+
+    def new_tokens() -> list[int]:
+        theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, attn_implementation="eager").eval()
+        ids = torch.from_numpy(prompt)[None].long()
+        more = theirs.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=120, do_sample=False, pad_token_id=0
+        )
+        return more[0, len(prompt) :].tolist()
+
+    assert new_tokens() == [*said.ids.tolist(), IM_END]
+    written = json.loads((out / "generation_config.json").read_text())
+    stated = (generation or {}).get("eos_token_id", []), config.get("eos_token_id", [])
+    kept = [i for ids in stated for i in (ids if isinstance(ids, list) else [ids])]
+    assert written.pop("eos_token_id") == list(dict.fromkeys([*kept, IM_END]))
+    others = {key: value for key, value in (generation or {}).items() if key != "eos_token_id" and value is not None}
+    assert written == {"do_sample": False, **others}
+    assert json.loads((out / "config.json").read_text()).get("eos_token_id") == config.get("eos_token_id")
+    # The control: with the ids that the base's config.json states it goes on, unless that states the turn's end.
+    (out / "generation_config.json").unlink()
+    assert (len(new_tokens()) == 120) == (config.get("eos_token_id") != IM_END)
 
 
 def test_refusals_are_one_line(
