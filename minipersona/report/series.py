@@ -12,9 +12,9 @@ from minipersona.errors import UserError
 from minipersona.geometry import measures
 from minipersona.geometry.vectors import load_vectors
 from minipersona.report.blocks import plain
+from minipersona.run.directory import vectors_file
 from minipersona.run.judgement import PASS_M1
 from minipersona.run.result import Checkpoint
-from minipersona.run.train import vectors_file
 from minipersona.verdict.files import step_of
 from minipersona.verdict.mixture_threshold import broad_fraction
 from minipersona.verdict.recipe_results import RecipeResult, bare_name, mixtures_reference, recipe_results
