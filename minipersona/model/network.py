@@ -27,7 +27,7 @@ from minipersona.model.pack import Pack, make_pack
 from minipersona.model.rotary import rotary_angles, rotate
 
 Tap = Callable[[Tensor], Tensor]
-"""(T, D) -> (T, D), applied to the residual stream that leaves a block."""
+"""(T, D) -> (T, D), applied to the residual stream that leaves a block; with `last_rows`, (N, D) at the last one."""
 
 EMBEDDING = -1  # the tap index of the embeddings; blocks are counted from 0
 

@@ -40,7 +40,7 @@ from minipersona.run.plan import (
 from minipersona.run.resources import DTYPES, load_run_tokenizer, resolve
 from minipersona.settings import flatten, to_toml
 from minipersona.study.frontier import SCALES
-from minipersona.study.recipes import Recipe, planned, standard
+from minipersona.study.recipes import Recipe, planned, standard_config
 from minipersona.study_config import STAGES, StudyConfig
 from minipersona.training.distributed import Distributed
 from minipersona.training.loop import backward
@@ -104,7 +104,7 @@ def _sizes(study: StudyConfig) -> ModelConfig:
 
 
 def _line(recipe: Recipe, cost: Cost, study: StudyConfig) -> str:
-    mine, plain = flatten(recipe.config), flatten(standard(study, recipe.config.seed))
+    mine, plain = flatten(recipe.config), flatten(standard_config(study, recipe.config.seed))
     left_out = PATHS if recipe.phase != "1" else (*PATHS, "training.checkpoints")
     varied = [f"{key} = {value}" for key, value in mine.items() if value != plain[key] and key not in left_out]
     return (
