@@ -19,14 +19,14 @@ def turn_ends(directory: Path) -> tuple[int, ...]:
     found: list[tuple[str, int]] = []
     config, whole = directory / "tokenizer_config.json", directory / "tokenizer.json"
     if config.is_file():
-        listed = _table(read_json(config)).get("added_tokens_decoder")
+        listed = _mapping(read_json(config)).get("added_tokens_decoder")
         found += [
             (token["content"], int(token_id))
-            for token_id, token in _table(listed).items()
+            for token_id, token in _mapping(listed).items()
             if isinstance(token, dict) and "content" in token and token_id.isdecimal()
         ]
     if whole.is_file():
-        listed = _table(read_json(whole)).get("added_tokens")
+        listed = _mapping(read_json(whole)).get("added_tokens")
         found += [
             (token["content"], token["id"])
             for token in (listed if isinstance(listed, list) else [])
@@ -35,5 +35,5 @@ def turn_ends(directory: Path) -> tuple[int, ...]:
     return tuple(dict.fromkeys(token_id for content, token_id in found if content in TURN_ENDS))
 
 
-def _table(value: Any) -> dict[str, Any]:
+def _mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
