@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minipersona.errors import Interrupted
-from minipersona.study.worker import Job, Worker
+from minipersona.study.worker import Job, Title, Worker
 
 
 def nothing(job: FileJob) -> None:
@@ -23,15 +23,10 @@ class FileJob(Job):
 
     file: str
     work: Callable[[FileJob], None] = nothing
-    phase = "3"
 
     @property
-    def id(self) -> str:
-        return self.file
-
-    @property
-    def name(self) -> str:
-        return self.file
+    def title(self) -> Title:
+        return Title(self.file, "3", self.file)
 
     @property
     def path(self) -> Path:
@@ -43,7 +38,7 @@ class FileJob(Job):
     def carry_out(self, worker: Worker) -> None:
         with open(self.path.with_suffix(".log"), "a") as log:
             print(os.getpid(), file=log)
-        worker.console.say(f"{self.name} is at work")
+        worker.console.say(f"{self.file} is at work")
         self.work(self)
         self.path.touch()
 

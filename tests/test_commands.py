@@ -415,8 +415,8 @@ def test_bad_models(tmp_path: Path, questions: Path, capsys: pytest.CaptureFixtu
     assert main(command) == 0
     capsys.readouterr()
     refused(capsys, [*command, "--layer", "8"], "layer 8", "0 to 7")
-    model({"model_type": "llama"})
-    refused(capsys, command, "llama", "qwen2")
+    model({"model_type": "mistral"})
+    refused(capsys, command, "mistral", "qwen2")
     model({"use_sliding_window": True})
     refused(capsys, command, "use_sliding_window")
     model({"num_hidden_layers": 9})

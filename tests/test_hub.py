@@ -65,7 +65,12 @@ def test_a_sharded_model_loads_and_says_its_revision(hub: LoopbackHub, hf_model:
     for name, tensor in sorted(load_model(str(directory), device="cpu").named_parameters()):
         expected.update(name.encode() + tensor.detach().numpy().tobytes())
     assert loaded == [{"name": "me/model", "revision": COMMIT}, expected.hexdigest()]
-    needed = {"config.json", "model.safetensors.index.json", *(f.name for f in directory.glob("*.safetensors"))}
+    needed = {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors.index.json",
+        *(f.name for f in directory.glob("*.safetensors")),
+    }
     assert hub.served.keys() == needed
     assert all(hub.served[name] == (directory / name).stat().st_size for name in needed)  # each once
     hub.close()
@@ -281,7 +286,7 @@ def test_another_file_is_an_error(raw: LoopbackHub) -> None:
 
 
 def test_a_local_file_with_the_right_digest_is_registered(raw: LoopbackHub, tmp_path: Path) -> None:
-    paths = {name: tmp_path / name for name in FILES}
+    paths = {"REGISTERED_PERSONAS": tmp_path / "personas.json", "REGISTERED_QUESTIONS": tmp_path / "questions.jsonl"}
     for name, path in paths.items():
         path.write_bytes(FILES[name][1])
     arguments = ", ".join(repr(str(path)) for path in paths.values())

@@ -106,5 +106,5 @@ def gpus(wanted: str) -> list[str]:
 
 
 def threads_each(workers: int) -> int:
-    """Threads of torch in each of so many processes on this machine's CPU cores."""
-    return max(1, len(os.sched_getaffinity(0)) // workers)
+    """Threads of torch in each of so many processes, out of those that it takes alone: one a core unless it is told."""
+    return max(1, torch.get_num_threads() // workers)

@@ -120,7 +120,7 @@ class Engine:
                 self._settle(job, future.result(), time.monotonic() - began)
 
     def _note(self, job: Job, event: Event, error: str | None = None) -> None:
-        entry = LedgerEntry(time.time(), job.id, job.phase, job.name, event, self._starts[job.id], error)
+        entry = LedgerEntry(time.time(), *job.title, event, self._starts[job.id], error)
         append(self.study.directory, entry)
 
     # What is said: one line where a job begins and where it ends.
@@ -128,7 +128,7 @@ class Engine:
     def _title(self, job: Job) -> str:
         """``cell 9 of 28, 3 r=4 lr=2e-05``."""
         place = next((number for number, cell in enumerate(self.cells, 1) if cell.id == job.id), 0)
-        return f"cell {place} of {len(self.cells)}, {job}" if place else job.name
+        return f"cell {place} of {len(self.cells)}, {job}" if place else job.title.name
 
     def _standing(self) -> str:
         """How many cells are done, how long the rest may take, and what is at work where."""

@@ -14,6 +14,7 @@ import signal
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import Connection
 from typing import Protocol, TextIO, cast
 
@@ -64,7 +65,10 @@ class Executor(Protocol):
 
 
 class InProcess:
-    """One device, this process's. A job is done when `submit` returns; Interrupted goes through it."""
+    """This process's device. A job is done when `submit` returns, so nothing is ever at work elsewhere.
+
+    `submit` raises Interrupted where this process is asked to stop.
+    """
 
     def __init__(self, distributed: Distributed, console: Console) -> None:
         self.device_type, self.label = distributed.device.type, str(distributed.device)
@@ -73,17 +77,13 @@ class InProcess:
         self._worker = Worker(distributed, console)
 
     def submit(self, job: Job) -> Future[Outcome]:
-        """See Device."""
         return cast("Future[Outcome]", _completed(self._worker.attempt(job)))
 
-    def renew(self) -> None:
-        """See Device."""
+    def renew(self) -> None: ...
 
-    def stop(self) -> None:
-        """See Executor."""
+    def stop(self) -> None: ...
 
-    def close(self) -> None:
-        """See Executor."""
+    def close(self) -> None: ...
 
 
 def _completed(result: object) -> Future[object]:
@@ -108,12 +108,10 @@ class Processes:
         self.devices = [_Process(*pair, threads, console) for pair in zip(devices, labels, strict=True)]
 
     def stop(self) -> None:
-        """See Executor."""
         for device in self.devices:
             device.stop()
 
     def close(self) -> None:
-        """See Executor."""
         for device in self.devices:
             device.renew()
 
@@ -121,8 +119,8 @@ class Processes:
 class _Process:
     """A pool of one process, so that a process that is killed breaks no other's pool.
 
-    The process and this one are linked by a pipe: lines for the console come from it, a request to stop goes to it,
-    and it ends when the pipe does, which is when this process ends, however that happens.
+    A pipe links the process to this one. Lines for the console come through it, a request to stop goes through it, and
+    when it closes, because this process has ended in whatever way, the other process ends too.
     """
 
     def __init__(self, device: str, label: str, threads: int, console: Console) -> None:
@@ -131,22 +129,22 @@ class _Process:
         self._pool: ProcessPoolExecutor | None = None
 
     def submit(self, job: Job) -> Future[Outcome]:
-        """See Device."""
         if self._pool is not None:
-            return self._pool.submit(_attempt, job)
+            with contextlib.suppress(BrokenProcessPool):  # it died without a job
+                return self._pool.submit(_attempt, job)
+            self.renew()
         context = multiprocessing.get_context("spawn")
         self._link, theirs = context.Pipe()
+        self._reader = threading.Thread(target=_pass_on, args=(self._link, self._console, self.label))
+        self._reader.start()
         self._pool = ProcessPoolExecutor(1, context, initializer=_begin, initargs=(theirs, *self._settings))
         # Ctrl-C goes to every process of a terminal. The new one inherits that it is blocked, and is asked to stop.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            future = self._pool.submit(_attempt, job)  # starts the process
+            return self._pool.submit(_attempt, job)  # starts the process
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        theirs.close()  # so that the pipe ends with the process
-        self._reader = threading.Thread(target=_pass_on, args=(self._link, self._console, self.label))
-        self._reader.start()
-        return future
+            theirs.close()  # so that the pipe ends with the process
 
     def stop(self) -> None:
         """Ask the job at work, if there is one, to stop."""
@@ -155,7 +153,7 @@ class _Process:
                 self._link.send_bytes(b"stop")
 
     def renew(self) -> None:
-        """See Device. A job at work is waited for; the next one starts a process."""
+        """A job at work is waited for; the next one starts a process."""
         if self._pool is not None:
             self._pool.shutdown()
             self._reader.join()
@@ -194,7 +192,7 @@ def _attempt(job: Job) -> Outcome:
 
 
 def _obey(link: Connection) -> None:
-    """Stop when the driver says so, and end at once when it is there no more."""
+    """Stop when the driver says so, and end at once when the driver has ended."""
     with contextlib.suppress(EOFError, OSError):
         while link.recv_bytes():
             os.kill(os.getpid(), signal.SIGTERM)

@@ -37,7 +37,7 @@ from minipersona.run.measurement import Instruments, measure
 from minipersona.run.train import carry_out
 from minipersona.study.cell import Cell
 from minipersona.study.frontier import measure_frontier
-from minipersona.study.worker import Job, Worker
+from minipersona.study.worker import Job, Title, Worker
 from minipersona.training.checkpoint import stored_position
 from minipersona.verdict.calibration import Calibration, calibrate
 from minipersona.verdict.files import CellRecord, Frontier, Sweep, SweptLayer, SweptRecipe, read_optional
@@ -53,16 +53,8 @@ class TrainCell(Job):
     cell: Cell
 
     @property
-    def id(self) -> str:
-        return self.cell.id
-
-    @property
-    def phase(self) -> str:
-        return self.cell.recipe.phase
-
-    @property
-    def name(self) -> str:
-        return self.cell.recipe.name
+    def title(self) -> Title:
+        return Title(self.cell.id, self.cell.recipe.phase, self.cell.recipe.name)
 
     def done(self) -> bool:
         return self.study.published(self.cell)
@@ -111,8 +103,6 @@ class WriteResponses(Job):
     """The base model's responses in persona, for a cell of phase 4B."""
 
     cell: Cell
-    phase = "4B"
-    name = "writing responses"
 
     @property
     def file(self) -> Path:
@@ -120,8 +110,8 @@ class WriteResponses(Job):
         return self.study.responses_file(self.cell.recipe.config.seed)
 
     @property
-    def id(self) -> str:
-        return f"role-play-{self.file.stem}"
+    def title(self) -> Title:
+        return Title(f"role-play-{self.file.stem}", "4B", "writing responses")
 
     def done(self) -> bool:
         return self.file.with_suffix(".json").is_file()
@@ -151,8 +141,8 @@ class WriteResponses(Job):
 class StudyFile(Job):
     """A job that leaves a JSON file in the study's directory: a record that holds the baseline's hash."""
 
-    phase = "1"
-    file = ""
+    file: ClassVar[str]
+    name: ClassVar[str]
     record: ClassVar[type[Calibration] | type[Frontier]]
 
     @property
@@ -161,8 +151,8 @@ class StudyFile(Job):
         return self.study.directory / self.file
 
     @property
-    def id(self) -> str:
-        return f"{self.path.stem}-{self.study.baseline.hash[:12]}"
+    def title(self) -> Title:
+        return Title(f"{self.path.stem}-{self.study.baseline.hash[:12]}", "1", self.name)
 
     def done(self) -> bool:
         stored = read_optional(self.path, self.record)
@@ -208,16 +198,9 @@ class MeasureEveryLayer(Job):
     recipe_name: str
 
     @property
-    def id(self) -> str:
-        return f"sweep-{self.cell.id}-{self.step or 'last'}"
-
-    @property
-    def phase(self) -> str:
-        return self.cell.recipe.phase
-
-    @property
-    def name(self) -> str:
-        return f"every layer of {self.phase} {self.recipe_name}"
+    def title(self) -> Title:
+        phase = self.cell.recipe.phase
+        return Title(f"sweep-{self.cell.id}-{self.step or 'last'}", phase, f"every layer of {phase} {self.recipe_name}")
 
     @property
     def path(self) -> Path:
@@ -226,7 +209,7 @@ class MeasureEveryLayer(Job):
 
     @property
     def _recipe(self) -> SweptRecipe:
-        return SweptRecipe(self.cell.id, self.phase, self.recipe_name, self.step)
+        return SweptRecipe(self.cell.id, self.cell.recipe.phase, self.recipe_name, self.step)
 
     def done(self) -> bool:
         stored = read_optional(self.path, Sweep)
@@ -275,17 +258,12 @@ class AskSuite(Job):
     step: int | None = None
 
     @property
-    def id(self) -> str:
-        return f"{'base' if self.cell is None else self.cell.id}+{self.suite}-{self._at}"
-
-    @property
-    def phase(self) -> str:
-        return "1" if self.cell is None else self.cell.recipe.phase
-
-    @property
-    def name(self) -> str:
-        whose = "the base" if self.cell is None else self.cell.recipe.name
-        return f"{self.suite} of {whose}" + ("" if self.step is None else f" step {self.step}")
+    def title(self) -> Title:
+        if self.cell is None:
+            return Title(f"base+{self.suite}-0", "1", f"{self.suite} of the base")
+        step = "" if self.step is None else f" step {self.step}"
+        name = f"{self.suite} of {self.cell.recipe.name}{step}"
+        return Title(f"{self.cell.id}+{self.suite}-{self._at}", self.cell.recipe.phase, name)
 
     @property
     def directory(self) -> Path:

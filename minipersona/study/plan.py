@@ -81,13 +81,13 @@ def study_plan(study: StudyConfig, stages: Sequence[str]) -> str:
         lines += [_line(recipe, cost, study) for recipe, cost in zip(chosen, costs, strict=True)]
         total += seconds * due
         disk += due * sum(kept_bytes(estimate.sizes, recipe.config) for recipe in chosen)
-    guards = len(SCALES) - 2
-    measured = guards * estimate.probe_seconds
+    scaled = len(SCALES) - 2
+    measured = scaled * estimate.probe_seconds
     head = [to_toml(study).rstrip(), "", *estimate.basis(), "#"]
     lines = [
         *head,
         *lines,
-        f"# frontier control: {guards} measurements, {duration(measured)}",
+        f"# frontier control: {scaled} measurements, {duration(measured)}",
         *(f"# {line}" for line in estimate.suites(study)),
         f"# in all {duration(total + measured)} on one {device} device where no recipe passes; a pass ends the search",
         "# after its phase, and n devices take about 1/n; loading, compiling, answers and writing for 4B come on top",

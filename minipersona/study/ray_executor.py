@@ -64,11 +64,9 @@ class RayExecutor:
 
     @property
     def devices(self) -> Sequence[Device]:
-        """See Executor."""
         return self._devices
 
     def stop(self) -> None:
-        """See Executor."""
         asked = {seat.actor.stop.remote(): seat.actor for seat in self._devices}
         answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=STOP_SECONDS)
         for reference in answered:
@@ -77,7 +75,6 @@ class RayExecutor:
                     ray.kill(asked[reference])
 
     def close(self) -> None:
-        """See Executor."""
         for seat in self._devices:
             ray.kill(seat.actor)
         self._lines.put(None)
@@ -93,12 +90,11 @@ class _Seat:
         self.renew()
 
     def submit(self, job: Job) -> Future[Outcome]:
-        """See Device."""
         outcome: Future[Outcome] = self.actor.attempt.remote(job, self._lines).future()
         return outcome
 
     def renew(self) -> None:
-        """See Device. `ready` is done when Ray has found room for the actor."""
+        """`ready` is done when Ray has found room for the actor."""
         self.ready: Future[object] = Future()
         self.actor.label.remote().future().add_done_callback(self._arrived)
 

@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -30,6 +30,14 @@ from minipersona.training.memory import OUT_OF_MEMORY
 PATIENCE = 120.0  # seconds; what a dead process held is free at once on this machine, in 90 s on an NFS server
 
 
+class Title(NamedTuple):
+    """How the ledger names a job: its id, which is its cell's where it trains one, its phase, and a name for people."""
+
+    id: str
+    phase: str
+    name: str
+
+
 @dataclass(frozen=True)
 class Job(abc.ABC):
     """A piece of a study's work, which leaves a file or a directory behind."""
@@ -38,18 +46,8 @@ class Job(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def id(self) -> str:
-        """Its name in the ledger, where a cell's job has the cell's."""
-
-    @property
-    @abc.abstractmethod
-    def phase(self) -> str:
-        """The phase that it belongs to."""
-
-    @property
-    @abc.abstractmethod
-    def name(self) -> str:
-        """What people call it; unique in its phase."""
+    def title(self) -> Title:
+        """What it is called; no two jobs of a study have one id."""
 
     @abc.abstractmethod
     def done(self) -> bool:
@@ -59,8 +57,13 @@ class Job(abc.ABC):
     def carry_out(self, worker: Worker) -> None:
         """Do it, or what is left of it."""
 
+    @property
+    def id(self) -> str:
+        """See Title."""
+        return self.title.id
+
     def __str__(self) -> str:
-        return f"{self.phase} {self.name}"
+        return f"{self.title.phase} {self.title.name}"
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from minipersona.errors import Interrupted, UserError
 from minipersona.files import read_json
 from minipersona.study.search import run_study
 from minipersona.study_config import StudyConfig
-from minipersona.training.interruption import Stop, heed_signals
-from minipersona.verdict.ledger import read_ledger
+from minipersona.training.interruption import Stop, handle_signals
+from minipersona.verdict.ledger import read_entries
 
 SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",  # it sends nothing to anybody
@@ -104,7 +104,7 @@ def test_a_node_that_is_killed_while_it_works_changes_nothing_but_the_time(
         verdict = run_study(config, executor, console, stages=STAGES)
         killer.join()
     assert timeless(verdict) == timeless(undisturbed) == timeless(read_json(Path(config.out) / "verdict.json"))
-    again = [entry for entry in read_ledger(Path(config.out)) if entry.event == "started" and entry.attempt == 2]
+    again = [entry for entry in read_entries(Path(config.out)) if entry.event == "started" and entry.attempt == 2]
     assert [entry.phase in ("2A", "2B") for entry in again] == [True]
     lines = said.getvalue().splitlines()
     assert sum("its worker died on" in line for line in lines) == 1
@@ -123,7 +123,7 @@ def test_a_signal_to_the_driver_stops_the_workers_after_their_step(cluster: Any,
     sender = once(lambda: at_work(config, "1*"), lambda: os.kill(os.getpid(), signal.SIGTERM))
     with (
         pytest.raises(Interrupted, match="SIGTERM"),
-        heed_signals(stop),
+        handle_signals(stop),
         contextlib.closing(executor),
         stop.at_once(),
     ):
@@ -132,7 +132,7 @@ def test_a_signal_to_the_driver_stops_the_workers_after_their_step(cluster: Any,
     (state,) = Path(config.out).glob("cells/.attempts/*/latest/state.json")
     steps = (state.parents[1] / "metrics.jsonl").read_text().count("\n")
     assert read_json(state)["step"] == steps < 2000
-    assert [entry.event for entry in read_ledger(Path(config.out)) if entry.name == "baseline"] == ["started"]
+    assert [entry.event for entry in read_entries(Path(config.out)) if entry.name == "baseline"] == ["started"]
 
 
 def test_an_address_without_a_cluster_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,7 +44,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     phases: list[str] = []
 
     def carry_out(job: TrainCell, worker: Worker) -> None:
-        phases.append(job.phase)
+        phases.append(job.title.phase)
         write_json(job.study.cell_directory(job.cell) / "cell.json", {})
 
     monkeypatch.setattr(TrainCell, "carry_out", carry_out)

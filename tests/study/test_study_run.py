@@ -118,7 +118,7 @@ def test_the_frontier_runs_from_the_base_to_the_baseline(finished: StudyConfig) 
         assert m1(vectors.mean(6)) == pytest.approx(point["m1"], abs=1e-6)
 
 
-def test_the_guards_are_run_where_they_are_due(finished: StudyConfig) -> None:
+def test_what_the_results_ask_for_is_measured(finished: StudyConfig) -> None:
     directory = Path(finished.out)
     verdict = read_json(directory / "verdict.json")
     asked = {path.parent.name.rsplit("-", 1)[0] for path in directory.glob("cells/*/behaviour.json")}

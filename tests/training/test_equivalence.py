@@ -116,28 +116,28 @@ def test_micro_batches_do_not_matter_over_whole_steps(
 
 
 @EACH_OBJECTIVE
-@BOUNDS
 def test_the_plain_path_does_not_matter_over_whole_steps(
     hf_model: Callable[..., Path],
     documents: list[Document],
-    dtype: torch.dtype,
-    bound: float,
     kind: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """execution.fused = false: the same weights after three updates."""
+    """execution.fused = false: the same weights after three updates.
+
+    In fp64: at the first step A's gradients are zero but for rounding, and Adam makes that a full update. Single
+    passes are compared in fp32 too, with B randomised (`tests/model/test_plain_path.py`).
+    """
     monkeypatch.setattr(loop_module, "make_objective", lambda *_: OBJECTIVES[kind])
 
     def end(fused: bool, seed: int = 42) -> list[Tensor]:
-        model = load_model(str(hf_model()), dtype=dtype, device="cpu")
+        model = load_model(str(hf_model()), dtype=torch.float64, device="cpu")
         model.fused = fused
         train(model, documents, replace(CONFIG, seed=seed), tmp_path / f"{fused}-{seed}", SINGLE_PROCESS)
         return [p.detach() for p in model.parameters() if p.requires_grad]
 
-    slack = 1 if dtype == torch.float64 else 10  # as above
     plain, fused = end(False), end(True)
-    assert max(map(relative_error, plain, fused)) < slack * bound
+    assert max(map(relative_error, plain, fused)) < 1e-10
     assert max(map(relative_error, end(False, seed=43), fused)) > 1e-2  # the control
 
 
