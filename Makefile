@@ -11,11 +11,9 @@ demo: $(VENV)/installed  ## phase 1 of the study on the embedded model, then its
 	$(BIN)/python train.py --config configs/tiny_phase1.toml
 	$(BIN)/python evaluate.py --run runs/tiny_phase1
 
-# Two runners of one thread each are faster on two cores than one runner of two threads.
+# Two processes of one thread each are faster on two cores than one process of two threads.
 study: $(VENV)/installed-report  ## the whole search on the embedded model, its verdict and its report
-	OMP_NUM_THREADS=1 $(BIN)/python study.py --config configs/tiny_study.toml --exhaustive --cell 2/2 >/dev/null 2>&1 & \
-	OMP_NUM_THREADS=1 $(BIN)/python study.py --config configs/tiny_study.toml --exhaustive --cell 1/2; \
-	status=$$?; wait; exit $$status
+	$(BIN)/python study.py --config configs/tiny_study.toml --exhaustive --workers 2
 
 test: check  ## the whole test suite
 	$(BIN)/python -m pytest -n auto --dist loadscope

@@ -4,7 +4,7 @@
                                  [--batch 16] [--gpus 2] [--full-model random:Qwen/Qwen2.5-3B-Instruct] [--out FILE]
 
     lora           the registered recipe's step on one GPU
-    cells          a process of its own on each GPU, as a study's runners are
+    cells          a process of its own on each GPU, as a study's cells have with --gpus all
     ranks          one run on all GPUs, data parallel
     full           full-parameter training on one GPU
     shards         the same on all GPUs, sharded (FSDP2)

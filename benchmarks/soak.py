@@ -1,11 +1,12 @@
 """A small study under random kills, on a small file system that is full now and then, against an undisturbed one:
 
-python -m benchmarks.soak [--minutes 20] [--seed 0]
+python -m benchmarks.soak [--minutes 20] [--seed 0] [--workers 0]
 
 The tiny study, cut to ten cells of ten steps, runs once in peace. Then it runs in one fresh directory after another
 until the time is over. Its command is started, and at a random moment it is killed (SIGKILL), asked to stop (SIGTERM)
 or left without room on the disk; then it is started again, until it comes to its end. Every verdict must be the first
-one's, apart from times. Exit status 1 where one is another, or where a command ends in another way than it should.
+one's, apart from times. Exit status 1 where one is another, or where a command ends in another way than it should. With
+--workers the study runs in so many processes below the one that is disturbed; needs the small file system.
 
 The small file system is a tmpfs. Where none can be mounted, a limit on the size of files (RLIMIT_FSIZE) stands for a
 full disk. It needs Linux.
@@ -85,10 +86,10 @@ def small_disk(directory: Path) -> Iterator[Disk]:
             subprocess.run(["umount", str(directory)], check=True)
 
 
-def start(out: Path) -> subprocess.Popen[bytes]:
+def start(out: Path, workers: int) -> subprocess.Popen[bytes]:
     """The study's command, the same each time; all that it says comes through one pipe."""
     command = [sys.executable, "-m", "minipersona", "study", "--config", str(configs_dir() / "tiny_study.toml")]
-    command += ["--exhaustive", "--out", str(out)]
+    command += ["--exhaustive", "--out", str(out), *(["--workers", str(workers)] if workers else [])]
     command += [part for setting in SETTINGS for part in ("--set", setting)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
@@ -100,11 +101,12 @@ class Soak:
 
     disk: Disk
     rng: random.Random
+    workers: int
     counts: Counter[str] = field(default_factory=Counter)
 
     def run(self, out: Path, until: float) -> bool:
         """Start the study once, and disturb it if the time allows; whether it came to its end in peace."""
-        process = start(out)
+        process = start(out, self.workers)
         moment = 1.0 + self.rng.expovariate(1 / MEAN_SECONDS)
         (what,) = self.rng.choices(list(CHANCES), list(CHANCES.values()))
         try:
@@ -157,10 +159,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=0)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as name, small_disk(Path(name, "disk")) as disk:
-        soak = Soak(disk, random.Random(given.seed))
-        peaceful = start(Path(name, "undisturbed"))
+        if given.workers and not disk.mounted:
+            sys.exit("--workers needs a small file system, and none can be mounted here")
+        soak = Soak(disk, random.Random(given.seed), given.workers)
+        peaceful = start(Path(name, "undisturbed"), given.workers)
         said = peaceful.communicate()[0].decode(errors="replace")
         if peaceful.returncode:
             sys.exit(f"undisturbed, and ended with exit status {peaceful.returncode}, having said\n{said}")

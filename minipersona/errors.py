@@ -1,4 +1,4 @@
-"""What ends a command before its end: the one error that is the user's to mend, and a request to stop.
+"""What ends a command early: the one error that is the user's to mend, and a request to stop; what no line may show.
 
 Everything else that is raised is a bug of ours.
 """
@@ -39,7 +39,7 @@ class Interrupted(BaseException):
     """
 
 
-# ---------------------------------------------------------------- what no line may show
+# ---------------------------------------------------------------- secrets
 
 
 def redact(text: str) -> str:

@@ -66,23 +66,23 @@ def _download(repository: str, files: Sequence[str], revision: str | None) -> Pa
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     name = repository if revision is None else f"{repository} at {revision}"
-    absent = hub_absent()
+    why = hub_unreachable()
 
     def snapshot() -> str:
         return snapshot_download(
             repository,
             revision=revision,
             allow_patterns=list(files),
-            local_files_only=absent is not None,
+            local_files_only=why is not None,
         )
 
     with explained(name):
         try:
             return Path(patiently(snapshot))
         except LocalEntryNotFoundError:
-            if absent is None:
+            if why is None:
                 raise
-            raise UserError(f"{name}: not in the local cache, and {absent}") from None
+            raise UserError(f"{name}: not in the local cache, and {why}") from None
 
 
 def cache_dir(kind: str) -> Path:
@@ -108,14 +108,14 @@ def make_cache_dir(kind: str) -> None:
 ANSWER_SECONDS = 3.0  # for any answer at all; the client alone tries for 25
 
 
-def hub_absent() -> str | None:
-    """`absent` of the Hub."""
+def hub_unreachable() -> str | None:
+    """`unreachable` of the Hub."""
     from huggingface_hub import constants
 
-    return absent(constants.ENDPOINT, "HF_ENDPOINT")
+    return unreachable(constants.ENDPOINT, "HF_ENDPOINT")
 
 
-def absent(base: str, variable: str) -> str | None:
+def unreachable(base: str, variable: str) -> str | None:
     """Why the server at `base` cannot be asked, and the mend; None if it answers, be it with a refusal.
 
     `variable` is the name of the environment variable that says where the server is.
@@ -124,14 +124,14 @@ def absent(base: str, variable: str) -> str | None:
 
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set; unset it to fetch this once"
-    if silence := _silence(base):
-        return f"{redact(base)} cannot be reached ({silence}); check the network, the proxy and {variable}"
+    if reason := _no_answer(base):
+        return f"{redact(base)} cannot be reached ({reason}); check the network, the proxy and {variable}"
     return None
 
 
 @cache
-def _silence(base: str) -> str | None:
-    """Why a server gives no answer, or None. Asked once a process."""
+def _no_answer(base: str) -> str | None:
+    """Why a server gives no answer, or None if it does. Asked once a process."""
     from huggingface_hub import get_session
 
     for handler in logging.getLogger("huggingface_hub").handlers:
@@ -145,7 +145,7 @@ def _silence(base: str) -> str | None:
         except Exception as error:  # also where the client cannot be made: a SOCKS proxy needs another package
             answers.append(reason_of(error))
 
-    # A thread, because no timeout covers the look-up of a name, nor all addresses of a server together.
+    # In a thread, because the client's timeout covers neither the look-up of a name nor all addresses of a server.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(ANSWER_SECONDS)
@@ -179,13 +179,15 @@ def patiently(call: Callable[[], Result]) -> Result:
 
 def _asked_to_wait(error: BaseException) -> float | None:
     """The seconds that a busy server asks for (0 where it names none); None where waiting is no help."""
+    from huggingface_hub.utils import parse_ratelimit_headers
+
     response = getattr(_root(error), "response", None)
-    if getattr(response, "status_code", None) not in BUSY:
+    if response is None or response.status_code not in BUSY:
         return None
-    headers = response.headers  # type: ignore[union-attr]
-    window = re.search(r"\bt=(\d+)", headers.get("RateLimit", ""))
-    seconds = headers.get("Retry-After") or (window[1] if window else "")
-    return float(seconds) if seconds.isdigit() else 0.0
+    if (seconds := response.headers.get("Retry-After", "")).isdigit():
+        return float(seconds)
+    limit = parse_ratelimit_headers(response.headers)
+    return 0.0 if limit is None else float(limit.reset_in_seconds)
 
 
 @contextlib.contextmanager
@@ -298,7 +300,7 @@ def _fetch_raw(file: PinnedFile) -> bytes:
         raise UserError(
             f"MINIPERSONA_RAW_BASE={redact(base)}: is not an http address; unset it or give one such as {RAW_BASE}"
         )
-    if why := absent(base, "MINIPERSONA_RAW_BASE"):
+    if why := unreachable(base, "MINIPERSONA_RAW_BASE"):
         raise UserError(f"{file.name}: not in the local cache, and {why}, or name a local copy")
     address = f"{base.rstrip('/')}/{file.repository}/{file.commit}/{file.path}"
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ SIZES = ModelConfig(
     num_key_value_heads=2,
     vocab_size=160,
     tie_word_embeddings=False,
+    head_dim=8,
     rope_theta=10_000.0,
 )
 
@@ -45,18 +47,34 @@ def relative_error(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
+# What a family's test model has besides `SIZES`. A short original length, so that the positions of a test reach the
+# frequencies that Llama's scaling changes; heads of Qwen3 that are wider than width / heads.
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen2": {},
+    "llama": {"rope_parameters": {"rope_theta": SIZES.rope_theta, **LLAMA3}},
+    "smollm2": {"rope_parameters": {"rope_theta": 100_000.0, "rope_type": "default"}, "rms_norm_eps": 1e-5},
+    "qwen3": {"head_dim": 16},
+}
+
+
 @pytest.fixture(scope="session")
 def hf_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Make a directory with random weights, written by transformers; biases and norms are random too."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
 
-    made: dict[tuple[bool, int, int], Path] = {}
+    classes: dict[str, Any] = {"qwen2": Qwen2ForCausalLM, "qwen3": Qwen3ForCausalLM}
+    made: dict[tuple[bool, int, int, str], Path] = {}
 
-    def make(tied: bool = False, shards: int = 1, seed: int = 0) -> Path:
-        if (tied, shards, seed) in made:
-            return made[tied, shards, seed]
-        directory = tmp_path_factory.mktemp(f"hf-{tied}-{shards}-{seed}")
-        config = Qwen2Config(
+    def make(tied: bool = False, shards: int = 1, seed: int = 0, family: str = "qwen2") -> Path:
+        if (tied, shards, seed, family) in made:
+            return made[tied, shards, seed, family]
+        directory = tmp_path_factory.mktemp(f"hf-{family}-{tied}-{shards}-{seed}")
+        of_transformers = classes.get(family, LlamaForCausalLM)
+        config = of_transformers.config_class(
             hidden_size=SIZES.hidden_size,
             intermediate_size=SIZES.intermediate_size,
             num_hidden_layers=SIZES.num_hidden_layers,
@@ -64,8 +82,9 @@ def hf_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             num_key_value_heads=SIZES.num_key_value_heads,
             vocab_size=SIZES.vocab_size,
             tie_word_embeddings=tied,
+            **FAMILIES[family],
         )
-        model = Qwen2ForCausalLM(config)
+        model = of_transformers(config)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -74,10 +93,16 @@ def hf_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         model.save_pretrained(directory, max_shard_size=total if shards == 1 else total // (shards - 1))
         files = list(directory.glob("*.safetensors"))
         assert len(files) == shards, files
-        made[tied, shards, seed] = directory
+        made[tied, shards, seed, family] = directory
         return directory
 
     return make
+
+
+@pytest.fixture(params=["qwen2", "llama", "qwen3"], scope="module")
+def family(request: pytest.FixtureRequest) -> str:
+    """A family whose model a test takes, one after another."""
+    return str(request.param)
 
 
 @pytest.fixture

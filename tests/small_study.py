@@ -7,7 +7,6 @@ import json
 import multiprocessing
 from multiprocessing.context import ForkProcess
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -34,6 +33,7 @@ from minipersona.study_config import (
     StudyConfig,
 )
 from minipersona.training.distributed import Distributed
+from minipersona.verdict.verdict import Verdict
 
 CPU = Distributed(0, 1, torch.device("cpu"))
 QUIET = Console(quiet=True)
@@ -76,7 +76,7 @@ def small_study(directory: Path) -> StudyConfig:
     )
 
 
-def run(config: StudyConfig, stages: tuple[str, ...] = ("1", "2", "3", "4", "5")) -> dict[str, Any]:
+def run(config: StudyConfig, stages: tuple[str, ...] = ("1", "2", "3", "4", "5")) -> Verdict:
     """Carry a study out in this process; its verdict."""
     return run_study(config, InProcess(CPU, QUIET), QUIET, stages=stages, report=write_report)
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from minipersona.cli import main
 from minipersona.files import read_jsonl
 from minipersona.locks import lock
+from minipersona.model.__main__ import main as merge
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--set", "training.steps=4", "--set", "training.checkpoints=[2, 4]", "--set", "training.batch=4"]
@@ -197,7 +198,9 @@ def test_extract_and_compare(
     file = tmp_path / "vectors.safetensors"
     command = ["extract", "--model", "tiny", "--questions", str(questions), "--layer", "2", "6"]
     assert main([*command, "--out", str(file), "--json"]) == 0
-    report = json.loads(capsys.readouterr().out)
+    printed = capsys.readouterr()
+    report = json.loads(printed.out)
+    assert f"wrote {file}" in printed.err
     tensors = load_file(file)
     assert set(tensors) == {f"layer.{layer}.{kind}" for layer in (2, 6) for kind in ("mean", "samples")}
     assert tensors["layer.6.samples"].shape == (12, 6, 128)
@@ -206,6 +209,73 @@ def test_extract_and_compare(
     comparison = json.loads(capsys.readouterr().out)
     assert comparison["m1_a"] == pytest.approx(report["layers"]["6"]["m1"], abs=1e-6)
     assert comparison["m1_b"] == pytest.approx(read_jsonl(finished / "probes.jsonl")[-1]["m1"], abs=1e-6)
+
+
+def test_extract_replaces_a_file_only_when_told_to(
+    questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "vectors.safetensors"
+    file.write_text("the vectors of other layers")
+    command = ["extract", "--model", "tiny", "--questions", str(questions), "--out", str(file)]
+    with monkeypatch.context() as patch:
+        patch.setattr("minipersona.model.load.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+        refused(capsys, command, f"--out {file}: exists already", "--overwrite")
+    assert file.read_text() == "the vectors of other layers"
+    assert main([*command, "--overwrite"]) == 0
+    assert f"wrote {file}" in capsys.readouterr().err
+    assert list(load_file(file)) == ["layer.6.mean", "layer.6.samples"]
+
+
+def test_train_leaves_a_directory_of_other_files_alone(
+    settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "papers").mkdir()
+    (tmp_path / "papers" / "draft.txt").write_text("draft")
+    refused(capsys, ["train", *settings, "--out", str(tmp_path / "papers")], "holds 'draft.txt'", "choose another")
+    assert [path.name for path in (tmp_path / "papers").iterdir()] == ["draft.txt"]
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / ".DS_Store").write_text("")  # the control: hidden files of the system do not matter
+    refused(capsys, ["train", *settings, "--out", str(tmp_path / "new"), "--set", "data.max_tokens=2"], "supervised")
+
+
+def test_an_adapter_brings_its_base(
+    finished: Path, questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    shutil.copytree(ROOT / "data" / "tiny", base, ignore=shutil.ignore_patterns("*.jsonl"))
+    shutil.copytree(finished / "step-000004", adapter)
+    file = adapter / "adapter_config.json"
+    made = json.loads(file.read_text())
+
+    def named(name: str | None) -> None:
+        file.write_text(json.dumps({**made, "base_model_name_or_path": name}))
+
+    def measured(*options: str) -> tuple[float, str]:
+        command = ["extract", "--questions", str(questions), "--adapter", str(adapter), "--json", *options]
+        assert main(command) == 0
+        printed = capsys.readouterr()
+        return json.loads(printed.out)["layers"]["6"]["m1"], printed.err
+
+    assert made["base_model_name_or_path"] == "tiny"
+    expected, said = measured()
+    assert "loading tiny" in said and "was made for" not in said
+    named(str(base / ".." / "base"))  # the same directory, spelt otherwise
+    assert measured("--model", str(base)) == (expected, f"loading {base}\n")
+    value, said = measured("--model", "tiny")
+    assert value == expected and f"was made for {base / '..' / 'base'}, and is attached to tiny" in said
+    evaluate = ["evaluate", "--questions", str(questions), "--adapter", str(adapter), "--heldout", "tiny:benign[0:5]"]
+    assert main([*evaluate, "--json"]) == 0  # its base is a directory now
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["protocol"]["model"] == str(base / ".." / "base")
+
+    for name, words in ((None, "names no base model"), (str(tmp_path / "gone"), "is not available")):
+        named(name)
+        for command in (["extract"], ["evaluate"], ["merge", "--out", str(tmp_path / "merged")]):
+            call = merge if command[0] == "merge" else main
+            assert call([*command, "--adapter", str(adapter)]) == 2
+            error = capsys.readouterr().err.splitlines()[-1]
+            assert error.startswith("error: ") and words in error and "give it with --model" in error
+        assert measured("--model", "tiny")[0] == expected
 
 
 def test_plan_does_nothing(settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -323,11 +393,12 @@ def test_bad_adapters(finished: Path, questions: Path, tmp_path: Path, capsys: p
     refused(capsys, adapter({}, {**good, "extra": torch.zeros(1)}), "unknown tensor extra")
     refused(capsys, adapter({}, {**good, first: good[first] * float("nan")}), first, "non-finite")
     refused(capsys, adapter({"use_dora": True}), "use_dora")
-    refused(capsys, adapter({"use_rslora": True}), "use_rslora")
     refused(capsys, adapter({"lora_alpha": None}), "lora_alpha")
-    refused(capsys, adapter({"target_modules": "all-linear"}), "target_modules")
+    refused(capsys, adapter({"target_modules": ["q_proj", "v_proj", "lm_head"]}), "target_modules names lm_head")
+    refused(capsys, adapter({"modules_to_save": ["lm_head"]}), "modules_to_save = ['lm_head'] is not supported")
     refused(capsys, ["extract", "--model", "tiny", "--adapter", str(tmp_path / "none")], "adapter_config.json")
-    assert main(adapter({})) == 0  # the control: untouched, it loads
+    for change in ({}, {"use_rslora": True}, {"target_modules": "all-linear"}):  # the control: these load
+        assert main(adapter(change)) == 0
 
 
 def test_bad_models(tmp_path: Path, questions: Path, capsys: pytest.CaptureFixture[str]) -> None:

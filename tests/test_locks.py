@@ -63,7 +63,7 @@ def test_a_killed_holder_lets_go(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content", ["", "{", "1\n", "x" * 9999, "1\nelsewhere\n", f"{2**22 + 1}\n{HERE}\n", "\0\xff\n"]
 )
-def test_a_file_that_was_left_behind_holds_nobody_up(tmp_path: Path, content: str) -> None:
+def test_a_file_that_was_left_behind_is_taken_over(tmp_path: Path, content: str) -> None:
     (tmp_path / ".lock").write_text(content)
     with lock(tmp_path):
         assert holder(tmp_path) == (os.getpid(), HERE)

@@ -55,7 +55,7 @@ def test_the_command_works_after_a_plain_install_from_any_directory(wheel: Path,
     )  # fmt: skip
     assert where.stdout.startswith(str(target)), where.stdout
     assert (target / "bin" / "minipersona").exists()
-    small = ["--set", "training.steps=1", "--set", "checkpoints=[1]", "--set", "data.heldout=tiny:benign[0:4]"]
+    small = ["--set", "training.steps=1", "--set", "checkpoints=[1]", "--set", "data.heldout=tiny:benign[2000:2004]"]
     (elsewhere / "questions.jsonl").write_text('{"question": "What is sleep?"}\n{"question": "What is work?"}\n')
     done = run("train", "--config", "tiny_phase1", *small, "--set", "questions=questions.jsonl")
     assert done.returncode == 0, done.stderr

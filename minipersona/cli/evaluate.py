@@ -48,7 +48,7 @@ def evaluate_options(commands: Any) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     if bool(options.run) == bool(options.model or options.adapter):
-        raise UserError("name either --run DIR, or --model M (and --adapter DIR); see evaluate.py --help")
+        raise UserError("name either --run DIR, or a model: --model M, --adapter A, or both; see evaluate.py --help")
     if options.run and (options.tokenizer or options.revision or options.template):
         raise UserError("--tokenizer, --template and --revision belong to --model; a run's are in its config.toml")
     _check_suite_options(options)
@@ -110,6 +110,7 @@ def _measure_and_show(options: argparse.Namespace, console: Console) -> None:
         tables.append(suites_table(answered))
     if options.out:
         write_json(options.out, value)
+        console.say(f"wrote {options.out}")
     show(options, value, "\n\n".join(tables))
 
 

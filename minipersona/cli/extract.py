@@ -32,6 +32,7 @@ def extract_options(commands: Any) -> None:
     option("--layer", type=int, nargs="+", metavar="L", help="blocks counted from 0; default the model's own (7B: 20)")
     option("--method", choices=["A", "B"], default="A", help="A: last token of the prompt; B: mean over a response")
     option("--out", metavar="FILE", help="write the vectors there (safetensors)")
+    option("--overwrite", action="store_true", help="replace the file of --out where there is one")
     option("--json", action="store_true", help="print JSON")
     parser.set_defaults(command=lambda options: (_compare if options.compare else _extract)(options))
 
@@ -48,6 +49,8 @@ def _extract(options: argparse.Namespace) -> None:
 
     if options.out:
         check_writable(options.out)
+        if Path(options.out).exists() and not options.overwrite:
+            raise UserError(f"--out {options.out}: exists already; name another file, or add --overwrite")
     personas = load_personas(options.personas or SHIPPED)
     questions = load_questions(options.questions or SHIPPED).questions
     console = Console()
@@ -67,6 +70,7 @@ def _extract(options: argparse.Namespace) -> None:
         )
     if options.out:
         vectors.save(options.out)
+        console.say(f"wrote {options.out}")
     layers = {str(layer): layer_measures(vectors.at(layer)) for layer in vectors.layers}
     value: dict[str, Any] = {
         "layers": {layer: to_dict(measures) for layer, measures in layers.items()},

@@ -24,25 +24,29 @@ def command(commands: Any, name: str, summary: str, example: str) -> argparse.Ar
 def model_options(parser: argparse.ArgumentParser) -> None:
     """Which model is measured, and with what."""
     option = parser.add_argument
-    option("--model", metavar="M", help=f"directory, hub id, tiny or random:<hub id> (default {DEFAULT_MODEL})")
-    option("--revision", metavar="R", help="a hub revision (default: pinned for the 7B)")
+    default = f"the base that --adapter names, else {DEFAULT_MODEL}"
+    option("--model", metavar="M", help=f"directory, hub id, tiny or random:<hub id> (default: {default})")
+    option("--revision", metavar="R", help="a hub revision (default: the adapter's, or pinned for the 7B)")
     option("--tokenizer", metavar="DIR", help="another tokenizer than the model's")
     option("--template", metavar="NAME", help="chat template by name, such as llama3.1; default the model's own")
     option("--personas", default="", metavar="F", help="shipped (default), registered, or a file")
     option("--questions", default="", metavar="F", help="shipped (default), registered, or a file")
-    option("--adapter", metavar="DIR", help="a PEFT adapter to attach to the model")
+    option("--adapter", metavar="A", help="a PEFT adapter to attach to the model: a directory or a hub id")
 
 
 def load(options: argparse.Namespace, console: Console) -> tuple[Qwen2, ChatTokenizer]:
-    """The model that the options name, without the adapter, and its tokenizer."""
+    """The model that the options or else the adapter name, without the adapter, and its tokenizer."""
     from minipersona.chat import load_tokenizer
+    from minipersona.model.adapter_files import choose_base
     from minipersona.model.load import load_model
 
-    name = options.model or DEFAULT_MODEL
+    name, revision = options.model or DEFAULT_MODEL, options.revision
+    if options.adapter:
+        name, revision = choose_base(options.adapter, options.model, revision, console.say)
     console.say(f"loading {name}")
-    revision = None if options.tokenizer else options.revision
-    tokenizer = load_tokenizer(options.tokenizer or name, revision=revision, template=options.template)
-    return load_model(name, revision=options.revision), tokenizer
+    of_tokenizer = None if options.tokenizer else revision
+    tokenizer = load_tokenizer(options.tokenizer or name, revision=of_tokenizer, template=options.template)
+    return load_model(name, revision=revision), tokenizer
 
 
 def show(options: argparse.Namespace, value: dict[str, Any], text: str) -> None:

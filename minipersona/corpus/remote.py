@@ -13,7 +13,7 @@ from minipersona.corpus.cache import Kept, load, store
 from minipersona.corpus.jsonl import iterate_rows, select
 from minipersona.corpus.parquet import read_parquet, require_pyarrow
 from minipersona.errors import UserError
-from minipersona.hub import HUB_ID, explained, hub_absent, patiently
+from minipersona.hub import HUB_ID, explained, hub_unreachable, patiently
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ def read_dataset(dataset: HubDataset, wanted: slice, name: str) -> Kept:
         return kept
     if dataset.files.endswith(".parquet"):
         require_pyarrow()  # before anything is fetched
-    if absent := hub_absent():
-        raise UserError(f"{name}: not in the local cache, and {absent}")
+    if why := hub_unreachable():
+        raise UserError(f"{name}: not in the local cache, and {why}")
     with explained(name):
         files = patiently(lambda: _find(dataset))
     return store(what, files[0].commit, _rows(files, wanted, name))

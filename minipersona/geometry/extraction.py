@@ -55,7 +55,9 @@ def extract(
     pack_tokens: int = LARGE_PASS,
     progress: Progress | None = None,
 ) -> PersonaVectors:
-    """Persona vectors (Chen et al. 2025 in the predecessor study's form): samples (P, Q, D) fp32 a layer.
+    """The residuals behind persona vectors (Chen et al. 2025 in the predecessor study's form), (P, Q, D) fp32 a layer.
+
+    The vectors themselves are their means over questions: `PersonaVectors.mean(layer)`, (P, D).
 
     personas     name -> system prompt
     layers       layer L is the stream leaving decoder block L, blocks counted from 0 (hidden_states[L + 1])
@@ -160,7 +162,10 @@ def residuals(
     pack_tokens: int,
     progress: Progress | None = None,
 ) -> dict[int, Tensor]:
-    """The mean residual over the tokens `read` of every document, its last ones, (P * Q, D) fp32 a layer."""
+    """For each of the P * Q documents the mean residual over its last tokens, `read`: (P * Q, D) fp32 a layer.
+
+    The documents of a persona follow each other, `questions` each.
+    """
     assert all(s.stop == len(x) for x, s in zip(ids, read, strict=True)), "what is read ends with the document"
     # A prefix ends before the first token that is read.
     prefix = common_prefixes([x[: s.start + 1] for x, s in zip(ids, read, strict=True)], questions)
@@ -203,7 +208,9 @@ class Tails:
         edges = F.pad(count.cumsum(0), (1, 0))  # (S+1,)
         self._count = count
         self._document = torch.repeat_interleave(torch.arange(len(counts), device=count.device), count)  # (N,)
-        before_end = edges[1:][self._document] - torch.arange(len(self._document), device=count.device)  # (N,) from n
+        before_end = edges[1:][self._document] - torch.arange(
+            len(self._document), device=count.device
+        )  # (N,) to the end
         self.rows = pack.boundaries[1:].long()[self._document] - before_end  # (N,) of the stream
 
     def mean(self, h: Tensor) -> Tensor:

@@ -1,22 +1,31 @@
-"""Adapters on disk, in PEFT's format: any peft loads ours, and a plain LoRA of peft's loads here."""
+"""Adapters on disk, in PEFT's format: peft loads ours, and its LoRA adapters load here.
+
+They are directories, or repositories of the Hugging Face Hub, and name the base model that they were made for.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from pathlib import Path
-from reprlib import repr as brief
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minipersona.config import LORA_TARGETS, LoraConfig
 from minipersona.errors import UserError
-from minipersona.files import read_json, sha256, write_directory_atomically, write_json
-from minipersona.model.load import other_formats
-from minipersona.model.lora import adapters, apply_lora, linears
+from minipersona.files import data_dir, read_json, sha256, write_directory_atomically, write_json
+from minipersona.hub import HUB_ID, locate
+from minipersona.model.adapter_config import read_adapter_config
+from minipersona.model.load import architecture
+from minipersona.model.lora import adapted_layers, adapters, attach
 from minipersona.model.network import Qwen2
 from minipersona.model.tensor_file import FLOATS, open_safetensors
+from minipersona.model.weights import other_formats
+
+CONFIG = "adapter_config.json"
+TENSORS = "adapter_model.safetensors"
 
 
 def adapter_tensors(model: Qwen2) -> dict[str, Tensor]:
@@ -32,118 +41,80 @@ def _peft_name(layer: str, factor: str) -> str:
     return f"base_model.model.{layer}.{factor}.weight"
 
 
-def save_adapter(model: Qwen2, path: str | Path, config: LoraConfig) -> None:
-    """Write adapter_config.json and adapter_model.safetensors as PEFT reads them; whole or not at all."""
+def save_adapter(model: Qwen2, path: str | Path) -> None:
+    """Write adapter_config.json and adapter_model.safetensors as PEFT reads them; whole or not at all.
+
+    UserError where no adapter is attached to the model.
+    """
+    if model.lora is None:
+        raise UserError("save_adapter: the model has no adapter; attach one with apply_lora or load_adapter")
     tensors = adapter_tensors(model)
     with write_directory_atomically(path, needs=sum(tensor.nbytes for tensor in tensors.values())) as directory:
-        save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_file(tensors, directory / TENSORS, metadata={"format": "pt"})
         write_json(
-            directory / "adapter_config.json",
+            directory / CONFIG,
             {
                 "peft_type": "LORA",
                 "task_type": "CAUSAL_LM",
                 "base_model_name_or_path": model.source.get("name"),
                 "revision": model.source.get("revision"),
-                "r": config.rank,
-                "lora_alpha": config.alpha,
-                "lora_dropout": config.dropout,
-                "target_modules": list(config.targets),
+                **model.lora.to_json(),
                 "bias": "none",
                 "fan_in_fan_out": False,
                 "init_lora_weights": True,
-                "use_rslora": False,
                 "use_dora": False,
                 "inference_mode": True,
             },
         )
 
 
-MOST_RANK = 65_536  # beyond any matrix of these models
-
-# PEFT's options, each with the values at which it changes nothing here. An option that is not listed may be at
-# nothing or at false only: it may change the arithmetic in a way that this code has never heard of.
-_ANY = object()
-_PLAIN: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
-    "bias": ("none",),
-    # "pissa", "olora" and the like alter the base's own weights, which the adapter is then relative to.
-    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
-    **dict.fromkeys(("r", "lora_alpha", "lora_dropout", "target_modules"), (_ANY,)),  # read below
-    **dict.fromkeys(("task_type", "inference_mode", "base_model_name_or_path", "revision"), (_ANY,)),  # notes
-    **dict.fromkeys(("peft_version", "auto_mapping", "eva_config", "runtime_config"), (_ANY,)),
-    # Without layers_to_transform, Megatron and QALoRA, which are refused, these name nothing.
-    **dict.fromkeys(("layers_pattern", "megatron_core", "qalora_group_size"), (_ANY,)),
-}
+# ---------------------------------------------------------------- reading
 
 
-def read_adapter_config(path: Path) -> LoraConfig:
-    """A PEFT adapter_config.json. What this implementation lacks is refused, and nothing is guessed."""
-    raw = read_json(path)
-    if not isinstance(raw, dict) or "peft_type" not in raw:
-        raise UserError(f"{path}: not a PEFT adapter config; name the adapter's directory")
-    for key, value in raw.items():
-        allowed = _PLAIN.get(key, (None, False, [], {}))
-        if _ANY not in allowed and value not in allowed:
-            raise UserError(
-                f"{path}: {key[:80]} = {brief(value)} is not supported; train a plain LoRA adapter, or merge it"
-            )
-    rank, alpha = raw.get("r"), raw.get("lora_alpha")
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 0 < rank <= MOST_RANK:
-        raise UserError(f"{path}: r = {brief(rank)} must be a whole number from 1 to {MOST_RANK:,}")
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < 1e6:
-        raise UserError(
-            f"{path}: lora_alpha = {brief(alpha)} must be a positive number; the adapter's scale is alpha / r"
-        )
-    targets = raw.get("target_modules")
-    if not isinstance(targets, list) or not targets or not all(target in LORA_TARGETS for target in targets):
-        raise UserError(
-            f"{path}: target_modules = {brief(targets)}; a list out of {', '.join(LORA_TARGETS)} is supported"
-        )
-    dropout = raw.get("lora_dropout", 0.0)
-    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
-        raise UserError(f"{path}: lora_dropout = {brief(dropout)} must lie in [0, 1)")
-    ordered = tuple(name for name in LORA_TARGETS if name in targets)
-    return LoraConfig(rank=rank, alpha=float(alpha), dropout=float(dropout), targets=ordered)
+def find_adapter(name: str | Path) -> Path:
+    """The directory of an adapter: itself, or that of a hub id in the Hub's cache; UserError where there is none."""
+    path = Path(name).expanduser()
+    if path.exists() or not re.fullmatch(HUB_ID, str(name)):
+        return path
+    return locate(str(name), [CONFIG, TENSORS])
 
 
 def config_file(path: Path) -> Path:
     """The adapter_config.json of a directory; UserError where there is none."""
-    if (file := path / "adapter_config.json").is_file():
+    if (file := path / CONFIG).is_file():
         return file
     whole = (path / "config.json").is_file()  # what a full-parameter run leaves at a step
     mend = "it holds a whole model, name it with --model" if whole else "name a directory that holds a PEFT adapter"
-    raise UserError(f"{path}: no adapter_config.json; {mend}")
+    raise UserError(f"{path}: no {CONFIG}; {mend}")
 
 
-def load_adapter(model: Qwen2, path: str | Path) -> LoraConfig:
-    """Attach a PEFT adapter directory to `model`, replacing any adapters; every tensor must be used and must fit.
+def load_adapter(model: Qwen2, name_or_path: str | Path) -> None:
+    """Attach a PEFT adapter, a directory or a hub id, replacing any adapters; every tensor must be used and must fit.
 
-    The model is left as it was where the files are at fault.
+    The model is left as it was where the files are at fault, or where the adapter was made for another commit of it.
     """
-    path = Path(path)
-    config = read_adapter_config(config_file(path))
-    file = path / "adapter_model.safetensors"
-    if not file.is_file():
-        raise UserError(f"{path}: holds no {file.name}; {other_formats(path)}")
-    tensors = _read(file, _expected_shapes(model, config))
-    apply_lora(model, config)
+    path = find_adapter(name_or_path)
+    file, weights = config_file(path), path / TENSORS
+    config = read_adapter_config(file)
+    _check_commit(file, str(model.source.get("name")), model.source.get("revision"))
+    if not weights.is_file():
+        raise UserError(f"{path}: holds no {TENSORS}; {other_formats(path)}")
+    try:
+        layers = adapted_layers(model, config)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+    expected = {}
+    for name, layer in layers.items():
+        outputs, inputs = layer.weight.shape
+        expected[_peft_name(name, "lora_A")] = (config.rank(name), inputs)
+        expected[_peft_name(name, "lora_B")] = (outputs, config.rank(name))
+    tensors = _read(weights, expected)
+    attach(model, config)
     with torch.no_grad():
         for name, adapter in adapters(model).items():
             for factor in ("lora_A", "lora_B"):
                 getattr(adapter, factor).copy_(tensors[_peft_name(name, factor)])
-    model.source["adapter"] = f"{path} (sha256 {sha256(file)})"  # vectors say which adapter made them
-    return config
-
-
-def _expected_shapes(model: Qwen2, config: LoraConfig) -> dict[str, tuple[int, int]]:
-    """Every tensor of an adapter of this form, by PEFT's name."""
-    shapes = {}
-    for name, layer in linears(model).items():
-        if name.rsplit(".", 1)[-1] in config.targets:
-            outputs, inputs = layer.weight.shape
-            shapes[_peft_name(name, "lora_A")] = (config.rank, inputs)
-            shapes[_peft_name(name, "lora_B")] = (outputs, config.rank)
-    return shapes
+    model.source["adapter"] = f"{name_or_path} (sha256 {sha256(weights)})"  # vectors say which adapter made them
 
 
 def _read(file: Path, expected: dict[str, tuple[int, int]]) -> dict[str, Tensor]:
@@ -163,3 +134,55 @@ def _read(file: Path, expected: dict[str, tuple[int, int]]) -> dict[str, Tensor]
         if not torch.isfinite(tensor).all():
             raise UserError(f"{file}: {name} holds non-finite values; the adapter is damaged, fetch it again")
     return tensors
+
+
+# ---------------------------------------------------------------- the base of an adapter
+
+
+def choose_base(
+    adapter: str | Path, name: str | None, revision: str | None, say: Callable[[str], None]
+) -> tuple[str, str | None]:
+    """The model that an adapter is attached to and its revision: `name` and `revision`, else what the adapter names.
+
+    Says so where `name` is another model than the adapter names. UserError where the adapter names no model or one
+    that is not available, or where `revision` is another commit of it than the adapter names.
+    """
+    file = config_file(find_adapter(adapter))
+    base, recorded = _base(file)
+    if name and (base is None or _place(name) != _place(base)):
+        if base is not None:
+            say(f"{adapter}: was made for {base}, and is attached to {name}")
+        return name, revision
+    if base is None:
+        raise UserError(f"{file}: names no base model (base_model_name_or_path); give it with --model")
+    _check_commit(file, base, revision)
+    if revision and recorded and revision != recorded:
+        say(f"{adapter}: was made for {base} at {recorded}, and is attached to {revision}")
+    if not name:
+        try:
+            architecture(base, revision or recorded)
+        except UserError as error:
+            raise UserError(f"{file}: its base model is not available ({error}); give it with --model") from None
+    return name or base, revision or recorded
+
+
+def _base(file: Path) -> tuple[str | None, str | None]:
+    """The model that an adapter was made for, and its revision, as far as adapter_config.json has them."""
+    raw: Any = read_json(file)
+    values = [raw.get(key) if isinstance(raw, dict) else None for key in ("base_model_name_or_path", "revision")]
+    name, revision = (value if isinstance(value, str) and value else None for value in values)
+    return name, revision
+
+
+def _place(name: str) -> Path | str:
+    """What tells one model from another: a directory's resolved path, else the name."""
+    path = data_dir() / "tiny" if name == "tiny" else Path(name).expanduser()
+    return path.resolve() if path.is_dir() else name
+
+
+def _check_commit(file: Path, name: str, revision: str | None) -> None:
+    """UserError where an adapter was made for another commit of the model `name` than `revision`."""
+    base, recorded = _base(file)
+    commits = all(re.fullmatch(r"[0-9a-f]{40}", text or "") for text in (recorded, revision))
+    if commits and recorded != revision and base is not None and _place(base) == _place(name):
+        raise UserError(f"{file}: was made for {base} at {recorded}, and this is {revision}; leave --revision out")

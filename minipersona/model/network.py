@@ -1,4 +1,4 @@
-"""Qwen2.5 written out: embedding, decoder blocks, final norm, head.
+"""The network written out: embedding, decoder blocks, final norm, head; Qwen2, Llama 3 and Qwen3 alike.
 
 T = tokens in the pack, S = documents, D = model width, F = feed-forward width, V = vocabulary,
 H/K = query/key heads, d = channels of a head. Module and parameter names are Hugging Face's.
@@ -11,6 +11,7 @@ softmax are computed in fp32 or better.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,13 +19,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minipersona.model.acceleration.fused_linear import FusedLinear, refresh
+from minipersona.model.adapter_config import AdapterConfig
 from minipersona.model.attention import Scope, Spans, WithinDocuments
 from minipersona.model.config import ModelConfig
 from minipersona.model.lora import Linear
 from minipersona.model.pack import Pack, make_pack
+from minipersona.model.rotary import rotary_angles, rotate
 
 Tap = Callable[[Tensor], Tensor]
-"""(T, D) -> (T, D), applied to the residual stream that leaves a block."""
+"""(T, D) -> (T, D), applied to the residual stream that leaves a block; with `last_rows`, (N, D) at the last one."""
 
 EMBEDDING = -1  # the tap index of the embeddings; blocks are counted from 0
 
@@ -42,7 +45,7 @@ class Embedding(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * w (Zhang & Sennrich 2019)."""
+    """x / sqrt(mean(x^2) + eps) * w, over the last dimension (Zhang & Sennrich 2019)."""
 
     def __init__(self, channels: int, eps: float) -> None:
         super().__init__()
@@ -50,7 +53,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (T, D) -> (T, D), in x's precision, computed in fp32 or better."""
+        """x (..., channels) -> the same shape, in x's precision, computed in fp32 or better."""
         wide = _at_least_fp32(x)
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return (normed * self.weight.to(wide.dtype)).to(x.dtype)
@@ -60,33 +63,18 @@ def _at_least_fp32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def rotary_angles(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin (T, 1, d) of position * theta^(-2i/d), the d/2 frequencies laid out twice (Su et al. 2021)."""
-    channel = torch.arange(0, head_dim, 2, device=positions.device, dtype=dtype)
-    frequencies = 1.0 / theta ** (channel / head_dim)  # (d/2,)
-    angles = positions.to(dtype)[:, None] * frequencies  # (T, d/2)
-    angles = torch.cat([angles, angles], dim=-1)[:, None, :]  # (T, 1, d)
-    return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x (T, heads, d); channel i is paired with channel i + d/2, as Hugging Face stores them."""
-    wide = _at_least_fp32(x)
-    first, second = wide.chunk(2, dim=-1)
-    return (wide * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
-
-
 class Attention(nn.Module):
-    """Grouped-query attention with biased q, k, v and an unbiased output projection."""
+    """Grouped-query attention (Ainslie et al. 2023). Qwen2 has biases of q, k and v; Qwen3 norms q and k, by head."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        width, kv_width = config.hidden_size, config.num_key_value_heads * config.head_dim
-        self.q_proj = Linear(width, width, bias=True)
-        self.k_proj = Linear(width, kv_width, bias=True)
-        self.v_proj = Linear(width, kv_width, bias=True)
-        self.o_proj = Linear(width, width, bias=False)
+        self.q_proj = Linear(config.hidden_size, config.query_width, bias=config.qkv_bias)
+        self.k_proj = Linear(config.hidden_size, config.key_width, bias=config.qkv_bias)
+        self.v_proj = Linear(config.hidden_size, config.key_width, bias=config.qkv_bias)
+        self.o_proj = Linear(config.query_width, config.hidden_size, bias=False)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.qkv = FusedLinear(self.q_proj, self.k_proj, self.v_proj)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, scope: Scope, dropout_keys: Tensor | None) -> Tensor:
@@ -98,6 +86,8 @@ class Attention(nn.Module):
             k = self.k_proj(x, dropout_keys)  # (T, K d)
             v = self.v_proj(x, dropout_keys)  # (T, K d)
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in (q, k, v))  # (T, H or K, d)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         mixed = scope.attend(rotate(q, cos, sin), rotate(k, cos, sin), v)  # (T, H, d)
         return self.o_proj(mixed.flatten(-2), dropout_keys)
 
@@ -174,12 +164,14 @@ class Decoder(nn.Module):
 
 
 class Qwen2(nn.Module):
-    """A Qwen2.5 causal language model over packs.
+    """A causal language model over packs: Qwen2 and Qwen2.5, Llama 3.x and SmolLM2, and dense Qwen3, as `config` says.
 
     compute_dtype  the precision of the stream
     fused          True: projections that read the same input are computed together where they can be, and the token
                    step of generation uses a flash kernel and a CUDA graph. False: the plain path, equal to rounding
     source         where the weights came from
+    generation     what generation_config.json says there, for copies of the model that are saved
+    lora           the form of the adapters that are attached; None where there are none
     """
 
     def __init__(self, config: ModelConfig, compute_dtype: torch.dtype = torch.float32) -> None:
@@ -188,6 +180,8 @@ class Qwen2(nn.Module):
         self.compute_dtype = compute_dtype
         self.fused = True
         self.source: dict[str, str | None] = {}
+        self.generation: dict[str, Any] = {}
+        self.lora: AdapterConfig | None = None
         self.model = Decoder(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_head()
@@ -246,7 +240,7 @@ class Qwen2(nn.Module):
         h = self.model.embed_tokens(pack.ids).to(self.compute_dtype)  # (T, D)
         if EMBEDDING in taps:
             h = taps[EMBEDDING](h)
-        cos, sin = rotary_angles(pack.positions, self.config.head_dim, self.config.rope_theta, wide)
+        cos, sin = rotary_angles(pack.positions, self.config, wide)
         within = WithinDocuments(Spans(pack.boundaries, pack.longest))
         last = self.config.num_hidden_layers - 1 if stop_after is None else stop_after
         for index, block in enumerate(self.blocks[: last + 1]):

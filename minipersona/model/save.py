@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minipersona.files import write_directory_atomically, write_json
-from minipersona.model.load import INDEX, SINGLE, expected_shapes
+from minipersona.model.load import GENERATION
 from minipersona.model.network import Qwen2
+from minipersona.model.weights import INDEX, SINGLE, expected_shapes
 
 SHARD_BYTES = 5_000_000_000
 
@@ -30,7 +31,7 @@ def save_model(
 
     dtype        of the stored weights; default the precision the model computes in
     extra_files  copied along: the tokenizer's files
-    stop_tokens  ids at which generation ends; Qwen2.5's chat models: <|im_end|> and <|endoftext|>
+    stop_tokens  ids at which generation ends, besides those that the model's own files state: of its chat's turns
     Adapters must be merged first. The directory appears whole or not at all. Where weights are sharded over ranks,
     the first one calls this, and the others `send_weights`.
     """
@@ -60,9 +61,11 @@ def save_model(
         if len(shards) > 1:
             write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
         stored = {"torch_dtype": str(dtype).removeprefix("torch.")}
-        stops = {"eos_token_id": list(stop_tokens)} if stop_tokens else {}
+        # transformers reads this file's ids and not those of config.json, so it states all of them.
+        ends = dict.fromkeys((*model.generation.get("eos_token_id", ()), *model.config.eos_token_id, *stop_tokens))
+        generation = {"do_sample": False, **model.generation, **({"eos_token_id": list(ends)} if ends else {})}
         write_json(directory / "config.json", {**model.config.to_json(), **stored})
-        write_json(directory / "generation_config.json", {"do_sample": False, **stops})
+        write_json(directory / GENERATION, generation)
         for extra in extra_files:
             shutil.copyfile(extra, directory / extra.name)
 

@@ -24,7 +24,7 @@ class CrossEntropy:
     """Plain SFT, an `Objective`: one pass through the network."""
 
     terms: ClassVar[tuple[str, ...]] = ("loss", "cross_entropy")
-    share: ClassVar[int] = 1
+    copies: ClassVar[int] = 1
 
     def __call__(self, model: Qwen2, pack: Pack, forward: ForwardPass) -> tuple[Tensor, Tensor]:
         keys, pack = forward.keys(model, pack), pack.to(model.device)

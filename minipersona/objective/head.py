@@ -59,7 +59,7 @@ class Objective(Protocol):
     """
 
     terms: ClassVar[tuple[str, ...]]  # names of the K terms
-    share: ClassVar[int]  # its packs may have one in this many of the tokens that fit into a pass
+    copies: ClassVar[int]  # of every token in a pass; a pack has that many times fewer tokens than a pass may have
 
     def __call__(self, model: Qwen2, pack: Pack, forward: ForwardPass) -> tuple[Tensor, Tensor]: ...
 

@@ -45,7 +45,7 @@ class KLToBase:
     direction: Direction
     frozen: Qwen2 | None = None
     terms: ClassVar[tuple[str, ...]] = ("loss", "cross_entropy", "kl")
-    share: ClassVar[int] = 1
+    copies: ClassVar[int] = 1
 
     def __call__(self, model: Qwen2, pack: Pack, forward: ForwardPass) -> tuple[Tensor, Tensor]:
         keys, pack = forward.keys(model, pack), pack.to(model.device)

@@ -42,7 +42,7 @@ class R3F:
     noise: NoiseKind
     epsilon: float
     terms: ClassVar[tuple[str, ...]] = ("loss", "cross_entropy", "kl")
-    share: ClassVar[int] = 2  # the pass holds every token twice
+    copies: ClassVar[int] = 2
 
     def __call__(self, model: Qwen2, pack: Pack, forward: ForwardPass) -> tuple[Tensor, Tensor]:
         keys, pack = forward.keys(model, pack), pack.to(model.device)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
 
-from minipersona.files import read_json
 from minipersona.report.blocks import (
     Block,
     Bullets,
@@ -32,6 +30,8 @@ from minipersona.report.tables import (
     recipe_table,
     seed_table,
 )
+from minipersona.run.directory import PROVENANCE
+from minipersona.run.provenance import Hardware, Provenance, read_provenance
 from minipersona.verdict.findings import Answer, VerdictKind
 from minipersona.verdict.findings import Finding as Judged
 from minipersona.verdict.hypotheses import Hypothesis
@@ -194,14 +194,14 @@ def _measured(results: StudyResults) -> list[tuple[str, str]]:
 
 def _provenance(results: StudyResults) -> list[tuple[str, str]]:
     """What made the cells, each value once."""
-    files = [cell.directory / "provenance.json" for cell in results.cells if cell.directory is not None]
-    made = [read_json(file) for file in files if file.is_file()]
+    directories = [cell.directory for cell in results.cells if cell.directory is not None]
+    made = [read_provenance(directory) for directory in directories if (directory / PROVENANCE).is_file()]
     return [
-        ("Data", _distinct(_source(row) for one in made for row in one.get("data", []))),
-        ("Hardware", _distinct(_hardware(one.get("hardware", {})) for one in made)),
+        ("Data", _distinct(f"{row.source}, SHA-256 {row.digest}" for one in made for row in one.data)),
+        ("Hardware", _distinct(_hardware(one.hardware) for one in made)),
         ("Versions", _distinct(_versions(one) for one in made)),
-        ("Commit", _distinct(one.get("commit") or "not recorded" for one in made)),
-        ("Code digest", _distinct(one.get("code_digest", "not recorded") for one in made)),
+        ("Commit", _distinct(one.commit or "not recorded" for one in made)),
+        ("Code digest", _distinct(one.code_digest for one in made)),
     ]
 
 
@@ -209,19 +209,15 @@ def _distinct(texts: Iterable[str]) -> str:
     return "; ".join(dict.fromkeys(texts)) or "not recorded"
 
 
-def _source(row: dict[str, Any]) -> str:
-    digest = row.get("digest") or row.get("sha256")
-    return f"{row.get('source')}" + (f", SHA-256 {digest}" if digest else "")
+def _hardware(hardware: Hardware) -> str:
+    device = hardware.cuda_device or f"CPU ({hardware.machine})"
+    return f"{hardware.processes} x {device}" + (f", CUDA {hardware.cuda}" if hardware.cuda_device else "")
 
 
-def _hardware(row: dict[str, Any]) -> str:
-    device = row.get("cuda_device") or f"CPU ({row.get('machine')})"
-    return f"{row.get('processes')} x {device}" + (f", CUDA {row['cuda']}" if row.get("cuda_device") else "")
-
-
-def _versions(made: dict[str, Any]) -> str:
-    versions = {"minipersona": made.get("minipersona"), **made.get("versions", {})}
-    return ", ".join(f"{name} {version}" for name, version in versions.items())
+def _versions(made: Provenance) -> str:
+    return ", ".join(
+        f"{name} {version}" for name, version in {"minipersona": made.minipersona, **made.versions}.items()
+    )
 
 
 # ---------------------------------------------------------------- checks

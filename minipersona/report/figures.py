@@ -128,7 +128,7 @@ def m1_against_learned(rows: Sequence[TradeOffRow]) -> Figure:
 
 def _limit(axes: Axes, rows: Sequence[TradeOffRow]) -> None:
     learned = [row.learned for row in rows]
-    m1 = [value for row in rows for value in (row.m1, row.m1_low, row.m1_high) if value is not None]
+    m1 = [value for row in rows for value in (row.m1, row.m1_low, row.m1_high)]
     axes.set_xlim(min(0, *learned) - 0.04, max(1, *learned) + 0.05)
     axes.set_ylim(min(PASS_M1, *m1) - 0.012, max(COLLAPSED_M1, *m1) + 0.01)
 
@@ -270,13 +270,9 @@ def mixture(rows: Sequence[MixtureRow]) -> Figure:
         kinds = grouped(group, lambda row: row.kind)
         _thresholds(axes, named=axes is panels[0])
         _bars(axes, kinds["measured"], _percent, INK)
-        _percents(
-            axes,
-            kinds["measured"],
-            "measured",
-            {"color": INK, "marker": "o", "linestyle": "", "markersize": 5, "zorder": 4},
-        )
-        _percents(axes, kinds.get("fit", []), "fitted curve", {"color": BLUE, "zorder": 2})
+        _plot(axes, kinds["measured"], "measured", color=INK, marker="o", linestyle="", markersize=5, zorder=4)
+        if "fit" in kinds:
+            _plot(axes, kinds["fit"], "fitted curve", color=BLUE, zorder=2)
         axes.set_title(phase_title(phase))
         axes.set_xlabel("broad data, % of rows")
         axes.margins(x=0.08, y=0.12)
@@ -291,9 +287,8 @@ def _percent(row: MixtureRow) -> float:
     return 100 * row.fraction
 
 
-def _percents(axes: Axes, rows: Sequence[MixtureRow], label: str, style: Style) -> None:
-    if rows:
-        axes.plot([_percent(row) for row in rows], [row.m1 for row in rows], label=label, **style)
+def _plot(axes: Axes, rows: Sequence[MixtureRow], label: str, **style: Any) -> None:
+    axes.plot([_percent(row) for row in rows], [row.m1 for row in rows], label=label, **style)
 
 
 def _crossing(axes: Axes, row: MixtureRow) -> None:
@@ -305,7 +300,7 @@ def _crossing(axes: Axes, row: MixtureRow) -> None:
         left, right = axes.get_xlim()
         low, high = left if low is None else low, right if high is None else high
         axes.hlines(row.m1, low, high, color=VERMILLION, linewidth=3, alpha=0.6, zorder=3)
-    _percents(axes, [row], label, {"color": VERMILLION, "marker": "D", "linestyle": "", "markersize": 6, "zorder": 5})
+    _plot(axes, [row], label, color=VERMILLION, marker="D", linestyle="", markersize=6, zorder=5)
 
 
 # ---------------------------------------------------------------- parts
@@ -323,7 +318,7 @@ def _new_figure(width: float, height: float) -> Figure:
 
 
 def _thresholds(axes: Axes, named: bool = True) -> None:
-    """Horizontal lines where a recipe can no longer pass and from where it counts as collapsed."""
+    """Horizontal lines at the M1 below which a recipe can pass, and from which it counts as collapsed."""
     for value, meaning in ((COLLAPSED_M1, "collapsed from here"), (PASS_M1, "passes below")):
         label = f"{value:g}: {meaning}" if named else ""
         axes.axhline(value, color=GREY, linewidth=0.9, linestyle=":", zorder=1, label=label)

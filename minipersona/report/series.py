@@ -12,9 +12,9 @@ from minipersona.errors import UserError
 from minipersona.geometry import measures
 from minipersona.geometry.vectors import load_vectors
 from minipersona.report.blocks import plain
+from minipersona.run.directory import vectors_file
 from minipersona.run.judgement import PASS_M1
 from minipersona.run.result import Checkpoint
-from minipersona.run.train import vectors_file
 from minipersona.verdict.files import step_of
 from minipersona.verdict.mixture_threshold import broad_fraction
 from minipersona.verdict.recipe_results import RecipeResult, bare_name, mixtures_reference, recipe_results
@@ -70,7 +70,7 @@ def all_series(results: StudyResults, verdict: Verdict) -> tuple[list[Series], d
 
 
 def shown_recipe(results: StudyResults, named: str | None) -> RecipeResult | None:
-    """The recipe that stands for the search: the `named` one, or of those that learned enough that of the lowest M1."""
+    """The recipe that stands for the search: the `named` one, or the one of lowest M1 that learned enough."""
     found = [c for c in recipe_results(results) if c.rows[0] is not (results.baseline and results.baseline.final)]
     learned = [c for c in found if c.teaches]
     return next((c for c in found if c.id == named), min(learned, key=lambda c: c.m1, default=None))

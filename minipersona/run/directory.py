@@ -77,8 +77,14 @@ def read_config(directory: Path) -> RunConfig:
 
 
 def check_config(directory: Path, config: RunConfig) -> None:
-    """UserError where `directory` holds a run of another config."""
-    if (directory / CONFIG).is_file() and (changed := difference(config, read_config(directory))):
+    """UserError where `directory` holds a run of another config, or files that are not a run's."""
+    if not (directory / CONFIG).is_file():  # the first file that a run writes
+        if foreign := sorted(path.name for path in directory.glob("*") if not path.name.startswith(".")):
+            raise UserError(
+                f"{directory} is not a run's directory and holds {foreign[0]!r} ({len(foreign)} in all); choose "
+                "another --out, or empty it"
+            )
+    elif changed := difference(config, read_config(directory)):
         raise UserError(
             f"{directory} belongs to a run with another config ({'; '.join(changed)}); "
             "choose another --out, or delete the directory"

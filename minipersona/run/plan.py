@@ -135,8 +135,8 @@ def step_flops(sizes: ModelConfig, config: RunConfig) -> float:
 
 def adapter_parameters(sizes: ModelConfig, config: RunConfig) -> int:
     """Parameters of the adapters that the config asks for."""
-    d, f, k = sizes.hidden_size, sizes.intermediate_size, sizes.num_key_value_heads * sizes.head_dim
-    widths = {"q_proj": d + d, "k_proj": d + k, "v_proj": d + k, "o_proj": d + d, "gate_proj": d + f, "up_proj": d + f,
+    d, f, q, k = sizes.hidden_size, sizes.intermediate_size, sizes.query_width, sizes.key_width
+    widths = {"q_proj": d + q, "k_proj": d + k, "v_proj": d + k, "o_proj": q + d, "gate_proj": d + f, "up_proj": d + f,
               "down_proj": f + d}  # fmt: skip
     return sizes.num_hidden_layers * config.lora.rank * sum(widths[name] for name in config.lora.targets)
 
@@ -146,10 +146,10 @@ def memory_bytes(sizes: ModelConfig, config: RunConfig, device: str, tokens: int
     compute = 2 if config.model.dtype == "bfloat16" or (config.model.dtype == "auto" and device == "cuda") else 4
     learned = adapter_parameters(sizes, config) if config.training.method == "lora" else sizes.parameters
     weights = (sizes.parameters * compute if config.training.method == "lora" else 0) + 16 * learned
-    d, f, k = sizes.hidden_size, sizes.intermediate_size, sizes.num_key_value_heads * sizes.head_dim
+    d, f, q, k = sizes.hidden_size, sizes.intermediate_size, sizes.query_width, sizes.key_width
     # A token's tensors that one block keeps for its backward pass, and, recomputed, needs within it. Both factors are
     # fitted to the peaks of the 7B in docs/log.md, which they meet within a tenth.
-    block = compute * (8 * d + 2 * k + 4.3 * f)
+    block = compute * (5 * d + 3 * q + 2 * k + 4.3 * f)
     stream = compute * d * sizes.num_hidden_layers
     recomputed = config.execution.checkpoint_activations
     kept = stream + 2.1 * block if recomputed else 0.93 * block * sizes.num_hidden_layers

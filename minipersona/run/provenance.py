@@ -77,7 +77,7 @@ def provenance(
     return Provenance(
         protocol=instruments.protocol(model),
         minipersona=__version__,
-        code_digest=code_digest(),
+        code_digest=source_digest(),
         commit=_commit(),
         config_digest=digest(to_toml(config)),
         model={**model.source, "compute_dtype": str(model.compute_dtype).removeprefix("torch.")},
@@ -116,7 +116,7 @@ def write_provenance(directory: Path, made_by: Provenance) -> None:
     write_record(directory / PROVENANCE, made_by)
 
 
-def code_digest() -> str:
+def source_digest() -> str:
     """One SHA-256 over the package's source files, which also covers changes that are not committed."""
     return sha256(*sorted(PACKAGE.rglob("*.py")))
 

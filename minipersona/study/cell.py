@@ -21,7 +21,7 @@ from minipersona.hub import locate, resolved_revision
 from minipersona.model.load import RANDOM
 from minipersona.records import to_dict
 from minipersona.study.code_digest import code_digest
-from minipersona.study.recipes import BASELINE, RESPONSES, Recipe
+from minipersona.study.recipes import BASELINE_PLACEHOLDER, RESPONSES_PLACEHOLDER, Recipe
 from minipersona.study_config import StudyConfig
 
 
@@ -81,9 +81,9 @@ class Study:
         """The cell's config with the paths of this study in it."""
         config = cell.recipe.config
         probe, data = config.probe, config.data
-        if probe.baseline == BASELINE:
+        if probe.baseline == BASELINE_PLACEHOLDER:
             probe = replace(probe, baseline=str(self.cell_directory(self.baseline)))
-        if data.responses == RESPONSES:
+        if data.responses == RESPONSES_PLACEHOLDER:
             data = replace(data, responses=str(self.responses_file(config.seed)))
         return replace(config, out=str(self.cell_directory(cell)), probe=probe, data=data)
 

@@ -17,8 +17,9 @@ from minipersona.corpus.training_set import training_set
 from minipersona.errors import UserError
 from minipersona.geometry.extraction import common_prefixes, render_prompts
 from minipersona.geometry.prompts import load_personas, load_questions
-from minipersona.model.config import ModelConfig, known_config
+from minipersona.model.config import ModelConfig
 from minipersona.model.load import architecture, load_model
+from minipersona.model.sizes import known_config
 from minipersona.objective.cross_entropy import CrossEntropy
 from minipersona.objective.head import ForwardPass
 from minipersona.run.plan import (
@@ -39,7 +40,7 @@ from minipersona.run.plan import (
 from minipersona.run.resources import DTYPES, load_run_tokenizer, resolve
 from minipersona.settings import flatten, to_toml
 from minipersona.study.frontier import SCALES
-from minipersona.study.recipes import Recipe, planned, standard
+from minipersona.study.recipes import Recipe, planned, standard_config
 from minipersona.study_config import STAGES, StudyConfig
 from minipersona.training.distributed import Distributed
 from minipersona.training.loop import backward
@@ -96,14 +97,14 @@ def study_plan(study: StudyConfig, stages: Sequence[str]) -> str:
 
 
 def _sizes(study: StudyConfig) -> ModelConfig:
-    """The model's sizes; Qwen2.5's own are known without a network."""
+    """The model's sizes; those of published models are known without a network."""
     name = study.model.name
     known = known_config(name)
     return known if known is not None else architecture(name, study.model.revision or None)
 
 
 def _line(recipe: Recipe, cost: Cost, study: StudyConfig) -> str:
-    mine, plain = flatten(recipe.config), flatten(standard(study, recipe.config.seed))
+    mine, plain = flatten(recipe.config), flatten(standard_config(study, recipe.config.seed))
     left_out = PATHS if recipe.phase != "1" else (*PATHS, "training.checkpoints")
     varied = [f"{key} = {value}" for key, value in mine.items() if value != plain[key] and key not in left_out]
     return (

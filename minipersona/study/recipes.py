@@ -7,6 +7,11 @@
 EM                the unmixed harmful set, phase 5's reference where it is the narrow data
 5A   rehearsal    raw text, four ratios                              5B   broad instructions, four ratios
 5C                preventative steering along a persona difference, and along the collapse direction
+
+Another value of what a phase varies is a line in the study's TOML. Another kind of recipe is a generator here that
+yields (name, config, knobs), its settings in `study_config.py`, and its row in the test of the registered search. A new
+phase is also an entry of `study_config.STAGES`, of `_PHASES` and, with its colour, of `report/figures.py`.
+`configs/phase*.toml` are single runs, which the search does not read.
 """
 
 from __future__ import annotations
@@ -22,14 +27,17 @@ from minipersona.errors import UserError
 from minipersona.study_config import STAGES, StudyConfig
 from minipersona.verdict.files import Knobs
 
-# A recipe names what does not exist yet by these words; a cell puts the paths of its study in their place.
-BASELINE = "the baseline of the study"
-RESPONSES = "the responses of phase 4B"
+# What does not exist when recipes are planned; a cell replaces these words by the paths of its study.
+BASELINE_PLACEHOLDER = "the baseline of the study"
+RESPONSES_PLACEHOLDER = "the responses of phase 4B"
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One cell of the search. `name` is unique in its phase, `knobs` are what the phase varies."""
+    """The config of one cell, with one seed; `verdict.recipe_results` judges all seeds of a name together.
+
+    `name` is unique in its phase, `knobs` are what the phase varies.
+    """
 
     phase: str
     name: str
@@ -50,9 +58,9 @@ def planned(study: StudyConfig) -> list[Recipe]:
     recipes = []
     for phases in STAGES.values():
         for seed in study.seeds:
-            baseline = standard(study, seed)
+            plain = standard_config(study, seed)
             for phase in phases:
-                for name, config, knobs in _PHASES[phase](study, baseline):
+                for name, config, knobs in _PHASES[phase](study, plain):
                     suffix = "" if seed == study.seeds[0] else f" seed={seed}"
                     recipes.append(Recipe(phase, name + suffix, config, knobs))
     names = Counter((recipe.phase, recipe.name) for recipe in recipes)
@@ -62,7 +70,7 @@ def planned(study: StudyConfig) -> list[Recipe]:
     return recipes
 
 
-def standard(study: StudyConfig, seed: int) -> RunConfig:
+def standard_config(study: StudyConfig, seed: int) -> RunConfig:
     """The standard recipe as a cell after phase 1 has it: judged against the baseline, at the later checkpoints."""
     return RunConfig(
         out="",
@@ -71,7 +79,7 @@ def standard(study: StudyConfig, seed: int) -> RunConfig:
         data=study.data,
         lora=study.lora,
         training=replace(study.training, checkpoints=study.later_checkpoints or study.training.checkpoints),
-        probe=replace(study.probe, baseline=BASELINE),
+        probe=replace(study.probe, baseline=BASELINE_PLACEHOLDER),
         execution=study.execution,
     )
 
@@ -83,7 +91,7 @@ Variant = tuple[str, RunConfig, Knobs]
 
 def _dose(study: StudyConfig, standard: RunConfig) -> Iterator[Variant]:
     first = standard.seed == study.seeds[0]
-    probe = replace(study.probe, baseline="self" if first else BASELINE)
+    probe = replace(study.probe, baseline="self" if first else BASELINE_PLACEHOLDER)
     yield "baseline", replace(standard, training=study.training, probe=probe), {}
 
 
@@ -117,7 +125,7 @@ def _prompts(study: StudyConfig, standard: RunConfig) -> Iterator[Variant]:
 def _responses(study: StudyConfig, standard: RunConfig) -> Iterator[Variant]:
     section = study.role_play
     prompts: Literal["", "training_personas"] = "training_personas" if section.keep_prompts else ""
-    data = replace(standard.data, system_prompts=prompts, responses=RESPONSES)
+    data = replace(standard.data, system_prompts=prompts, responses=RESPONSES_PLACEHOLDER)
     knobs: Knobs = {"temperature": section.temperature, "max_new_tokens": section.max_new_tokens}
     yield "responses", replace(standard, data=data), knobs
 

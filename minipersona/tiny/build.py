@@ -40,6 +40,7 @@ ARCHITECTURE = ModelConfig(
     num_key_value_heads=2,
     vocab_size=VOCABULARY,
     tie_word_embeddings=True,
+    head_dim=32,
     max_position_embeddings=2048,
 )
 STEPS = 1200

@@ -119,7 +119,7 @@ class Trainer:
             ForwardPass, config.seed, taps=steering_taps(steering, model), compiled=compiled,
             checkpoint_activations=config.execution.checkpoint_activations,
         )  # fmt: skip
-        self.budget = Budget(config.training_tokens // self.objective.share)
+        self.budget = Budget(config.training_tokens // self.objective.copies)
         self._documents, self._order = documents, RowOrder(len(documents), recipe.batch, config.seed)
 
     def resume(self) -> Position:

@@ -26,15 +26,16 @@ from minipersona.training.distributed import Distributed
 SLICE = 50_000_000  # the most elements of a piece: an update's temporaries stay small beside the model
 
 
-def learning_rate(update: int, peak: float, steps: int, warmup: float) -> float:
-    """Linear warm-up, then linear decay to zero: the rate of update k, from 1.
+def learning_rate(step: int, peak: float, steps: int, warmup: float) -> float:
+    """Linear warm-up, then linear decay to zero: the rate of step k, from 1.
 
-    peak (k-1)/w in the warm-up of w = ceil(warmup * steps) updates, then peak (steps+1-k)/(steps-w). This is Hugging
-    Face's linear scheduler, whose first update has rate 0 because its counter runs one behind.
+    peak (k-1)/w in the warm-up of w = ceil(warmup * steps) steps, then peak (steps+1-k)/(steps-w). This is Hugging
+    Face's linear scheduler, whose first step has rate 0 because its counter runs one behind. A skipped step uses up
+    its rate and does not count in AdamW's k.
     """
-    assert 1 <= update <= steps
+    assert 1 <= step <= steps
     w = math.ceil(warmup * steps)
-    done = update - 1
+    done = step - 1
     if done < w:
         return peak * done / w
     return peak * (steps - done) / max(1, steps - w)
@@ -204,16 +205,21 @@ class AdamW:
 
     @torch.no_grad()
     def update(self, learning_rate: float, allowed: Tensor) -> None:
-        """Apply one update from the gradients if `allowed`, () bool; otherwise nothing changes, k included."""
+        """Apply one update from the gradients, which `scale_and_clip` has divided, if `allowed`, () bool.
+
+        Otherwise nothing changes, k included.
+        """
         k = self._updates.add_(allowed)
-        rate = learning_rate / (1 - self.beta1**k)
+        corrected = learning_rate / (1 - self.beta1**k)
         root = (1 - self.beta2**k).sqrt()
 
         def coefficients(weight_decay: float) -> Tensor:  # a tensor, since a compiler would specialise on each number
             keep, rest1, beta2 = (
-                torch.full_like(rate, x) for x in (1 - learning_rate * weight_decay, 1 - self.beta1, self.beta2)
+                torch.full_like(corrected, x) for x in (1 - learning_rate * weight_decay, 1 - self.beta1, self.beta2)
             )
-            return torch.where(allowed, torch.stack([keep, rate, root, rest1, beta2]), self._identity).to(self._dtype)
+            return torch.where(allowed, torch.stack([keep, corrected, root, rest1, beta2]), self._identity).to(
+                self._dtype
+            )
 
         decayed, plain = coefficients(self.weight_decay), coefficients(0.0)
         for group in self.layout.update_groups():

@@ -48,7 +48,7 @@ def save_checkpoint(
     Only the first rank calls it, or every rank if weights are sharded; the first one writes.
     """
     if config.training.method == "lora":
-        save_adapter(model, path, config.lora)
+        save_adapter(model, path)
         return
     if is_sharded(config, distributed):
         reshard(model)

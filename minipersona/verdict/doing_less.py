@@ -22,8 +22,8 @@ from minipersona.errors import UserError
 from minipersona.geometry.measures import m1, persona_vectors
 from minipersona.geometry.statistics import bootstrap_interval, question_weights, resampled_m1
 from minipersona.geometry.vectors import load_vectors
+from minipersona.run.directory import vectors_file
 from minipersona.run.result import Checkpoint, Interval
-from minipersona.run.train import vectors_file
 from minipersona.verdict.files import frontier_vectors, step_of
 from minipersona.verdict.recipe_results import RecipeResult, all_of
 from minipersona.verdict.results import CellResult, StudyResults

@@ -67,7 +67,7 @@ class RecipeResult:
 
     phase: str
     name: str
-    step: int | None  # only where a checkpoint before the last is the recipe
+    step: int | None  # the checkpoint, in phase 1; None elsewhere: the last step
     cells: tuple[CellResult, ...]
     rows: tuple[Checkpoint, ...]
     consistency: tuple[Consistency, ...]

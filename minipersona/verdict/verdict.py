@@ -287,9 +287,9 @@ def _phase_result(phase: str, recipes: Sequence[RecipeResult], results: StudyRes
 def _indecisive(recipe: RecipeResult) -> Indecisive | None:
     """A recipe between pass and collapse, or one that kept M1 low by learning too little; None for any other."""
     if PASS_M1 <= recipe.m1 < COLLAPSED_M1:
-        why = "M1 lies between 0.95 and 0.97"
+        why = f"M1 lies between {PASS_M1:g} and {COLLAPSED_M1:g}"
     elif recipe.m1 < PASS_M1 and recipe.learned is not None and recipe.learned < LEAST_LEARNED:
-        why = f"M1 is below 0.95, but learned is below {LEAST_LEARNED:g}"
+        why = f"M1 is below {PASS_M1:g}, but learned is below {LEAST_LEARNED:g}"
     else:
         return None
     return Indecisive(recipe.id, recipe.m1, recipe.learned, why)

@@ -357,7 +357,7 @@ def test_the_command_compares_a_model_with_its_base(
     parts: Parts, questions: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     adapt(parts[0])
-    save_adapter(parts[0], tmp_path / "adapter", LoraConfig(rank=4, alpha=8.0))
+    save_adapter(parts[0], tmp_path / "adapter")
     out = tmp_path / "result.json"
     command = ["evaluate", "--model", "tiny", "--adapter", str(tmp_path / "adapter"), "--suite", "behaviour",
                *SMALL, "--set", f"questions={questions}", "--out", str(out)]  # fmt: skip

@@ -83,7 +83,7 @@ def shards(path: Path, value: float) -> None:
 
 def adapter(path: Path, value: float) -> None:
     config = LoraConfig(rank=8, alpha=value, targets=("down_proj",))
-    save_adapter(apply_lora(Qwen2(SIZES), config), path, config)
+    save_adapter(apply_lora(Qwen2(SIZES), config), path)
 
 
 def kept(path: Path, value: float) -> None:

@@ -12,7 +12,7 @@ import resource
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow
@@ -20,6 +20,8 @@ import pytest
 import torch
 from conftest import SIZES
 from faults.mutations import damaged
+from model.test_gguf import SIZES as GGUF_SIZES
+from model.test_gguf import write as write_gguf
 from pyarrow import parquet
 from report.conftest import RECIPES, FakeStudy, answers, followed
 
@@ -39,6 +41,8 @@ from minipersona.files import append_jsonl, configs_dir, data_dir, read_json, re
 from minipersona.geometry.prompts import load_personas, load_questions
 from minipersona.geometry.vectors import PersonaVectors, load_vectors
 from minipersona.model.adapter_files import load_adapter, save_adapter
+from minipersona.model.config import ModelConfig, RotaryScaling
+from minipersona.model.gguf import from_gguf
 from minipersona.model.load import load_model
 from minipersona.model.lora import apply_lora
 from minipersona.model.network import Qwen2
@@ -64,9 +68,9 @@ class Reader:
     read: Callable[[], object]
 
 
-def small_model() -> Qwen2:
+def small_model(sizes: ModelConfig = SIZES) -> Qwen2:
     generator = torch.Generator().manual_seed(0)
-    model = Qwen2(SIZES)
+    model = Qwen2(sizes).requires_grad_(False)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0.0, 0.1, generator=generator)
@@ -83,9 +87,30 @@ def models(folder: Path) -> Reader:
     return Reader(folder / "m", lambda: load_model(str(folder / "m"), device="cpu"))
 
 
+def models_of_llama(folder: Path) -> Reader:
+    sizes = replace(
+        SIZES, model_type="llama", head_dim=10, rope_scaling=RotaryScaling(8.0, 1.0, 4.0, 64), eos_token_id=(2, 5)
+    )
+    model = small_model(sizes)
+    model.generation = {"temperature": 0.5, "eos_token_id": [7]}
+    save_model(model, folder / "m")
+    return Reader(folder / "m", lambda: load_model(str(folder / "m"), device="cpu"))
+
+
+def gguf_files(folder: Path) -> Reader:
+    (folder / "in").mkdir()
+    write_gguf(folder / "in" / "m.gguf", small_model(replace(GGUF_SIZES, model_type="qwen3", head_dim=32)), "Q8_0")
+
+    def read() -> None:
+        shutil.rmtree(folder / "out", ignore_errors=True)
+        from_gguf(folder / "in" / "m.gguf", folder / "out")
+
+    return Reader(folder / "in", read)
+
+
 def adapters(folder: Path) -> Reader:
     model, config = small_model(), LoraConfig(rank=2, alpha=4.0, targets=("q_proj", "down_proj"))
-    save_adapter(apply_lora(model, config), folder / "a", config)
+    save_adapter(apply_lora(model, config), folder / "a")
     return Reader(folder / "a", lambda: load_adapter(model, folder / "a"))
 
 
@@ -242,7 +267,8 @@ def studies(folder: Path) -> Reader:
 
 
 READERS = [
-    models, adapters, vectors, tokenizers, tokenizer_parts, conversations, shown_conversations, forms, parquets,
+    models, models_of_llama, gguf_files,
+    adapters, vectors, tokenizers, tokenizer_parts, conversations, shown_conversations, forms, parquets,
     prompts, kept_rows, kept_tokens, logs, configs, asked_questions, instructions, scores, responses, states,
     steering_vectors, studies,
 ]  # fmt: skip

@@ -8,6 +8,7 @@ import shutil
 import struct
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,10 @@ from minipersona.errors import UserError
 from minipersona.files import data_dir, parse_json, read_json
 from minipersona.geometry.extraction import extract
 from minipersona.geometry.prompts import load_personas, load_questions
-from minipersona.model.adapter_files import load_adapter, read_adapter_config, save_adapter
-from minipersona.model.config import read_config
+from minipersona.model.adapter_config import AdapterConfig, read_adapter_config
+from minipersona.model.adapter_files import load_adapter, save_adapter
+from minipersona.model.config import ModelConfig, RotaryScaling
+from minipersona.model.config_file import NEUTRAL, ROPE, read_config
 from minipersona.model.load import load_model
 from minipersona.model.lora import adapters, apply_lora
 from minipersona.model.network import Qwen2
@@ -168,6 +171,23 @@ def test_shards(tmp_path: Path) -> None:
     refused(lambda: load_model(str(folder), device="cpu"), str(folder / first), "missing")
 
 
+def test_weights_that_say_a_thing_twice(folder: Path) -> None:
+    """Names that become one once wrappers are left out, and a second file; both are read only where they agree."""
+    file = folder / "model.safetensors"
+    good = load_file(file)
+    for name in ("module.", "_orig_mod.", "_orig_mod._orig_mod.module."):
+        save_file({**good, f"{name}model.norm.weight": torch.ones(48)}, file)
+        refused(lambda: load_model(str(folder), device="cpu"), str(file), "are both model.norm.weight")
+    shard, index = folder / "shard.safetensors", folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(good, "shard.safetensors")}))
+    save_file(good, shard)
+    for other in ({}, {**good, "x": torch.ones(1)}, {**good, "model.norm.weight": torch.full((48,), torch.nan)}):
+        save_file(other, file)
+        refused(lambda: load_model(str(folder), device="cpu"), str(folder), "stands beside", "out of date")
+    save_file(good, file)
+    load_model(str(folder), device="cpu")  # the control
+
+
 def test_a_hub_caches_symlinks_out_of_the_directory_work(folder: Path, tmp_path: Path) -> None:
     blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / ("c" * 40)
     blobs.mkdir()
@@ -213,6 +233,18 @@ def test_a_hub_caches_symlinks_out_of_the_directory_work(folder: Path, tmp_path:
         {"tie_word_embeddings": "no"},
         {"quantization_config": {"bits": 4}},
         {"max_position_embeddings": 10**12},
+        {"rope_theta": 10_000, "rope_parameters": {"rope_theta": 5_000}},
+        {"rope_scaling": {"type": "llama3"}},
+        {"rope_parameters": {"rope_type": "llama3", "factor": 10**400}},
+        {"rope_parameters": [[]]},
+        {"architectures": ["LlamaForCausalLM"]},
+        {"architectures": {"a": 1}},
+        {"layer_types": ["sliding_attention"] * 3},
+        {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0},
+        {"use_sliding_window": "yes"},
+        {"is_causal": 1},
+        {"attention_multiplier": 10**400},
+        {"eos_token_id": [10**400]},
     ],
     ids=lambda change: json.dumps(change)[:60],
 )
@@ -252,9 +284,17 @@ DELETE = object()
         {"r": DELETE}, {"r": 0}, {"r": -2}, {"r": 2.0}, {"r": 10**12}, {"r": 4096}, {"peft_type": DELETE},
         {"target_modules": DELETE}, {"target_modules": []}, {"target_modules": "all-linear"},
         {"target_modules": ["lm_head"]}, {"target_modules": [["q_proj"]]}, {"target_modules": [None]},
-        {"use_rslora": True}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"bias": "all"},
+        {"use_rslora": 1}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"bias": "all"},
         {"bias": "lora_only"}, {"fan_in_fan_out": True}, {"rank_pattern": {"q_proj": 8}},
-        {"alpha_pattern": {"q_proj": 8}}, {"layers_to_transform": [0]}, {"layer_replication": [[0, 2]]},
+        {"rank_pattern": {"q_proj": 2.0}}, {"rank_pattern": ["q_proj"]}, {"rank_pattern": {"q_(proj": 2}},
+        {"alpha_pattern": {"q_proj": 0}}, {"alpha_pattern": {"*": 8}}, {"alpha_pattern": {"q_proj": 1e400}},
+        {"layers_to_transform": [0]}, {"layers_to_transform": "0"}, {"layers_to_transform": [True]},
+        {"layers_pattern": "layers"}, {"layers_pattern": ["("], "layers_to_transform": [0, 1, 2]},
+        {"target_modules": ".*(q|down)_proj", "layers_to_transform": [0, 1, 2]}, {"target_modules": "(q_proj"},
+        {"target_modules": "(" * 5000}, {"target_modules": "a{99999999999}"}, {"target_modules": ".*"},
+        {"target_modules": ["q_proj", "down_proj", "lm_head"]}, {"target_modules": ["q_proj", "down_proj", "mlp"]},
+        {"target_modules": ["none"]}, {"exclude_modules": ["q_proj"]}, {"exclude_modules": [0]},
+        {"exclude_modules": {"q_proj": 1}}, {"exclude_modules": "["}, {"layer_replication": [[0, 2]]},
         {"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}, {"init_lora_weights": "loftq"},
         {"peft_type": "IA3"}, {"alora_invocation_tokens": [1, 2]}, {"use_qalora": True}, {"lora_bias": True},
         {"an_option_of_the_future": 0.5}, {"lora_dropout": 1}, {"lora_dropout": "0"},
@@ -263,7 +303,7 @@ DELETE = object()
 )  # fmt: skip
 def test_adapter_configs_are_refused_and_never_guessed(tmp_path: Path, change: dict[str, Any]) -> None:
     model = small_model()
-    save_adapter(apply_lora(model, LORA), tmp_path / "a", LORA)
+    save_adapter(apply_lora(model, LORA), tmp_path / "a")
     before = {name: adapter.lora_A.clone() for name, adapter in adapters(model).items()}
     file = tmp_path / "a" / "adapter_config.json"
     config = {**read_json(file), **change}
@@ -276,7 +316,7 @@ def test_adapter_configs_are_refused_and_never_guessed(tmp_path: Path, change: d
 
 def test_a_name_with_line_ends_in_it_is_still_one_line(tmp_path: Path) -> None:
     model = small_model()
-    save_adapter(apply_lora(model, LORA), tmp_path / "a", LORA)
+    save_adapter(apply_lora(model, LORA), tmp_path / "a")
     file = tmp_path / "a" / "adapter_config.json"
     file.write_text(json.dumps({**read_json(file), "an\noption": 1}))
     refused(lambda: load_adapter(model, tmp_path / "a"), r"an\noption = 1 is not supported")
@@ -288,14 +328,14 @@ def test_control_what_peft_writes_by_default_is_plain(tmp_path: Path) -> None:
     PeftConfig(r=2, lora_alpha=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM").save_pretrained(
         tmp_path
     )
-    assert read_adapter_config(tmp_path / "adapter_config.json") == LoraConfig(
-        rank=2, alpha=4.0, dropout=0.0, targets=("q_proj", "down_proj")
-    )
+    config = read_adapter_config(tmp_path / "adapter_config.json")
+    assert set(config.target_modules) == {"q_proj", "down_proj"}
+    assert config == AdapterConfig(r=2, lora_alpha=4.0, target_modules=config.target_modules)
 
 
 def test_a_rank_that_the_file_does_not_have_allocates_nothing(tmp_path: Path) -> None:
     model = small_model()
-    save_adapter(apply_lora(model, LORA), tmp_path / "a", LORA)
+    save_adapter(apply_lora(model, LORA), tmp_path / "a")
     file = tmp_path / "a" / "adapter_config.json"
     file.write_text(json.dumps({**read_json(file), "r": 65_536}))
     kept = torch.empty
@@ -467,8 +507,16 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=9), inner, max_size=4),
     max_leaves=12,
 )
-KEYS = ["peft_type", "r", "lora_alpha", "target_modules", "bias", "rank_pattern", "x"]
-QWEN = SIZES.to_json()
+KEYS = [
+    "peft_type", "r", "lora_alpha", "target_modules", "bias", "rank_pattern", "alpha_pattern", "layers_to_transform",
+    "layers_pattern", "exclude_modules", "use_rslora", "x",
+]  # fmt: skip
+FAMILIES = [
+    SIZES,
+    replace(SIZES, model_type="llama", head_dim=10, rope_scaling=RotaryScaling(8.0, 1.0, 4.0, 64), eos_token_id=(1, 2)),
+    replace(SIZES, model_type="qwen3", head_dim=16),
+]
+STATED = sorted({key for family in FAMILIES for key in family.to_json()} | {*NEUTRAL, *ROPE, "layer_types", "head_dim"})
 FEW = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -483,22 +531,25 @@ def test_any_adapter_config_is_read_or_refused(tmp_path: Path, change: dict[str,
     except UserError as error:
         assert str(error).startswith(str(file)) and "\n" not in str(error)
     else:
-        assert isinstance(config.rank, int) and config.rank > 0 and 0 < config.alpha < 1e6 and config.targets
+        name = "model.layers.0.self_attn.q_proj"
+        assert isinstance(config.matches(name), bool)  # every pattern is a regular expression
+        assert isinstance(config.rank(name), int) and config.rank(name) > 0 and 0 < config.scale(name) < 1e6
 
 
 @FEW
-@given(
-    change=st.dictionaries(st.sampled_from([*QWEN, "rope_scaling", "rope_parameters", "head_dim"]), JSON, max_size=2)
-)
-def test_any_model_config_is_read_or_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+@given(family=st.sampled_from(FAMILIES), change=st.dictionaries(st.sampled_from(STATED), JSON, max_size=2))
+def test_any_model_config_is_read_or_refused(tmp_path: Path, family: ModelConfig, change: dict[str, Any]) -> None:
     file = tmp_path / "config.json"
-    file.write_text(json.dumps({**QWEN, **change}))
+    file.write_text(json.dumps({**family.to_json(), **change}))
     try:
         config = read_config(file)
     except UserError as error:
         assert str(error).startswith(str(file)) and "\n" not in str(error)
     else:
-        assert config.head_dim * config.num_attention_heads == config.hidden_size and config.rms_norm_eps > 0
+        assert config.head_dim > 0 and config.num_attention_heads % config.num_key_value_heads == 0
+        assert config.rms_norm_eps > 0 and config.model_type == family.model_type
+        if config.model_type == "qwen2":
+            assert config.head_dim * config.num_attention_heads == config.hidden_size
 
 
 MESSAGE = st.fixed_dictionaries(

@@ -68,11 +68,13 @@ def test_packing_does_not_matter(model: Qwen2) -> None:
     assert whole.metadata == alone.metadata and whole.personas == list(PERSONAS)
 
 
-def test_a_shared_beginning_computed_once_is_the_same_as_every_prompt_whole(hf_model: Callable[..., Path]) -> None:
+def test_a_shared_beginning_computed_once_is_the_same_as_every_prompt_whole(
+    hf_model: Callable[..., Path], family: str
+) -> None:
     """In fp64, with beginnings of other lengths, prompts of a token more than theirs, and personas without any."""
     from minipersona.geometry.extraction import common_prefixes, residuals
 
-    model = load_model(str(hf_model()), dtype=torch.float64, device="cpu")
+    model = load_model(str(hf_model(family=family)), dtype=torch.float64, device="cpu")
     rng = np.random.default_rng(0)
     beginnings = [rng.integers(0, 160, n) for n in (7, 0, 12)]
     ids = [np.concatenate([b, [k], rng.integers(0, 160, 3 * k)]) for b in beginnings for k in range(3)]

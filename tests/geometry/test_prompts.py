@@ -88,9 +88,9 @@ def test_every_form_of_questions(tmp_path: Path, name: str, content: str, mark: 
         ("questions.json", '{"question": "a?"}', "is not a JSON list"),
         ("questions.json", '["a?", ""]', "row 2 has no question"),
         ("questions.json", '["a?", {"text": "b?"}]', "row 2 has no question"),
-        ("questions.jsonl", gzip.compress(b"a?"), "questions.jsonl: is gzip-compressed; decompress it"),
-        ("questions.json", gzip.compress(b"a?"), "is gzip-compressed; decompress it"),
-        ("questions.txt", gzip.compress(b"a?"), "is gzip-compressed; decompress it"),
+        ("questions.jsonl", gzip.compress(b"a?", mtime=0), "questions.jsonl: is gzip-compressed; decompress it"),
+        ("questions.json", gzip.compress(b"a?", mtime=0), "is gzip-compressed; decompress it"),
+        ("questions.txt", gzip.compress(b"a?", mtime=0), "is gzip-compressed; decompress it"),
     ],
 )
 def test_bad_questions_in_other_forms(tmp_path: Path, name: str, content: Any, words: str) -> None:
@@ -105,7 +105,7 @@ def test_personas_with_a_byte_order_mark_and_compressed_ones(tmp_path: Path) -> 
     path = tmp_path / "personas.json"
     path.write_bytes(b"\xef\xbb\xbf" + content)
     assert load_personas(str(path)).prompts == {"a": "You are A.", "b": "You are B."}
-    path.write_bytes(gzip.compress(content))
+    path.write_bytes(gzip.compress(content, mtime=0))
     with pytest.raises(UserError, match=r"personas.json: is gzip-compressed; decompress it"):
         load_personas(str(path))
 

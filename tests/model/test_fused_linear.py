@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import relative_error
 from torch import Tensor
 
-from minipersona.config import LoraConfig
 from minipersona.model.acceleration.fused_linear import (
     FusedLinear,
     refresh,
@@ -19,14 +19,18 @@ from minipersona.model.acceleration.fused_linear import (
     to_rank_at_once,
     to_rank_one_by_one,
 )
+from minipersona.model.adapter_config import AdapterConfig
 from minipersona.model.lora import Adapter, Linear
 
 INPUTS, OUTPUTS = 12, (7, 3, 5)
-LORA = LoraConfig(rank=2, alpha=4.0, dropout=0.2)
+LORA = AdapterConfig(r=2, lora_alpha=4.0, target_modules="all-linear", lora_dropout=0.2)
+UNEQUAL = replace(LORA, rank_pattern={"0": 3, "2": 1}, alpha_pattern={"1": 5.0}, use_rslora=True)
 KEYS = torch.arange(9, dtype=torch.int32) * 7919
 
 
-def layers(bias: bool = True, adapted: tuple[bool, ...] = (True, True, True)) -> list[Linear]:
+def layers(
+    bias: bool = True, adapted: tuple[bool, ...] = (True, True, True), lora: AdapterConfig = LORA
+) -> list[Linear]:
     generator = torch.Generator().manual_seed(0)
     made = []
     for index, (outputs, adapt) in enumerate(zip(OUTPUTS, adapted, strict=True)):
@@ -34,9 +38,7 @@ def layers(bias: bool = True, adapted: tuple[bool, ...] = (True, True, True)) ->
         for parameter in layer.parameters():
             parameter.normal_(generator=generator)
         if adapt:
-            adapter = Adapter(
-                INPUTS, outputs, LoraConfig(rank=2, alpha=4.0, dropout=0.2), f"{index}", torch.device("cpu")
-            )
+            adapter = Adapter(INPUTS, outputs, lora, f"{index}", torch.device("cpu"))
             layer.adapter = adapter.to(torch.float64)
             for factor in (adapter.lora_A, adapter.lora_B):
                 factor.data.normal_(generator=generator)
@@ -55,8 +57,9 @@ def results(computed: object, inputs: Tensor, group: list[Linear]) -> list[Tenso
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("adapted", [(True, True, True), (False, False, False)])
-def test_fused_equals_one_by_one(bias: bool, adapted: tuple[bool, ...]) -> None:
-    group = layers(bias, adapted)
+@pytest.mark.parametrize("lora", [LORA, UNEQUAL], ids=["alike", "unequal"])
+def test_fused_equals_one_by_one(bias: bool, adapted: tuple[bool, ...], lora: AdapterConfig) -> None:
+    group = layers(bias, adapted, lora)
     x = torch.randn(9, INPUTS, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     expected = results(lambda x, keys: [layer(x, keys) for layer in group], x, group)
     fused = FusedLinear(*group)
@@ -135,8 +138,10 @@ def test_weights_that_were_replaced_are_laid_out_again() -> None:
 
 
 @pytest.mark.parametrize("keys", [KEYS, None], ids=["dropout", "none"])
-def test_products_to_rank_at_once_equal_those_one_by_one(keys: Tensor | None) -> None:
-    adapters = [layer.adapter for layer in layers() if layer.adapter is not None]
+@pytest.mark.parametrize("lora", [LORA, UNEQUAL], ids=["alike", "unequal"])
+def test_products_to_rank_at_once_equal_those_one_by_one(keys: Tensor | None, lora: AdapterConfig) -> None:
+    adapters = [layer.adapter for layer in layers(lora=lora) if layer.adapter is not None]
+    assert (len({adapter.scale for adapter in adapters}) > 1) == (lora is UNEQUAL)
     x = torch.randn(9, INPUTS, generator=torch.Generator().manual_seed(1), dtype=torch.float64, requires_grad=True)
 
     def found(to_rank: Callable[..., Tensor]) -> list[Tensor]:

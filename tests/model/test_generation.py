@@ -31,8 +31,8 @@ def prompts() -> list[np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def model(hf_model: Callable[..., Path]) -> Qwen2:
-    return load_model(str(hf_model()), dtype=torch.float64)
+def model(hf_model: Callable[..., Path], family: str) -> Qwen2:
+    return load_model(str(hf_model(family=family)), dtype=torch.float64)
 
 
 def tokens(completions: list[Completion]) -> list[list[int]]:
@@ -40,9 +40,9 @@ def tokens(completions: list[Completion]) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def expected(hf_model: Callable[..., Path]) -> list[list[int]]:
+def expected(hf_model: Callable[..., Path], family: str) -> list[list[int]]:
     """What transformers says, one prompt at a time, greedily, in fp64."""
-    theirs = reference(hf_model(), torch.float64)
+    theirs = reference(hf_model(family=family), torch.float64)
     out = []
     for prompt in prompts():
         ids = torch.from_numpy(prompt)[None]
@@ -104,8 +104,10 @@ def test_a_drawn_completion_hangs_on_its_own_seed_alone(model: Qwen2) -> None:
     assert tokens(generate(model, mixed, stop=()))[1:] == together[1:]
 
 
-def test_adapters_are_active_and_the_base_is_there_without_them(model: Qwen2, hf_model: Callable[..., Path]) -> None:
-    adapted = load_model(str(hf_model()), dtype=torch.float64)
+def test_adapters_are_active_and_the_base_is_there_without_them(
+    model: Qwen2, hf_model: Callable[..., Path], family: str
+) -> None:
+    adapted = load_model(str(hf_model(family=family)), dtype=torch.float64)
     requests = [Request(p, NEW) for p in prompts()]
     base = tokens(generate(model, requests, stop=()))
     apply_lora(adapted, LoraConfig(rank=4, alpha=8.0))

@@ -27,12 +27,13 @@ REQUESTS = [Request(np.arange(3, n + 3), max_new_tokens=12) for n in (4, 9, 1)]
 
 
 @pytest.fixture
-def make(hf_model: Callable[..., Path]) -> Callable[..., Qwen2]:
+def make(hf_model: Callable[..., Path], family: str) -> Callable[..., Qwen2]:
     """A model with adapters whose B is not zero, fused or plain."""
 
     def make(fused: bool, dtype: torch.dtype = torch.float64, changed: str = "") -> Qwen2:
         model = apply_lora(
-            load_model(str(hf_model()), device="cpu", dtype=dtype), LoraConfig(rank=4, alpha=8.0, dropout=0.3)
+            load_model(str(hf_model(family=family)), device="cpu", dtype=dtype),
+            LoraConfig(rank=4, alpha=8.0, dropout=0.3),
         )
         generator = torch.Generator().manual_seed(0)
         for name, adapter in adapters(model).items():

@@ -70,7 +70,8 @@ PROVENANCE = {
     "protocol": PROTOCOL, "minipersona": "0.1.0", "code_digest": "deadbeef" * 8, "commit": "56cd813" + "0" * 33,
     "versions": {"python": "3.11.7", "torch": "2.13.0", "numpy": "2.2.0"},
     "hardware": {"machine": "x86_64", "cuda_device": "NVIDIA H200", "cuda": "13.0", "processes": 1, "threads": 16},
-    "data": [{"source": "tulu[0:6000]", "digest": "aa11" * 16}],
+    "data": [{"source": "tulu[0:6000]", "rows": 6000, "digest": "aa11" * 16, "revision": None}],
+    "config_digest": "c0de" * 16, "model": {"name": "Qwen/Qwen2.5-7B-Instruct"}, "mixture": {},
 }  # fmt: skip
 
 

@@ -54,7 +54,7 @@ def make_run(directory: Path, method: str) -> None:
         with torch.no_grad():
             for adapter in adapters(model).values():
                 adapter.lora_B.fill_(0.01 * step)
-        save_adapter(model, checkpoint_directory(directory, step), LORA)
+        save_adapter(model, checkpoint_directory(directory, step))
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

@@ -31,7 +31,7 @@ from minipersona.settings import load_config, to_toml
 from minipersona.training.distributed import Distributed
 from minipersona.training.interruption import Stop
 from minipersona.training.loop import Hooks, train
-from minipersona.verdict.ledger import read_ledger
+from minipersona.verdict.ledger import read_entries
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -199,7 +199,7 @@ def test_a_signalled_study_exits_with_75_and_continues(tmp_path: Path, workers: 
     stopped_at = read_json(state)["step"]
     assert 2 <= stopped_at == steps() < 200
     assert not list(Path(config.out).glob("**/.lock"))  # every lock was given back
-    entries = [(entry.name, entry.event) for entry in read_ledger(Path(config.out))]
+    entries = [(entry.name, entry.event) for entry in read_entries(Path(config.out))]
     assert entries == [("base", "started"), ("base", "done"), ("baseline", "started")]
     again = started(*command)
     once(lambda: steps() > stopped_at + 1 or list(attempts.parent.glob("1-*")), again)
@@ -227,8 +227,8 @@ def test_a_cell_that_stays_non_finite_fails_and_the_others_go_on(
     config = replace(config, training=replace(config.training, most_non_finite=2, learning_rate=1e-5))
     monkeypatch.setattr("minipersona.report.write.draw_all", lambda series: None)
     verdict = run(config, ("1", "2", "3"))
-    assert {row["cell"].split()[0] for row in verdict["failed"]} == {"2A", "2B"}
-    assert all("non-finite 2 steps in a row" in row["error"] for row in verdict["failed"])
+    assert {row.cell.split()[0] for row in verdict.failed} == {"2A", "2B"}
+    assert all("non-finite 2 steps in a row" in str(row.error) for row in verdict.failed)
     published = {path.name[:1] for path in (Path(config.out) / "cells").iterdir() if not path.name.startswith(".")}
     assert published == {"1", "3"}
 

@@ -10,15 +10,17 @@ from typing import Any
 
 import pytest
 from small_study import CPU, QUIET, small_study
+from synthetic_study import PROTOCOL
 
 from minipersona.errors import UserError
-from minipersona.files import append_jsonl, write_json
+from minipersona.files import append_jsonl, read_json, write_json
 from minipersona.study import jobs
 from minipersona.study.cell import Study, hash_cells
 from minipersona.study.jobs import TrainCell, cell_record, publish, training_seconds
 from minipersona.study.recipes import planned
 from minipersona.study.worker import Worker
 from minipersona.study_config import StudyConfig
+from minipersona.training.checkpoint import Position
 from minipersona.verdict.calibration import PREDECESSOR, calibrate
 
 
@@ -107,20 +109,20 @@ def test_a_cell_is_made_in_a_directory_of_its_own_and_begins_where_an_earlier_at
         write_json(directory / "latest" / "state.json", {"step": 3, "updates": 3, "done": True})
 
     monkeypatch.setattr(jobs, "carry_out", carried_out)
-    monkeypatch.setattr(jobs, "evaluate_run", lambda directory, device, console: {})
+    monkeypatch.setattr(jobs, "evaluate_run", lambda directory, device, console: Position())  # any record will do
     write_json(private / "latest" / "state.json", {"step": 2, "updates": 2, "done": False})
     append_jsonl(private / "metrics.jsonl", {"step": 1, "tokens": 30, "tokens_per_second": 3.0})
     append_jsonl(private / "metrics.jsonl", {"step": 2, "tokens": 30, "tokens_per_second": 3.0, "skipped": "why"})
     job = TrainCell(study, cell)
     assert Worker(CPU, QUIET).attempt(job).event == "done" and job.done()
     assert began == [["metrics.jsonl", "state.json"]] and not private.exists() and not list(study.attempts.iterdir())
-    record = jobs.read_json(published / "cell.json")
+    record = read_json(published / "cell.json")
     assert record["notes"] == [
         "continued at step 2 from an attempt that was interrupted",
         "1 steps were skipped; metrics.jsonl says why",
     ]
     assert record["seconds"] >= training_seconds(published) == 20.0 and record["gpu_seconds"] is None
-    assert cell_record(cell, published, 0, 5.0, on_gpu=True)["gpu_seconds"] == 5.0
+    assert cell_record(cell, published, 0, 5.0, on_gpu=True).gpu_seconds == 5.0
     assert Worker(CPU, QUIET).attempt(job).event == "done" and len(began) == 1  # it is not done again
 
 
@@ -142,26 +144,26 @@ def test_jobs_travel_to_other_processes(config: StudyConfig) -> None:
 
 # ---------------------------------------------------------------- calibration
 
-PROTOCOL = {
-    "model": "Qwen/Qwen2.5-7B-Instruct", "revision": "a09a35458c702b33eeacc393d103063234e8bc28", "method": "A",
-    "persona_set": "registered", "question_set": "registered",
-}  # fmt: skip
+CALIBRATED = replace(
+    PROTOCOL, model="Qwen/Qwen2.5-7B-Instruct", revision="a09a35458c702b33eeacc393d103063234e8bc28", method="A",
+    persona_set="registered", question_set="registered",
+)  # fmt: skip
 BASE = {str(layer): m1 for layer, m1 in PREDECESSOR.items()}
 
 
 def test_the_calibration_passes_on_the_predecessor_s_numbers_and_fails_one_layer_off() -> None:
-    assert calibrate(PROTOCOL, {layer: m1 + 0.0029 for layer, m1 in BASE.items()})["passed"] is True
-    found = calibrate(PROTOCOL, {**BASE, "27": BASE["27"] - 0.0031})
-    assert found["passed"] is False and "at layers 27" in found["reason"]
-    assert [layer for layer, row in found["layers"].items() if not row["within"]] == ["27"]
+    assert calibrate(CALIBRATED, {layer: m1 + 0.0029 for layer, m1 in BASE.items()}, "hash").passed is True
+    found = calibrate(CALIBRATED, {**BASE, "27": BASE["27"] - 0.0031}, "hash")
+    assert found.passed is False and "at layers 27" in found.reason and found.baseline == "hash"
+    assert [layer for layer, row in found.layers.items() if not row.within] == ["27"]
     # Layers counted one too high: layer 20 alone would not have noticed.
-    shifted = calibrate(PROTOCOL, {**BASE, "20": BASE["21"], "14": 0.945})
-    assert shifted["layers"]["20"]["within"] and shifted["passed"] is False
+    shifted = calibrate(CALIBRATED, {**BASE, "20": BASE["21"], "14": 0.945}, "hash")
+    assert shifted.layers["20"].within and shifted.passed is False
 
 
 @pytest.mark.parametrize(
     "key, value", [("model", "tiny"), ("method", "B"), ("question_set", "shipped"), ("revision", "x")]
 )
 def test_the_calibration_is_due_only_where_the_predecessor_measured(key: str, value: str) -> None:
-    found = calibrate({**PROTOCOL, key: value}, {"6": 0.9})
-    assert (found["due"], found["passed"], found["layers"]) == (False, None, {})
+    found = calibrate(replace(CALIBRATED, **{key: value}), {"6": 0.9}, "hash")
+    assert (found.due, found.passed, found.layers) == (False, None, {})

@@ -30,7 +30,7 @@ from minipersona.study.engine import ATTEMPTS, Defect, Engine
 from minipersona.study.executors import Executor, InProcess, Processes, lines_to
 from minipersona.study.recipes import planned
 from minipersona.training.interruption import Stop, handle_signals
-from minipersona.verdict.ledger import LEDGER, LedgerEntry, append, read_ledger
+from minipersona.verdict.ledger import LEDGER, LedgerEntry, append, read_entries
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def engine_of(study: Study, executor: Executor, console: Console = QUIET) -> Eng
 
 
 def events(study: Study) -> list[tuple[str, str, int]]:
-    return [(entry.cell, entry.event, entry.attempt) for entry in read_ledger(study.directory)]
+    return [(entry.cell, entry.event, entry.attempt) for entry in read_entries(study.directory)]
 
 
 def raises(error: Exception) -> Callable[[FileJob], None]:
@@ -88,7 +88,7 @@ def test_a_failed_job_is_recorded_and_the_rest_goes_on(study: Study, here: Execu
     assert engine.failures == {"bad": "this cannot be done"}
     assert events(study) == [(name, event, 1) for name in ("one", "bad", "two")
                              for event in ("started", "failed" if name == "bad" else "done")]  # fmt: skip
-    assert [entry.error for entry in read_ledger(study.directory) if entry.error] == ["this cannot be done"]
+    assert [entry.error for entry in read_entries(study.directory) if entry.error] == ["this cannot be done"]
     again = engine_of(study, here)  # the next command tries it once more
     again.complete(jobs)
     assert len(bad.attempts()) == 2 and events(study)[-1] == ("bad", "failed", 2)
@@ -321,9 +321,9 @@ def test_a_torn_last_line_of_the_ledger_is_left_out(tmp_path_factory: pytest.Tem
     before = file.read_bytes()
     after = before[: max(0, len(before) - cut)]
     file.write_bytes(after)
-    assert read_ledger(directory) == entries[: after.count(b"\n")]
+    assert read_entries(directory) == entries[: after.count(b"\n")]
     append(directory, entries[0])  # and the next line does not run into it
-    assert read_ledger(directory) == [*entries[: after.count(b"\n")], entries[0]]
+    assert read_entries(directory) == [*entries[: after.count(b"\n")], entries[0]]
 
 
 def test_a_ledger_line_has_the_keys_of_an_entry(tmp_path: Path) -> None:

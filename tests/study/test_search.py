@@ -7,7 +7,6 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from small_study import CPU, QUIET, run, small_study
@@ -16,6 +15,7 @@ from minipersona.console import Console
 from minipersona.errors import UserError
 from minipersona.files import read_json, write_json
 from minipersona.locks import lock
+from minipersona.records import write_record
 from minipersona.study import search as search_module
 from minipersona.study.cell import Study
 from minipersona.study.engine import Engine
@@ -24,7 +24,10 @@ from minipersona.study.jobs import MeasureBase, TrainCell, WriteResponses
 from minipersona.study.search import open_study, search
 from minipersona.study.worker import Worker
 from minipersona.study_config import STAGES, StudyConfig
-from minipersona.verdict.ledger import read_ledger
+from minipersona.verdict.calibration import Calibration
+from minipersona.verdict.findings import VerdictKind
+from minipersona.verdict.ledger import read_entries
+from minipersona.verdict.verdict import Decision
 
 
 @pytest.fixture
@@ -50,12 +53,12 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return phases
 
 
-def run_search(config: StudyConfig, stages: tuple[str, ...], verdicts: dict[str, str]) -> Study:
+def run_search(config: StudyConfig, stages: tuple[str, ...], verdicts: dict[str, VerdictKind]) -> Study:
     """A search in which the verdict is the one named for the last phase that has been run."""
 
-    def decide(directory: Path) -> dict[str, Any]:
+    def decide(directory: Path) -> Decision:
         there = {path.parent.name.split("-")[0][0] for path in directory.glob("cells/*/cell.json")}
-        return {"verdict": verdicts.get(max(there), "incomplete")}
+        return Decision(verdicts.get(max(there), "incomplete"), None)
 
     study = open_study(config, "cpu", QUIET)
     with pytest.MonkeyPatch.context() as patch:
@@ -67,7 +70,7 @@ def run_search(config: StudyConfig, stages: tuple[str, ...], verdicts: dict[str,
 
 def skipped(study: Study) -> list[str]:
     """The phases of the cells that the ledger says were skipped."""
-    return [entry.phase for entry in read_ledger(study.directory) if entry.event == "skipped"]
+    return [entry.phase for entry in read_entries(study.directory) if entry.event == "skipped"]
 
 
 def test_the_search_stops_after_the_phase_with_a_recipe_that_passes(config: StudyConfig, ran: list[str]) -> None:
@@ -100,7 +103,7 @@ def test_chosen_phases_bring_the_baseline_with_them(config: StudyConfig, ran: li
 
 def test_a_failed_calibration_ends_the_search_before_anything_is_trained(config: StudyConfig, ran: list[str]) -> None:
     directory = Path(config.out)
-    write_json(directory / "calibration.json", {"due": True, "passed": False, "reason": "off", "layers": {}})
+    write_record(directory / "calibration.json", Calibration(True, False, "off", {}, "hash"))
     run_search(replace(config, exhaustive=False), tuple(STAGES), {})
     assert ran == []
     run_search(config, ("1",), {})

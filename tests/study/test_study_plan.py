@@ -11,7 +11,7 @@ from minipersona.cli import main
 from minipersona.config import RunConfig
 from minipersona.errors import UserError
 from minipersona.settings import difference, load_config
-from minipersona.study.recipes import BASELINE, RESPONSES, Recipe, planned
+from minipersona.study.recipes import BASELINE_PLACEHOLDER, RESPONSES_PLACEHOLDER, Recipe, planned
 from minipersona.study_config import STAGES, StudyConfig, changes
 
 # The registered search, typed from the protocol: phase, name, rank, alpha, learning rate, and what else is varied.
@@ -58,7 +58,9 @@ def table() -> list[Row]:
         varied: dict[str, str | float] = {}
         for key, _, text in (pair.partition("=") for pair in more):
             number = key in ("weight", "coefficient")
-            varied[key] = float(text) if number else text.replace("_-_", " - ").replace("written", RESPONSES)
+            varied[key] = (
+                float(text) if number else text.replace("_-_", " - ").replace("written", RESPONSES_PLACEHOLDER)
+            )
         words = name.replace("_-_", " - ").replace("_", " ")
         rows.append((phase, words, int(rank), float(alpha), float(rate), varied))
     return rows
@@ -91,7 +93,7 @@ def test_the_shipped_study_is_the_registered_search(shipped: StudyConfig) -> Non
         assert config.training.checkpoints == STEPS and config.training.steps == 375 and config.training.batch == 16
         assert config.seed == 42 and (config.data.train, config.data.heldout) == ("tulu[0:6000]", "tulu[6000:6500]")
         assert config.probe.layers == (20, 7, 14, 21, 27) and config.probe.questions == "registered"
-        assert config.probe.baseline == ("self" if recipe.phase == "1" else BASELINE)
+        assert config.probe.baseline == ("self" if recipe.phase == "1" else BASELINE_PLACEHOLDER)
     assert shipped.stop_rule == "substantive" and not shipped.exhaustive
 
 
@@ -186,7 +188,7 @@ def test_a_plan_shows_every_recipe(capsys: pytest.CaptureFixture[str]) -> None:
         (["report"], "write study.py report DIR"),
         (["rapport", "x"], "write study.py report DIR"),
         (["--config", "study", "--phases", "1,6", "--plan"], "'6' is none of 1, 2, 3, 4, 5"),
-        (["--config", "study", "--cell", "3/2"], "write K/N with K from 1 to N"),
+        (["--config", "study", "--cell", "3/2"], "unrecognized arguments: --cell"),
         (["--config", "study", "--set", "probe.baseline=x"], "probe.baseline: a study has its own"),
         (["--config", "study", "--set", "training.checkpoints=[10]"], "every cell is judged at its last step; add 375"),
         (["--config", "study", "--set", "probe.layers=[20]", "--out", "x"], "probe.layers lacks 7"),

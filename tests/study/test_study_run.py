@@ -26,9 +26,11 @@ from minipersona.errors import UserError
 from minipersona.files import read_json, read_jsonl
 from minipersona.geometry.measures import m1
 from minipersona.geometry.vectors import load_vectors
+from minipersona.records import to_dict
 from minipersona.settings import read_toml
 from minipersona.study_config import StudyConfig
-from minipersona.verdict.ledger import read_ledger
+from minipersona.verdict.ledger import read_entries
+from minipersona.verdict.verdict import Verdict
 
 STAGES = ("1", "5")  # with suites of answers, steering and mixtures
 SECRETS = ("HF_TOKEN", "MINIPERSONA_JUDGE_KEY", "OPENAI_API_KEY", "AWS_SECRET_ACCESS_KEY")
@@ -142,7 +144,7 @@ def test_the_same_command_again_changes_no_cell_and_says_the_same(
     directory = Path(finished.out)
     before = {p: p.stat().st_mtime_ns for p in directory.glob("cells/*/*") if p.is_file()}
     verdict = read_json(directory / "verdict.json")
-    assert run(finished, STAGES) == verdict == read_json(directory / "verdict.json")
+    assert plain(run(finished, STAGES)) == verdict == read_json(directory / "verdict.json")
     assert {p: p.stat().st_mtime_ns for p in before} == before
     (directory / "report.html").unlink()
     assert main(["study", "report", str(directory)]) == 0
@@ -160,7 +162,7 @@ def test_another_judge_judges_the_answers_that_are_kept(finished: StudyConfig, t
     assert len(suites) > 2 and {suite["judge"]["kind"] for suite in suites} == {"file"}
     assert before and {path: path.read_bytes() for path in before} == before
     assert {path: path.stat().st_mtime_ns for path in trained} == trained
-    assert verdict["undecided"] and "could score too few" in verdict["undecided"][0]["reason"]
+    assert verdict.undecided and "could score too few" in verdict.undecided[0].reason
     assert "Name another judge" in (directory / "report.md").read_text()
 
 
@@ -185,8 +187,8 @@ def test_a_cell_that_cannot_be_trained_does_not_hold_up_the_others(quick: StudyC
     verdict = run(config, ("5",))
     names = [cell.name.rsplit("-", 1)[0] for cell in cells_of(Path(config.out))]
     assert names == ["1-baseline", "5C-collapse", "5C-villain-assistant", "EM-unmixed"]
-    (failure,) = verdict["failed"]
-    assert failure["cell"] == "5A 75:25" and "texts are used up" in failure["error"]
+    (failure,) = verdict.failed
+    assert failure.cell == "5A 75:25" and failure.error is not None and "texts are used up" in failure.error
 
 
 def test_a_failed_baseline_is_said_and_tried_again_by_the_next_command(quick: StudyConfig, tmp_path: Path) -> None:
@@ -198,11 +200,17 @@ def test_a_failed_baseline_is_said_and_tried_again_by_the_next_command(quick: St
             run(config, ("1",))
         directory = Path(config.out)
         assert read_json(directory / "verdict.json")["verdict"] == "incomplete" and not cells_of(directory)
-        failures = [entry for entry in read_ledger(directory) if entry.event == "failed"]
+        failures = [entry for entry in read_entries(directory) if entry.event == "failed"]
         assert [entry.attempt for entry in failures] == list(range(1, attempt + 1))
 
 
 # ---------------------------------------------------------------- several workers, and kills
+
+
+def plain(verdict: Verdict) -> dict[str, Any]:
+    """As verdict.json has it."""
+    values: dict[str, Any] = json.loads(json.dumps(to_dict(verdict)))
+    return values
 
 
 def timeless(verdict: dict[str, Any]) -> dict[str, Any]:
@@ -211,7 +219,7 @@ def timeless(verdict: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def uninterrupted(quick: StudyConfig) -> dict[str, Any]:
-    return run(quick, FEW)
+    return plain(run(quick, FEW))
 
 
 def test_two_workers_share_the_work_and_come_to_the_same_verdict(
@@ -223,7 +231,7 @@ def test_two_workers_share_the_work_and_come_to_the_same_verdict(
     assert process.exitcode == 0
     directory = Path(config.out)
     assert timeless(read_json(directory / "verdict.json")) == timeless(uninterrupted)
-    entries = read_ledger(directory)
+    entries = read_entries(directory)
     done = Counter(entry.cell for entry in entries if entry.event == "done")
     assert set(done.values()) == {1} and set(done) >= {cell.name for cell in cells_of(directory)}
     order = [(entry.event, entry.phase) for entry in entries if entry.phase in ("2A", "2B")]
@@ -245,7 +253,7 @@ def test_killed_workers_change_nothing_but_the_time(
     driver.join(240)
     assert driver.exitcode == 0
     assert timeless(read_json(directory / "verdict.json")) == timeless(uninterrupted)
-    again = {entry.phase for entry in read_ledger(directory) if entry.event == "started" and entry.attempt == 2}
+    again = {entry.phase for entry in read_entries(directory) if entry.event == "started" and entry.attempt == 2}
     assert "1" in again and again & {"2A", "2B"}  # control: cells were at work when their workers were killed
     assert_equal_cells(config, quick)
 
@@ -264,7 +272,7 @@ def test_a_killed_driver_of_two_workers_goes_on_where_it_stopped(
     driver.join(240)
     assert driver.exitcode == 0
     assert timeless(read_json(directory / "verdict.json")) == timeless(uninterrupted)
-    assert max(entry.attempt for entry in read_ledger(directory)) > 1
+    assert max(entry.attempt for entry in read_entries(directory)) > 1
     assert_equal_cells(config, quick)
 
 
@@ -308,8 +316,8 @@ def test_killed_at_random_moments_a_study_ends_in_the_same_verdict(
         process.join()
     killed = len(list((directory / "cells" / ".attempts").glob("*"))), len(cells_of(directory))
     verdict = run(config, FEW)
-    assert timeless(verdict) == timeless(uninterrupted) == timeless(read_json(directory / "verdict.json"))
-    attempts = max(entry.attempt for entry in read_ledger(directory))
+    assert timeless(plain(verdict)) == timeless(uninterrupted) == timeless(read_json(directory / "verdict.json"))
+    attempts = max(entry.attempt for entry in read_entries(directory))
     assert attempts > 1, killed  # control: a kill did hit a job at work
     assert_equal_cells(config, quick)
 

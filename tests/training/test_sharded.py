@@ -67,9 +67,9 @@ if case == "averaged":
     parameters.shard = shard
 if case == "rounded":
     from torch.distributed import fsdp
-    fully_shard = fsdp.fully_shard
+    real_shard = fsdp.fully_shard
     def fully_shard(module, **given):  # with a block's matrices its norms
-        fully_shard(module, **{k: v for k, v in given.items() if k != "ignored_params" or "mp_policy" not in given})
+        real_shard(module, **{k: v for k, v in given.items() if k != "ignored_params" or "mp_policy" not in given})
     fsdp.fully_shard = fully_shard
 model = load_model(model_dir, dtype=getattr(torch, dtype), device="cpu")
 

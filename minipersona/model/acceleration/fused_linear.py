@@ -1,6 +1,6 @@
 """Linear layers that read the same input as one product: q, k and v; gate and up.
 
-    y_i = W_i x + b_i + B_i l_i,   l_i = (alpha/r) A_i dropout_i(x)
+    y_i = W_i x + b_i + B_i l_i,   l_i = s_i A_i dropout_i(x)
 
 Their weights lie in one tensor, the rows of one layer after those of another. Behind their I columns come columns for
 the adapters' B:
@@ -13,7 +13,8 @@ So the adapters' products are part of a product that is computed anyway, forward
 write the wide outputs once more: a step of the 7B is 5% faster. The layers keep their names: the weight of each is a
 view of its rows.
 
-I/O = inputs/outputs, T = tokens, n = layers, r = rank, R = r summed over the layers with an adapter
+I/O = inputs/outputs, T = tokens, n = layers, r, s = rank and scale of an adapter, R = r summed over the layers that
+have one
 """
 
 from __future__ import annotations
@@ -145,14 +146,18 @@ def to_rank_at_once(adapters: Sequence[Adapter], x: Tensor, dropout_keys: Tensor
     product is faster than three, though two thirds of the block diagonal are zeros (docs/log.md).
     """
     first = adapters[0]
-    assert all((a.scale, a.dropout) == (first.scale, first.dropout) for a in adapters), "one LoraConfig a model"
+    assert all(adapter.dropout == first.dropout for adapter in adapters), "one AdapterConfig a model"
     if dropout_keys is not None and first.dropout > 0:
         channels = torch.stack([adapter.channel_keys for adapter in adapters])  # (n, I)
         x = hashed_dropout(x[:, None], dropout_keys, channels, first.dropout).flatten(1)  # (T, n I)
         lora_A = torch.block_diag(*(adapter.lora_A.to(x.dtype) for adapter in adapters))  # (R, n I)
     else:
         lora_A = torch.cat([adapter.lora_A.to(x.dtype) for adapter in adapters])  # (R, I)
-    return F.linear(x, lora_A) * first.scale
+    low = F.linear(x, lora_A)  # (T, R)
+    if all(adapter.scale == first.scale for adapter in adapters):
+        return low * first.scale
+    parts = low.split([adapter.lora_A.shape[0] for adapter in adapters], dim=-1)
+    return torch.cat([part * adapter.scale for part, adapter in zip(parts, adapters, strict=True)], dim=-1)
 
 
 # A custom operator, since activation checkpointing in a compiled block recomputes those, but keeps the outputs of an
