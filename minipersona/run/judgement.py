@@ -1,7 +1,7 @@
 """The registered rules, and what they leave open.
 
-registered    M1 < 0.95 and held-out loss <= 2 x the unregularised baseline's. An untrained base passes this
-              if its loss is within that bound, as the real 7B's is.
+registered    M1 < 0.95 and held-out loss <= 2 x the unregularised baseline's. An untrained base passes this if its
+              loss is within that bound, as the real 7B's is.
 substantive   registered, and at least half of what the baseline learned.
 collapsed     M1 >= 0.97
 learned       (L_base - L_recipe) / (L_base - L_baseline): the share of the baseline's loss reduction

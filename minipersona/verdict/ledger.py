@@ -8,7 +8,7 @@ from typing import Literal
 
 from minipersona.errors import UserError, require
 from minipersona.files import append_jsonl, read_jsonl
-from minipersona.records import from_dict, to_dict
+from minipersona.records import from_dict, may_be_missing, to_dict
 from minipersona.study_config import PHASES
 
 LEDGER = "ledger.jsonl"
@@ -25,7 +25,7 @@ class LedgerEntry:
     name: str
     event: Event
     attempt: int  # counted from 1; 0 where nothing was attempted
-    error: str | None = None  # of a failure
+    error: str | None = may_be_missing()  # of a failure
 
     def __post_init__(self) -> None:
         require(self.phase in PHASES, f"phase = {self.phase[:80]!r}: must be one of {', '.join(PHASES)}")

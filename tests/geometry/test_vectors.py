@@ -42,6 +42,18 @@ def test_round_trip(tmp_path: Path) -> None:
         assert torch.equal(loaded.mean(layer), vectors.mean(layer))
 
 
+def test_one_layer_is_read_without_the_others(tmp_path: Path) -> None:
+    path = tmp_path / "v.safetensors"
+    others = {"layer.7.samples": gaussian(P, Q, D, seed=1), "layer.7.mean": gaussian(P, D)}  # a mean of other samples
+    save_file(tensors(**others), path, META)
+    loaded = load_vectors(path, layer=20)
+    assert loaded.layers == [20] and torch.equal(loaded.at(20), tensors()["layer.20.samples"])
+    with pytest.raises(UserError, match=r"layer\.7\.mean is not the fp32 mean"):
+        load_vectors(path, layer=7)
+    with pytest.raises(UserError, match=r"v\.safetensors: no layer 3 among layer\.20\.mean, .*extract that layer"):
+        load_vectors(path, layer=3)
+
+
 def test_file_format(tmp_path: Path) -> None:
     path = tmp_path / "v.safetensors"
     PersonaVectors({20: gaussian(P, Q, D)}, NAMES, {"model": "tiny"}).save(path)

@@ -14,13 +14,14 @@ from synthetic_study import SyntheticStudy, behaviour
 from minipersona.config import DEFAULT_MODEL
 from minipersona.hub import PINNED
 from minipersona.study_config import PHASES
-from minipersona.verdict.verdict import VERDICTS, FailedCell, Verdict, decide, judge_study
+from minipersona.verdict.verdict import VERDICTS, FailedCell, Verdict, current_verdict, decide, judge_study
 
 
 def verdict_of(study: SyntheticStudy) -> Verdict:
     results = study.read()
     judged, decision = judge_study(results), decide(results)
     assert (decision.verdict, decision.recipe) == (judged.verdict, judged.recipe)
+    assert current_verdict(results) == judged == current_verdict(results)  # written, and read back
     return judged
 
 
