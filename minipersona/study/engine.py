@@ -1,10 +1,10 @@
 """The engine: jobs go to the devices of an executor, and what comes of them into the ledger.
 
-done         another job begins
-failed       the error is recorded and the study goes on; the next command tries the job once more
-disk full    the study ends, with no verdict on the job
-defect       an error of ours: it is recorded, and the study ends with its traceback
-its worker dies, or is stopped alone: the job is done again from what it left, at most ATTEMPTS times in all
+done              the next job begins
+failed            the error is recorded and the study goes on; the next command tries the job once more
+disk full         the study ends, with no verdict on the job
+defect            an error of ours: it is recorded, and the study ends with its traceback
+its worker died   the job is done again, from what it left; after ATTEMPTS deaths it has failed
 """
 
 from __future__ import annotations
@@ -85,14 +85,15 @@ class Engine:
     def _end(self, future: Future[Outcome]) -> Job | None:
         """Record how an attempt ended. The job, where it is to be done again."""
         job, device, began = self._running.pop(future)
-        outcome = Outcome("interrupted", "its worker died") if future.exception() else future.result()
-        if outcome.event == "interrupted":  # the worker alone, since this process goes on
+        death = future.exception()
+        outcome = Outcome("interrupted", f"its worker died ({type(death).__name__})") if death else future.result()
+        if outcome.event == "interrupted":  # the worker alone, by a signal or by its death, since this process goes on
             device.renew()
             self._deaths[job.id] += 1
             self.console.say(f"{self._title(job)}: {outcome.error} on {device.label}")
             if self._deaths[job.id] < ATTEMPTS:
                 return job
-            outcome = Outcome("failed", f"{outcome.error}, {ATTEMPTS} times; look for what kills it, memory perhaps")
+            outcome = Outcome("failed", f"{outcome.error}, {ATTEMPTS} times; check whether memory runs out")
         if outcome.event == "disk full":
             raise DiskFull(outcome.error)
         self._settle(job, outcome, time.monotonic() - began)
