@@ -188,11 +188,8 @@ def test_a_plan_shows_every_recipe(capsys: pytest.CaptureFixture[str]) -> None:
         (["report"], "write study.py report DIR"),
         (["rapport", "x"], "write study.py report DIR"),
         (["--config", "study", "--phases", "1,6", "--plan"], "'6' is none of 1, 2, 3, 4, 5"),
-<<<<<<< HEAD
         (["--config", "study", "--cell", "3/2"], "unrecognized arguments: --cell"),
-=======
         (["--config", "study", "--workers", "0"], "--workers 0: must be at least 1"),
->>>>>>> w-engine
         (["--config", "study", "--set", "probe.baseline=x"], "probe.baseline: a study has its own"),
         (["--config", "study", "--set", "training.checkpoints=[10]"], "every cell is judged at its last step; add 375"),
         (["--config", "study", "--set", "probe.layers=[20]", "--out", "x"], "probe.layers lacks 7"),
