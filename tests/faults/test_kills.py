@@ -120,7 +120,7 @@ SAVES = {
         def save(where, what):
             step = 1 if what == "old" else 2
             for rank in (1, 0):
-                kept = {name: [torch.full((5, 9), float(step))] for name in ("weights", "first", "second")}
+                kept = {name: [torch.full((5, 9), float(step))] for name in ("weights", "exp_avg", "exp_avg_sq")}
                 optimizer = AdamW(SimpleNamespace(**kept, saved_rows=lambda index: slice(None)), 0.9, 0.999, 1e-8, 0.0)
                 distributed = Distributed(rank, 2, torch.device("cpu"))
                 save_state(where / "state", Position(step=step), {"w": None}, optimizer, distributed)
