@@ -12,6 +12,7 @@ import contextlib
 import datetime
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -181,6 +182,7 @@ def fail_rank(error: Exception) -> NoReturn:
 
     The others fail for the same reason (a config that all of them read) or because they lost that rank.
     """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's: this rank ends by itself, after its report
     atexit.register(end_rank, 2 if isinstance(error, UserError) else 1)  # later, once the error is printed
     rank, first = os.environ["RANK"], _fails_first()
     if isinstance(error, RankLost) or not first:
