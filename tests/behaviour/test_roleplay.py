@@ -150,7 +150,7 @@ def test_prompts_too_long_to_learn_from_keep_their_response(
     "row, words",
     [
         ({"messages": [{"role": "user", "content": "?"}]}, "made: row 1 has no assistant turn"),
-        ({"text": "raw"}, "made: row 1 is no conversation"),
+        ({"text": "raw"}, "made: row 1 is not a conversation"),
     ],
 )
 def test_rows_without_a_response_are_named(
