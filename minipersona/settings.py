@@ -49,7 +49,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         with open(path, "rb") as file:
             content = file.read(LONGEST_CONFIG + 1)
         require(len(content) <= LONGEST_CONFIG, f"{path}: is longer than {LONGEST_CONFIG:,} bytes; name a config")
-        return tomllib.loads(content.decode("utf-8"))
+        return tomllib.loads(content.decode("utf-8-sig"))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; it must be a readable TOML file") from None
     except (ValueError, RecursionError) as error:  # also where a number has too many digits, or lists too many levels

@@ -45,6 +45,11 @@ def test_only_a_bare_name_is_a_shipped_config(path: str, tmp_path: Path, monkeyp
         assert find_config(path) == mine
 
 
+def test_a_byte_order_mark_is_not_part_of_a_config(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_bytes(b"\xef\xbb\xbf" + (CONFIGS[0].parent / "tiny_phase1.toml").read_bytes())
+    assert load_config(str(tmp_path / "c.toml"), RunConfig) == load_config("tiny_phase1", RunConfig)
+
+
 def test_a_misspelt_path_is_an_error_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--config", "experiments/tiny_phase1.toml", "--plan"]) == 2
     captured = capsys.readouterr()

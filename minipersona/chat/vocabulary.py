@@ -162,7 +162,7 @@ def read_template(directory: Path) -> Template:
         if stated is not None and stated.removesuffix("\n") != jinja.removesuffix("\n"):
             raise UserError(f"{directory}: {TEMPLATE} and {CONFIG} have different chat templates; {_MEND}")
     elif stated is None:
-        raise UserError(f"{directory}: has no chat template, as base models have none; {_MEND}")
+        raise UserError(f"{directory}: has no chat template (base models often have none); {_MEND}")
     else:
         jinja = stated
     template = template_of(jinja)

@@ -65,7 +65,7 @@ def store(what: dict[str, Any], commit: str, rows: Iterable[dict[str, Any]]) -> 
 
 
 def _as_text(value: object) -> str:
-    """Dates and the like, in keys that no template reads. Bytes may be content, and are no text."""
+    """Dates and the like, in keys that no template reads. Bytes may be content, and are not text."""
     if isinstance(value, bytes):
         raise UserError("a column of the Parquet file holds bytes, not text; convert it to strings")
     return str(value)

@@ -187,5 +187,5 @@ def _undamaged(file: File) -> Iterator[None]:
     except Exception as error:
         if type(error).__module__.startswith("pyarrow") or type(error) in (OSError, ValueError, UnicodeDecodeError):
             reason = next(iter(str(error).splitlines()), type(error).__name__)[:200].rstrip(".")
-            raise UserError(f"{file.name}: damaged, or no Parquet file ({reason}); fetch it again") from None
+            raise UserError(f"{file.name}: damaged, or not a Parquet file ({reason}); fetch it again") from None
         raise

@@ -70,7 +70,7 @@ def test_default_system_turns_are_the_families_own(bare):
 @pytest.mark.parametrize(
     "files, words",
     [
-        ({}, "has no chat template, as base models have none; choose one with --template: chatml, "),
+        ({}, r"has no chat template \(base models often have none\); choose one with --template: chatml, "),
         ({"tokenizer_config.json": "{}"}, "has no chat template"),
         ({"tokenizer_config.json": '{"chat_template": ""}'}, "has no chat template"),
         (
