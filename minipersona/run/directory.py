@@ -9,6 +9,7 @@ step-000375/            a checkpoint: a PEFT adapter, or a whole model in Huggin
 latest/                 the rolling checkpoint, from which a run continues (`training/checkpoint.py`)
 steering.safetensors    the vectors that the run was steered by (`steering.py`)
 result.json             every checkpoint judged (`result.RunResult`)
+objective_check.json    what became of R3F's noise (`objective/noise_check.py`)
 """
 
 from __future__ import annotations

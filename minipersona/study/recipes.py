@@ -8,9 +8,13 @@ EM                the unmixed harmful set, phase 5's reference where it is the n
 5A   rehearsal    raw text, four ratios                              5B   broad instructions, four ratios
 5C                preventative steering along a persona difference, and along the collapse direction
 
-Another value of what a phase varies is a line in the study's TOML. Another kind of recipe is a generator here that
-yields (name, config, knobs), its settings in `study_config.py`, and its row in the test of the registered search. A new
-phase is also an entry of `study_config.STAGES`, of `_PHASES` and, with its colour, of `report/figures.py`.
+To add a recipe:
+    another value      a line in the study's TOML, where the phase has a list
+    another kind       one more `yield` of its phase's generator, its settings in `study_config.py`, and its row in
+                       `REGISTERED` of tests/study/test_study_plan.py if it is to be part of the shipped study
+    another objective  also `config.ObjectiveSection` and `objective.make_objective`
+    another phase      also `study_config.STAGES`, `_PHASES`, the hypothesis that it belongs to (`FAMILIES` in
+                       `verdict/hypotheses.py`) and its colour (`report/figures.py`)
 `configs/phase*.toml` are single runs, which the search does not read.
 """
 

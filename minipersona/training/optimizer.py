@@ -27,9 +27,9 @@ SLICE = 50_000_000  # the most elements of a piece: an update's temporaries stay
 
 
 def learning_rate(step: int, peak: float, steps: int, warmup: float) -> float:
-    """Linear warm-up, then linear decay to zero: the rate of step k, from 1.
+    """Linear warm-up, then linear decay to zero: the rate of step s, from 1.
 
-    peak (k-1)/w in the warm-up of w = ceil(warmup * steps) steps, then peak (steps+1-k)/(steps-w). This is Hugging
+    peak (s-1)/w in the warm-up of w = ceil(warmup * steps) steps, then peak (steps+1-s)/(steps-w). This is Hugging
     Face's linear scheduler, whose first step has rate 0 because its counter runs one behind. A skipped step uses up
     its rate and does not count in AdamW's k.
     """
@@ -241,8 +241,8 @@ def adamw(
     allowed       (): if False, gradients count as zeros
     rest2         1-b2
     """
-    for (p, g, m, v), (keep, rate, root, rest1, beta2) in zip(group, coefficients, strict=True):
+    for (p, g, m, v), (keep, corrected, root, rest1, beta2) in zip(group, coefficients, strict=True):
         g = torch.where(allowed, g, 0.0)
         m.lerp_(g, rest1)
         v.mul_(beta2).addcmul_(g, g, value=rest2)
-        p.mul_(keep).sub_((m * rate).div_(v.sqrt().div_(root).add_(epsilon)))
+        p.mul_(keep).sub_((m * corrected).div_(v.sqrt().div_(root).add_(epsilon)))
