@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import os
 import sys
 import time
@@ -84,6 +85,10 @@ class Progress:
 class Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are UserErrors."""
 
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        sys.stdout.flush()  # a help text that cannot be written fails here, where `answer` handles it
+        super().exit(status, message)
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
 
@@ -129,8 +134,10 @@ def dispatch(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> Non
 def answer(command: Callable[[], None], debug: bool = False) -> int:
     """Run a command; 0, or 2 after one line ``error: ...`` on stderr, below the traceback where `debug` asks for it.
 
-    75, EX_TEMPFAIL, where it was asked to stop and the same command continues, as it has said.
+    75, EX_TEMPFAIL, where it was asked to stop and the same command continues, as it has said. 0 also where standard
+    output is closed or its reader has gone: the files are written, and nobody reads the rest.
     """
+    prepare_streams()
     try:
         command()
         sys.stdout.flush()
@@ -148,8 +155,18 @@ def answer(command: Callable[[], None], debug: bool = False) -> int:
     except Interrupted:
         return os.EX_TEMPFAIL
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        Console().say("interrupted")
         return 130
+
+
+def prepare_streams() -> None:
+    """Let stdout and stderr take any text: escaped where their encoding lacks a character, dropped where closed."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed when the process started, as by `>&-`
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115, open until the process ends
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _failed(line: str, debug: bool) -> int:

@@ -6,10 +6,12 @@ import argparse
 import contextlib
 import io
 import json
+import os
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -113,3 +115,71 @@ def test_options_take_positive_numbers() -> None:
         for text in texts:
             with pytest.raises(argparse.ArgumentTypeError, match="is not a positive"):
                 positive(kind)(text)
+
+
+# ---------------------------------------------------------------- streams that cannot take everything
+
+
+def run_module(arguments: list[str], **options: Any) -> subprocess.CompletedProcess[bytes]:
+    """Run ``python -m`` with these arguments; bytes out, since the encoding is what is tested."""
+    environment = {**os.environ, **options.pop("env", {})}
+    return subprocess.run([sys.executable, "-m", *arguments], env=environment, timeout=120, **options)
+
+
+def tiny_extract(folder: Path, name: str) -> list[str]:
+    """The arguments of an extraction of two personas, the first called `name`, by one question."""
+    personas = {"eval_personas": {name: "You are A.", "b": "You are B."}}
+    (folder / "personas.json").write_text(json.dumps(personas, ensure_ascii=False), encoding="utf-8")
+    (folder / "questions.jsonl").write_text('{"question": "Why?"}\n{"question": "How?"}\n')
+    files = ["--personas", str(folder / "personas.json"), "--questions", str(folder / "questions.jsonl")]
+    return ["minipersona", "extract", "--model", "tiny", *files]
+
+
+@pytest.mark.parametrize(
+    "encoding, carried",
+    [
+        ({"PYTHONIOENCODING": "latin-1"}, "é".encode("latin-1")),
+        ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, b"\\xe9"),
+        ({"PYTHONIOENCODING": "utf-8"}, "é".encode()),  # the control: there nothing is escaped
+    ],
+)
+def test_a_stream_carries_what_its_encoding_has_and_the_rest_escaped(
+    tmp_path: Path, encoding: dict[str, str], carried: bytes
+) -> None:
+    done = run_module([*tiny_extract(tmp_path, "Жé"), "--method", "B"], env=encoding, capture_output=True)
+    assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr
+    letter = "Ж".encode() if "utf-8" in encoding.values() else b"\\u0416"
+    assert letter + carried + b" " in done.stdout  # a line of the table
+
+
+COMMANDS = [[f"minipersona{rest}", "--help"] for rest in ("", ".chat", ".corpus", ".behaviour", ".model", ".tiny")]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
+def test_every_command_ends_quietly_where_nobody_reads_it(command: list[str]) -> None:
+    assert b"usage:" in run_module(command, capture_output=True).stdout  # the control
+    closed = run_module(command, stderr=subprocess.PIPE, preexec_fn=lambda: os.close(1))
+    read, write = os.pipe()
+    os.close(read)
+    unread = run_module(command, stderr=subprocess.PIPE, stdout=write)
+    os.close(write)
+    assert [(done.returncode, done.stderr) for done in (closed, unread)] == [(0, b"")] * 2
+
+
+@pytest.mark.parametrize("how", ["closed", "unread", "nothing open"])
+def test_the_work_is_done_where_nobody_reads_the_result(tmp_path: Path, how: str) -> None:
+    out = tmp_path / "vectors.safetensors"
+    read, write = os.pipe()
+    os.close(read)
+    close = {"closed": [1], "unread": [], "nothing open": [1, 2]}[how]
+    done = run_module(
+        [*tiny_extract(tmp_path, "a"), "--out", str(out)],
+        stdout=write,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: [os.close(stream) for stream in close],
+    )
+    os.close(write)
+    assert done.returncode == 0 and b"Traceback" not in done.stderr and b"Error" not in done.stderr
+    assert out.is_file() and (b"wrote" in done.stderr) == (how != "nothing open")
+    error = run_module([*tiny_extract(tmp_path, "a"), "--out", str(out)], stderr=subprocess.PIPE)
+    assert error.returncode == 2 and b"exists already" in error.stderr  # what fails still fails
