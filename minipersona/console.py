@@ -6,11 +6,14 @@ import argparse
 import contextlib
 import io
 import os
+import shlex
+import shutil
 import sys
 import time
 import traceback
 import unicodedata
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, TextIO, TypeVar
 
 from minipersona.errors import Interrupted, UserError
@@ -26,6 +29,30 @@ def printable(text: str) -> str:
     return "".join(
         c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf") else f"\\x{ord(c):02x}" for c in text
     )
+
+
+def command_line(name: str, *arguments: object) -> str:
+    """The line that runs a command (evaluate) or a module (minipersona.behaviour) as this process can run it.
+
+    For a shell in the current directory; arguments are quoted. A script of the checkout is named only in the checkout,
+    and `python` and `minipersona` only where PATH has this environment's; else the interpreter is named by its path.
+    """
+    script = Path(f"{name}.py")
+    found = _beside_interpreter("python")
+    python = "python" if found and found.samefile(sys.executable) else sys.executable
+    if name.startswith("minipersona."):
+        words = [python, "-m", name]
+    elif script.is_file() and script.resolve() == Path(__file__).resolve().parents[1] / script:
+        words = [python, str(script)]
+    else:
+        words = ["minipersona", name] if _beside_interpreter("minipersona") else [python, "-m", "minipersona", name]
+    return shlex.join([*words, *map(str, arguments)])
+
+
+def _beside_interpreter(program: str) -> Path | None:
+    """PATH's `program` where it lies in this interpreter's environment."""
+    found = shutil.which(program)
+    return Path(found) if found and Path(found).absolute().parent == Path(sys.executable).parent else None
 
 
 class Console:
