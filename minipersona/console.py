@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import os
+import shlex
+import shutil
 import sys
 import time
 import traceback
 import unicodedata
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, TextIO, TypeVar
 
 from minipersona.errors import Interrupted, UserError
@@ -25,6 +29,30 @@ def printable(text: str) -> str:
     return "".join(
         c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf") else f"\\x{ord(c):02x}" for c in text
     )
+
+
+def command_line(name: str, *arguments: object) -> str:
+    """The line that runs a command (evaluate) or a module (minipersona.behaviour) as this process can run it.
+
+    For a shell in the current directory; arguments are quoted. A script of the checkout is named only in the checkout,
+    and `python` and `minipersona` only where PATH has this environment's; else the interpreter is named by its path.
+    """
+    script = Path(f"{name}.py")
+    found = _beside_interpreter("python")
+    python = "python" if found and found.samefile(sys.executable) else sys.executable
+    if name.startswith("minipersona."):
+        words = [python, "-m", name]
+    elif script.is_file() and script.resolve() == Path(__file__).resolve().parents[1] / script:
+        words = [python, str(script)]
+    else:
+        words = ["minipersona", name] if _beside_interpreter("minipersona") else [python, "-m", "minipersona", name]
+    return shlex.join([*words, *map(str, arguments)])
+
+
+def _beside_interpreter(program: str) -> Path | None:
+    """PATH's `program` where it lies in this interpreter's environment."""
+    found = shutil.which(program)
+    return Path(found) if found and Path(found).absolute().parent == Path(sys.executable).parent else None
 
 
 class Console:
@@ -84,6 +112,10 @@ class Progress:
 class Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are UserErrors."""
 
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        sys.stdout.flush()  # a help text that cannot be written fails here, where `answer` handles it
+        super().exit(status, message)
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
 
@@ -129,8 +161,10 @@ def dispatch(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> Non
 def answer(command: Callable[[], None], debug: bool = False) -> int:
     """Run a command; 0, or 2 after one line ``error: ...`` on stderr, below the traceback where `debug` asks for it.
 
-    75, EX_TEMPFAIL, where it was asked to stop and the same command continues, as it has said.
+    75, EX_TEMPFAIL, where it was asked to stop and the same command continues, as it has said. 0 also where standard
+    output is closed or its reader has gone: the files are written, and nobody reads the rest.
     """
+    prepare_streams()
     try:
         command()
         sys.stdout.flush()
@@ -148,8 +182,18 @@ def answer(command: Callable[[], None], debug: bool = False) -> int:
     except Interrupted:
         return os.EX_TEMPFAIL
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        Console().say("interrupted")
         return 130
+
+
+def prepare_streams() -> None:
+    """Let stdout and stderr take any text: escaped where their encoding lacks a character, dropped where closed."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed when the process started, as by `>&-`
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115, open until the process ends
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _failed(line: str, debug: bool) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from minipersona.chat import Document
 from minipersona.model import load
 from minipersona.model.config import ModelConfig
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a script's background jobs; the processes that a test
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # starts would inherit it, and could not be interrupted
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for a network
 settings.register_profile("patient", deadline=None)  # what a busy machine takes says nothing about the code
 settings.load_profile("patient")

@@ -11,7 +11,7 @@ from typing import Any
 from minipersona.behaviour.answers import ANSWERS
 from minipersona.behaviour.judge import MEASURES, Case, Score, prompts_digest
 from minipersona.behaviour.scores import introduce, keep_score, stored_scores
-from minipersona.console import Console
+from minipersona.console import Console, command_line
 from minipersona.errors import UserError
 from minipersona.files import read_jsonl, write_text
 
@@ -35,9 +35,10 @@ class FileJudge:
         path = self.directory / TO_SCORE
         lines = (json.dumps({"key": case.key, "measure": case.measure, "prompt": case.prompt}) for case in cases)
         write_text(path, "".join(f"{line}\n" for line in lines))
+        score = command_line("minipersona.behaviour", "score", self.directory.parent, "--scores", "FILE")
         self.console.say(
             f"{path}: {len(cases):,} prompts await a score; answer them with lines of key, measure and score, then "
-            f"python -m minipersona.behaviour score {self.directory.parent} --scores FILE, and run this again"
+            f"`{score}`, and run this again"
         )
 
 

@@ -6,8 +6,8 @@ python -m minipersona.chat FILE [--tokenizer NAME] [--rows N] [--supervise last|
 from __future__ import annotations
 
 import argparse
-import io
 import itertools
+import os
 import sys
 import unicodedata
 from collections.abc import Iterator
@@ -27,8 +27,6 @@ BIDI_CONTROLS = "\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2
 
 def main(argv: list[str] | None = None) -> int:
     """Print the conversations; 0, or 2 after a line ``error: ...``."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 still shows all
     return answer(lambda: _show(_parser().parse_args(argv)))
 
 
@@ -47,13 +45,13 @@ def _parser() -> argparse.ArgumentParser:
     option("--rows", type=positive(int), default=5, metavar="N", help="how many to print (default 5)")
     option("--max-tokens", type=positive(int), default=2048, metavar="N", help="truncate there (default 2048)")
     option("--supervise", choices=("last", "all"), default="last", help="which assistant turns (default last)")
-    option("--color", action="store_true", help="colours even where stdout is not a terminal")
+    option("--color", action="store_true", help="colours also where stdout is not a terminal or NO_COLOR is set")
     return parser
 
 
 def _show(options: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(options.tokenizer, template=options.template)
-    color = options.color or sys.stdout.isatty()
+    color = options.color or (sys.stdout.isatty() and not os.environ.get("NO_COLOR"))  # https://no-color.org
     documents = []
     for where, messages in itertools.islice(read_conversations(options.file), options.rows):
         try:

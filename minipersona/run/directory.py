@@ -19,6 +19,7 @@ import shutil
 from pathlib import Path
 
 from minipersona.config import RunConfig
+from minipersona.console import command_line
 from minipersona.errors import UserError
 from minipersona.files import read_jsonl
 from minipersona.records import append_record, read_records
@@ -133,7 +134,7 @@ def baseline_loss(directory: Path, protocol: Protocol) -> float | None:
 
     UserError where that step is not judged yet, or was measured on other rows or another model than `protocol` says.
     """
-    evaluate = f"run `python evaluate.py --run {directory}`"
+    evaluate = f"run `{command_line('evaluate', '--run', directory)}`"
     if not (directory / RESULT).is_file():
         raise UserError(f"baseline {directory}: has no {RESULT}; {evaluate} first")
     result = read_result(directory / RESULT, f"{evaluate} again")

@@ -15,7 +15,7 @@ import torch
 from minipersona.chat import ChatTokenizer
 from minipersona.chat.vocabulary import FILES
 from minipersona.config import ModelSection, RunConfig
-from minipersona.console import Console, Progress
+from minipersona.console import Console, Progress, command_line
 from minipersona.corpus.mixtures import training_personas
 from minipersona.corpus.overlap import check_overlap
 from minipersona.corpus.training_set import TrainingSet, training_set
@@ -63,16 +63,17 @@ def run(config: RunConfig, distributed: Distributed, console: Console) -> None:
     with lock(directory) if distributed.first else contextlib.nullcontext():
         config = resolve(config, distributed.device)
         check_config(directory, config)
+        evaluate = command_line("evaluate", "--run", directory)
         if finished(directory, config):
             if distributed.first:
                 drop_tensors(directory)  # a kill may have come between the last step and this
-            console.say(f"{directory} is finished; now: python evaluate.py --run {directory}")
+            console.say(f"{directory} is finished; now: {evaluate}")
             return
         try:
             carry_out(config, directory, Resources(distributed.device), distributed, console)
         except torch.OutOfMemoryError as error:
             raise UserError(OUT_OF_MEMORY) from error
-        console.say(f"finished; now: python evaluate.py --run {directory}")
+        console.say(f"finished; now: {evaluate}")
 
 
 def carry_out(

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
-from minipersona.console import Console
+from minipersona.console import Console, Parser, answer
 from minipersona.files import data_dir
 from minipersona.model.load import default_device
 from minipersona.tiny.build import SEED, STEPS, build
 from minipersona.training.loop import Hooks
 
 
-def main() -> None:
-    """Parse, build, say how it goes."""
-    parser = argparse.ArgumentParser(prog="python -m minipersona.tiny", description="Make the embedded model anew.")
+def main() -> int:
+    """Build it; 0, or 2 after a line ``error: ...``."""
+    return answer(_build)
+
+
+def _build() -> None:
+    parser = Parser(prog="python -m minipersona.tiny", description="Make the embedded model anew.")
     parser.add_argument("--out", type=Path, default=data_dir() / "tiny", metavar="DIR", help="default: data/tiny")
     parser.add_argument("--steps", type=int, default=STEPS, metavar="N", help=f"training steps (default {STEPS})")
     parser.add_argument("--seed", type=int, default=SEED, metavar="N", help=f"of the base chats (default {SEED})")
@@ -29,4 +33,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -57,6 +57,22 @@ def test_forms_of_rows_and_templates(show):
     assert "template chatml-qwen2: " in out.splitlines()[-1]
 
 
+def test_a_terminal_gets_colours_unless_no_color_is_set(show, monkeypatch):
+    for value, options, coloured in [
+        (None, (), True),
+        ("", (), True),  # set but empty counts as not set
+        ("1", (), False),
+        ("0", (), False),  # any text counts
+        ("1", ("--color",), True),  # what the command line says comes first
+    ]:
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+        monkeypatch.delenv("NO_COLOR", raising=False)
+        if value is not None:
+            monkeypatch.setenv("NO_COLOR", value)
+        out = show(json.dumps(ROW), *options)[1]
+        assert ("\x1b[" in out, "⟦" in out) == (coloured, not coloured), (value, options)
+
+
 def test_rows_and_turns_are_chosen(show):
     row = {"messages": ROW["messages"] * 2}
     assert show(json.dumps(row) + "\nnot reached", "--rows", "1", "--supervise", "all")[1].count("⟦") == 2
