@@ -29,10 +29,10 @@ from minipersona.study.cell import Cell, Study, hash_cells
 from minipersona.study.engine import Engine
 from minipersona.study.executors import Executor
 from minipersona.study.jobs import AskSuite, MeasureBase, MeasureEveryLayer, MeasureFrontier, TrainCell, WriteResponses
-from minipersona.study.recipes import planned
+from minipersona.study.recipes import check_planned, planned
 from minipersona.study.worker import Job
 from minipersona.study_config import STAGES, StudyConfig, changes
-from minipersona.verdict.calibration import Calibration, check_layers_measured
+from minipersona.verdict.calibration import Calibration
 from minipersona.verdict.files import Plan, PlanEntry, read_optional
 from minipersona.verdict.ledger import LedgerEntry, append, read_ledger
 from minipersona.verdict.recipe_results import RecipeResult, recipe_results
@@ -58,7 +58,7 @@ def run_study(
     UserError where another process has the directory or it belongs to another study, where the config names something
     amiss, and where the baseline failed.
     """
-    check_layers_measured(config)
+    check_planned(config)
     with lock(Path(config.out)):
         study = open_study(config, executor.device_type, console)
         due = [cell for cell in study.cells if cell == study.baseline or stage_of(cell) in stages]
