@@ -141,6 +141,8 @@ class Estimate:
 
     def suites(self, study: StudyConfig) -> list[str]:
         """What a suite of answers asks for."""
+        if "behaviour" not in study.suites:
+            return ["behaviour of a model: switched off by suites; a pass of phase 5 stays open without it"]
         if self.tokenizer is None:
             return []
         asked = forecast(study.behaviour, self.tokenizer)

@@ -53,6 +53,7 @@ def run_study(
 ) -> Verdict:
     """Carry out a study in ``config.out``, or continue it; returns its verdict.
 
+    stages  the phases to run, the baseline beside them; of all five, a pass ends the search
     report  writes the report of a study's directory, whatever the verdict is
 
     UserError where another process has the directory or it belongs to another study, where the config names something
@@ -118,7 +119,10 @@ def _write_plan(study: Study, console: Console) -> None:
 
 
 def search(engine: Engine, stages: Sequence[str]) -> None:
-    """Run the phases in order as far as they are due; the baseline is always one of them."""
+    """Run the phases in order as far as they are due; the baseline is always one of them.
+
+    Of all five, those after a passer are skipped. A choice of some is run whatever passes.
+    """
     study = engine.study
     engine.complete([MeasureBase(study)])
     calibration = read_optional(study.directory / "calibration.json", Calibration)
@@ -129,14 +133,16 @@ def search(engine: Engine, stages: Sequence[str]) -> None:
     engine.complete([TrainCell(study, study.baseline)])
     if not study.published(study.baseline):
         return  # without it nothing can be judged
+    chosen = set(stages) < set(STAGES)
     ended = False
     for stage in STAGES:
         cells = [cell for cell in study.cells if stage_of(cell) == stage]
-        if ended:
+        if ended and not (chosen and stage in stages):
             _skip(study, cells)
         elif stage in ("1", *stages):
             run_stage(engine, cells)
-            ended = not study.config.exhaustive and decide(read_study(study.directory)).verdict in ENDS
+            if not study.config.exhaustive:
+                ended = ended or decide(read_study(study.directory)).verdict in ENDS
 
 
 def run_stage(engine: Engine, cells: Sequence[Cell]) -> None:
@@ -175,7 +181,11 @@ def asked_for(study: Study) -> list[Job]:
     results = read_study(study.directory)
     rule = study.config.stop_rule
     asked = [found for found in recipe_results(results) if found.passes(rule) or found.needs_answers]
-    jobs: list[Job] = [MeasureFrontier(study), *_behaviour(study, asked), *_instructions(study)]
+    jobs: list[Job] = [MeasureFrontier(study)]
+    if "behaviour" in study.config.suites:
+        jobs += _behaviour(study, asked)
+    if "instructions" in study.config.suites:
+        jobs += _instructions(study)
     if recipe := decide(results).recipe:
         cell = next(cell for cell in study.cells if cell.hash == recipe.hashes[0])
         jobs.append(MeasureEveryLayer(study, cell, recipe.step, recipe.name))
