@@ -85,14 +85,16 @@ def study_plan(study: StudyConfig, stages: Sequence[str]) -> str:
         disk += due * sum(kept_bytes(estimate.sizes, recipe.config) for recipe in chosen)
     scaled = len(SCALES) - 2
     measured = scaled * estimate.probe_seconds
+    whatever = study.exhaustive or set(stages) < set(STAGES)
+    after_pass = "skips no phase," if whatever else "ends the search after its phase,"
     head = [to_toml(study).rstrip(), "", *estimate.basis(), "#"]
     lines = [
         *head,
         *lines,
         f"# frontier control: {scaled} measurements, {duration(measured)}",
         *(f"# {line}" for line in estimate.suites(study)),
-        f"# in all {duration(total + measured)} on one {device} device where no recipe passes; a pass ends the search",
-        "# after its phase, and n devices take about 1/n; loading, compiling, answers and writing for 4B come on top",
+        f"# in all {duration(total + measured)} on one {device} device where no recipe passes; a pass {after_pass}",
+        "# and n devices take about 1/n; loading, compiling, answers and writing for 4B come on top",
         *disk_lines(disk, study.out),
     ]
     return "\n".join(lines) + "\n"

@@ -63,7 +63,9 @@ def test_all_five_phases_by_name_are_an_exhaustive_search(
     named: str, exhaustive: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["study", "--config", "tiny_study", "--plan", *(["--phases", named] if named else [])]) == 0
-    assert f"exhaustive = {str(exhaustive).lower()}\n" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"exhaustive = {str(exhaustive).lower()}\n" in said
+    assert ("a pass skips no phase" in said) == bool(named) and ("a pass ends the search" in said) != bool(named)
 
 
 def options(**given: object) -> argparse.Namespace:
