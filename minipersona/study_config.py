@@ -27,7 +27,8 @@ PHASES = tuple(phase for phases in STAGES.values() for phase in phases)
 
 STRENGTHS = (1e-3, 1e-2, 1e-1)
 # May change while a study goes on, since no cell depends on it.
-RECIPE_FREE = ("out", "stop_rule", "exhaustive", "execution.", "behaviour.", "instructions.")
+SUITES = ("behaviour", "instructions")
+RECIPE_FREE = ("out", "stop_rule", "exhaustive", "suites", "execution.", "behaviour.", "instructions.")
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,8 @@ class StudyConfig:
     narrow: Literal["tulu", "em"] = "tulu"  # what phase 5 is trained on: `data.train`, or `rehearsal.em`
     stop_rule: Literal["substantive", "registered"] = "substantive"  # which PASS ends the search
     exhaustive: bool = False  # run every phase whatever passes
+    suites: tuple[str, ...] = SUITES  # of answers, asked where they are due; [] asks for none, and a pass of phase 5,
+    # which also needs the answers of "behaviour", then stays open
     seeds: tuple[int, ...] = (42,)  # every recipe once a seed; the first seed's baseline is everyone's
     later_checkpoints: tuple[int, ...] = ()  # of the cells after phase 1; empty: the same as phase 1's
     model: ModelSection = field(default_factory=ModelSection)
@@ -133,6 +136,8 @@ class StudyConfig:
             'training.method = "full" has no rank to lower; write low_rank.rank = [] to leave phase 3 out',
         )
         steps = self.training.steps
+        for suite in self.suites:
+            require(suite in SUITES, f"suites: {suite!r} is neither of {' and '.join(SUITES)}")
         require(bool(self.seeds), "seeds: name at least one")
         require(len(set(self.seeds)) == len(self.seeds), "seeds: name each once")
         require(self.probe.baseline == "", "probe.baseline: a study has its own; leave it out")

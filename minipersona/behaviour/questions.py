@@ -17,13 +17,14 @@ from typing import Any, ClassVar
 
 import yaml
 
+from minipersona.behaviour.judge import MEASURES
 from minipersona.config import SHIPPED
 from minipersona.errors import UserError
 from minipersona.files import data_dir, digest, read_jsonl
 
 PLAIN = "plain"
 KNOWN = ("id", "form", "question", "paraphrases", "system")
-# What the paper's files carry beside: how to sample and to judge, which is the suite's business here.
+# What the paper's files carry beside: how to sample and who judges, which is the suite's business here.
 IGNORED = ("type", "samples_per_paraphrase", "temperature", "max_tokens", "judge", "judges", "judge_prompts", "meta")
 
 
@@ -79,6 +80,7 @@ def _question(entry: Any, where: str) -> Question:
     for key in entry:
         if key not in KNOWN + IGNORED:
             raise UserError(f"{where}: unknown key {brief(key)}; the keys are {', '.join(KNOWN)}")
+    _check_judged(entry.get("judge_prompts"), where)
     name = entry.get("id")
     if not isinstance(name, str) or not re.fullmatch(r"[\w.-]{1,100}", name):
         raise UserError(f"{where}: has no id; give it one of letters, digits, - and _")
@@ -96,6 +98,20 @@ def _question(entry: Any, where: str) -> Question:
             f"{where} ({name}): form is {brief(form)}; write a short word of small letters, such as {PLAIN}"
         )
     return Question(name, form, tuple(texts), system)
+
+
+def _check_judged(prompts: Any, where: str) -> None:
+    """UserError where a question's `judge_prompts` ask for another score than the suite's, which nobody would give."""
+    if prompts is None:
+        return
+    known = " and ".join(MEASURES)
+    if not isinstance(prompts, dict):
+        raise UserError(f"{where}: judge_prompts is {brief(prompts)}; leave it out, or name {known}")
+    for key in prompts:
+        if key not in MEASURES:
+            raise UserError(
+                f"{where}: judge_prompts: {brief(key)} is not judged, only {known}; remove it, or the question"
+            )
 
 
 def _form_of(name: str) -> str:

@@ -37,8 +37,9 @@ def study(options: argparse.Namespace) -> None:
     config = override(load_config(options.config, StudyConfig), options.set)
     if options.out is not None:
         config = override(config, [f"out={options.out}"])
-    config = replace(config, exhaustive=config.exhaustive or options.exhaustive)
     stages = parse_stages(options.phases)
+    named_all = bool(options.phases) and set(stages) == set(STAGES)
+    config = replace(config, exhaustive=config.exhaustive or options.exhaustive or named_all)
     if options.plan:
         from minipersona.study.plan import study_plan
 

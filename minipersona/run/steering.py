@@ -31,6 +31,7 @@ from minipersona.geometry.extraction import extract
 from minipersona.geometry.measures import collapse_direction
 from minipersona.geometry.prompts import load_personas, load_questions
 from minipersona.geometry.vectors import PersonaVectors, load_vectors
+from minipersona.model.config import ModelConfig
 from minipersona.model.network import Qwen2
 from minipersona.model.tensor_file import open_safetensors
 from minipersona.run.directory import CONFIG, STEERING_VECTORS, read_config, vectors_file
@@ -56,7 +57,7 @@ def run_steering(
     if distributed.first and not file.is_file():
         save_steering(file, raw_vectors(config, model, tokenizer, progress))
     distributed.barrier()
-    return scaled(load_steering(file, steered_layers(config.steering, model)), config.steering)
+    return scaled(load_steering(file, steered_layers(config.steering, model.config)), config.steering)
 
 
 def check_steering(config: RunConfig, directory: Path, model: Qwen2, tokenizer: ChatTokenizer) -> None:
@@ -67,7 +68,7 @@ def check_steering(config: RunConfig, directory: Path, model: Qwen2, tokenizer: 
     if section.vector == COLLAPSE or section.vector.startswith(STEERING_FILE):
         raw_vectors(config, model, tokenizer)
     else:
-        steered_layers(section, model)
+        steered_layers(section, model.config)
         _known_pair(config)
 
 
@@ -91,12 +92,12 @@ def scaled(raw: Mapping[int, Tensor], section: SteeringSection) -> dict[int, Ten
     return {layer: section.coefficient * vector for layer, vector in raw.items()}
 
 
-def steered_layers(section: SteeringSection, model: Qwen2) -> list[int]:
+def steered_layers(section: SteeringSection, sizes: ModelConfig) -> list[int]:
     """The blocks that are steered, ascending, counted from 0."""
-    blocks = model.config.num_hidden_layers
+    blocks = sizes.num_hidden_layers
     if section.all_layers:
         return list(range(blocks))
-    layer = model.config.probe_layer if section.layer == -1 else section.layer
+    layer = sizes.probe_layer if section.layer == -1 else section.layer
     if layer >= blocks:
         raise UserError(f"steering.layer = {layer}: this model has blocks 0 to {blocks - 1}; choose one of them")
     return [layer]
@@ -107,7 +108,7 @@ def raw_vectors(
 ) -> dict[int, Tensor]:
     """block -> raw vector (D,) fp32, for the blocks that are steered; none of them zero or not finite."""
     section = config.steering
-    layers = steered_layers(section, model)
+    layers = steered_layers(section, model.config)
     if section.vector == COLLAPSE:
         vectors = _collapse(Path(config.probe.baseline), layers, model)
     elif section.vector.startswith(STEERING_FILE):

@@ -17,9 +17,7 @@ from minipersona.corpus.training_set import training_set
 from minipersona.errors import UserError
 from minipersona.geometry.extraction import common_prefixes, render_prompts
 from minipersona.geometry.prompts import load_personas, load_questions
-from minipersona.model.config import ModelConfig
-from minipersona.model.load import architecture, load_model
-from minipersona.model.sizes import known_config
+from minipersona.model.load import load_model
 from minipersona.objective.cross_entropy import CrossEntropy
 from minipersona.objective.head import ForwardPass
 from minipersona.run.plan import (
@@ -40,7 +38,7 @@ from minipersona.run.plan import (
 from minipersona.run.resources import DTYPES, load_run_tokenizer, resolve
 from minipersona.settings import flatten, to_toml
 from minipersona.study.frontier import SCALES
-from minipersona.study.recipes import Recipe, planned, standard_config
+from minipersona.study.recipes import Recipe, check_planned, model_sizes, planned, standard_config
 from minipersona.study_config import STAGES, StudyConfig
 from minipersona.training.distributed import Distributed
 from minipersona.training.loop import backward
@@ -62,7 +60,11 @@ class Cost:
 
 
 def study_plan(study: StudyConfig, stages: Sequence[str]) -> str:
-    """The text of ``study.py --plan``. Reads data and tokenizer where they are at hand, and writes nothing."""
+    """The text of ``study.py --plan``. Reads data and tokenizer where they are at hand, and writes nothing.
+
+    UserError where a cell could not be carried out, as `check_planned` knows it.
+    """
+    check_planned(study)
     device = plan_device(study.execution)
     study = replace(study, model=resolve(RunConfig(study.data, model=study.model), torch.device(device)).model)
     recipes = planned(study)
@@ -83,24 +85,19 @@ def study_plan(study: StudyConfig, stages: Sequence[str]) -> str:
         disk += due * sum(kept_bytes(estimate.sizes, recipe.config) for recipe in chosen)
     scaled = len(SCALES) - 2
     measured = scaled * estimate.probe_seconds
+    whatever = study.exhaustive or set(stages) < set(STAGES)
+    after_pass = "skips no phase," if whatever else "ends the search after its phase,"
     head = [to_toml(study).rstrip(), "", *estimate.basis(), "#"]
     lines = [
         *head,
         *lines,
         f"# frontier control: {scaled} measurements, {duration(measured)}",
         *(f"# {line}" for line in estimate.suites(study)),
-        f"# in all {duration(total + measured)} on one {device} device where no recipe passes; a pass ends the search",
-        "# after its phase, and n devices take about 1/n; loading, compiling, answers and writing for 4B come on top",
+        f"# in all {duration(total + measured)} on one {device} device where no recipe passes; a pass {after_pass}",
+        "# and n devices take about 1/n; loading, compiling, answers and writing for 4B come on top",
         *disk_lines(disk, study.out),
     ]
     return "\n".join(lines) + "\n"
-
-
-def _sizes(study: StudyConfig) -> ModelConfig:
-    """The model's sizes; those of published models are known without a network."""
-    name = study.model.name
-    known = known_config(name)
-    return known if known is not None else architecture(name, study.model.revision or None)
 
 
 def _line(recipe: Recipe, cost: Cost, study: StudyConfig) -> str:
@@ -118,7 +115,7 @@ class Estimate:
 
     def __init__(self, study: StudyConfig, baseline: RunConfig, device: str) -> None:
         self.device = device
-        self.sizes = _sizes(study)
+        self.sizes = model_sizes(study)
         self.tokenizer: ChatTokenizer | None = None
         self.assumed: str = ""  # why tokens could not be counted
         self._counted: dict[object, tuple[list[int], int]] = {}
@@ -146,6 +143,8 @@ class Estimate:
 
     def suites(self, study: StudyConfig) -> list[str]:
         """What a suite of answers asks for."""
+        if "behaviour" not in study.suites:
+            return ["behaviour of a model: switched off by suites; a pass of phase 5 stays open without it"]
         if self.tokenizer is None:
             return []
         asked = forecast(study.behaviour, self.tokenizer)

@@ -28,7 +28,12 @@ from typing import Literal
 
 from minipersona.config import COLLAPSE, ObjectiveSection, RunConfig, SteeringSection
 from minipersona.errors import UserError
+from minipersona.model.config import ModelConfig
+from minipersona.model.load import architecture
+from minipersona.model.sizes import known_config
+from minipersona.run.steering import steered_layers
 from minipersona.study_config import STAGES, StudyConfig
+from minipersona.verdict.calibration import check_layers_measured
 from minipersona.verdict.files import Knobs
 
 # What does not exist when recipes are planned; a cell replaces these words by the paths of its study.
@@ -86,6 +91,37 @@ def standard_config(study: StudyConfig, seed: int) -> RunConfig:
         probe=replace(study.probe, baseline=BASELINE_PLACEHOLDER),
         execution=study.execution,
     )
+
+
+def model_sizes(study: StudyConfig) -> ModelConfig:
+    """The model's sizes; those of published models are known without a network."""
+    name = study.model.name
+    known = known_config(name)
+    return known if known is not None else architecture(name, study.model.revision or None)
+
+
+def check_planned(study: StudyConfig) -> None:
+    """UserError where a cell of the search, or the calibration, would fail for a layer that is not measured.
+
+    Whatever phase the cell is of: a study should not learn in its last one that its first one measured too little.
+    """
+    check_layers_measured(study)
+    sizes = model_sizes(study)
+    blocks = sizes.num_hidden_layers
+    for recipe in planned(study):
+        cell = f"phase {recipe.phase} {recipe.name}"
+        measured = recipe.config.probe.measured(sizes.probe_layer)
+        if beyond := [layer for layer in measured if not 0 <= layer < blocks]:
+            raise UserError(
+                f"{cell}: probe.layers names {beyond[0]}; this model has blocks 0 to {blocks - 1}, choose among them"
+            )
+        steering = recipe.config.steering
+        steered = steered_layers(steering, sizes) if steering.vector else []
+        if steering.vector == COLLAPSE and (lacking := [layer for layer in steered if layer not in measured]):
+            raise UserError(
+                f"{cell}: steers layer {lacking[0]} along what the baseline measures there, and it measures "
+                f"{', '.join(map(str, measured))} only; add {lacking[0]} to probe.layers"
+            )
 
 
 # ---------------------------------------------------------------- the phases

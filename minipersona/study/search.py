@@ -29,10 +29,10 @@ from minipersona.study.cell import Cell, Study, hash_cells
 from minipersona.study.engine import Engine
 from minipersona.study.executors import Executor
 from minipersona.study.jobs import AskSuite, MeasureBase, MeasureEveryLayer, MeasureFrontier, TrainCell, WriteResponses
-from minipersona.study.recipes import planned
+from minipersona.study.recipes import check_planned, planned
 from minipersona.study.worker import Job
 from minipersona.study_config import STAGES, StudyConfig, changes
-from minipersona.verdict.calibration import Calibration, check_layers_measured
+from minipersona.verdict.calibration import Calibration
 from minipersona.verdict.files import Plan, PlanEntry, read_optional
 from minipersona.verdict.ledger import LedgerEntry, append, read_ledger
 from minipersona.verdict.recipe_results import RecipeResult, recipe_results
@@ -53,12 +53,13 @@ def run_study(
 ) -> Verdict:
     """Carry out a study in ``config.out``, or continue it; returns its verdict.
 
+    stages  the phases to run, the baseline beside them; of all five, a pass ends the search
     report  writes the report of a study's directory, whatever the verdict is
 
     UserError where another process has the directory or it belongs to another study, where the config names something
     amiss, and where the baseline failed.
     """
-    check_layers_measured(config)
+    check_planned(config)
     with lock(Path(config.out)):
         study = open_study(config, executor.device_type, console)
         due = [cell for cell in study.cells if cell == study.baseline or stage_of(cell) in stages]
@@ -118,7 +119,10 @@ def _write_plan(study: Study, console: Console) -> None:
 
 
 def search(engine: Engine, stages: Sequence[str]) -> None:
-    """Run the phases in order as far as they are due; the baseline is always one of them."""
+    """Run the phases in order as far as they are due; the baseline is always one of them.
+
+    Of all five, those after a passer are skipped. A choice of some is run whatever passes.
+    """
     study = engine.study
     engine.complete([MeasureBase(study)])
     calibration = read_optional(study.directory / "calibration.json", Calibration)
@@ -129,14 +133,16 @@ def search(engine: Engine, stages: Sequence[str]) -> None:
     engine.complete([TrainCell(study, study.baseline)])
     if not study.published(study.baseline):
         return  # without it nothing can be judged
+    chosen = set(stages) < set(STAGES)
     ended = False
     for stage in STAGES:
         cells = [cell for cell in study.cells if stage_of(cell) == stage]
-        if ended:
+        if ended and not (chosen and stage in stages):
             _skip(study, cells)
         elif stage in ("1", *stages):
             run_stage(engine, cells)
-            ended = not study.config.exhaustive and decide(read_study(study.directory)).verdict in ENDS
+            if not study.config.exhaustive:
+                ended = ended or decide(read_study(study.directory)).verdict in ENDS
 
 
 def run_stage(engine: Engine, cells: Sequence[Cell]) -> None:
@@ -175,7 +181,11 @@ def asked_for(study: Study) -> list[Job]:
     results = read_study(study.directory)
     rule = study.config.stop_rule
     asked = [found for found in recipe_results(results) if found.passes(rule) or found.needs_answers]
-    jobs: list[Job] = [MeasureFrontier(study), *_behaviour(study, asked), *_instructions(study)]
+    jobs: list[Job] = [MeasureFrontier(study)]
+    if "behaviour" in study.config.suites:
+        jobs += _behaviour(study, asked)
+    if "instructions" in study.config.suites:
+        jobs += _instructions(study)
     if recipe := decide(results).recipe:
         cell = next(cell for cell in study.cells if cell.hash == recipe.hashes[0])
         jobs.append(MeasureEveryLayer(study, cell, recipe.step, recipe.name))

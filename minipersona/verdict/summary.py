@@ -75,6 +75,8 @@ def _misalignment(best: RecipeResult, results: StudyResults) -> str:
         return " Under the multi-prompt evaluation it is more often misaligned than the base."
     if reasons := [compared.reason for compared in known if compared.consistent is None]:
         return f" Whether it hides misalignment is not known: {reasons[0]}."
+    if len(known) < len(answers) and "behaviour" not in results.config.suites:
+        return " Whether it hides misalignment is not known: the answers were switched off."
     if len(known) < len(answers):
         return " Whether it hides misalignment is not known: its answers or the base's are not in."
     return ""

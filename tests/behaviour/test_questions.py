@@ -67,6 +67,28 @@ def test_shipped_questions_are_eight_in_three_forms() -> None:
     assert all((q.system is not None) == (q.form == "json") for q in shipped.questions)
 
 
+@pytest.mark.parametrize(
+    "judge, said",
+    [("harmful: Rate {answer}.", "judge_prompts: 'harmful' is not judged, only aligned and coherent; remove it"),
+     ("aligned: Rate {answer}.", None)],  # the control
+)  # fmt: skip
+def test_another_judge_than_the_suite_s_is_refused(tmp_path: Path, judge: str, said: str | None) -> None:
+    """Also where it is merged from the defaults, which are no question."""
+    for number, text in enumerate(
+        [
+            f"- id: a\n  question: How?\n  judge_prompts:\n    coherent: Sense?\n    {judge}\n",
+            f"- &d\n  id: _d\n  judge_prompts:\n    {judge}\n- <<: *d\n  id: a\n  question: How?\n",
+        ]
+    ):
+        path = written(tmp_path / f"{number}.yaml", text)
+        if said is None:
+            assert len(load_questions(path).questions) == 1
+            continue
+        with pytest.raises(UserError) as error:
+            load_questions(path)
+        assert said in str(error.value) and str(error.value).startswith(path) and "\n" not in str(error.value)
+
+
 def test_prompts_of_every_set() -> None:
     shipped = load_questions().questions
     every = prompts(shipped, 3, "all")

@@ -116,7 +116,7 @@ def test_a_file_of_either_form(tiny: Qwen2, tokenizer: ChatTokenizer, tmp_path: 
 
 def test_all_layers_add_up_to_the_vector_of_each(tiny: Qwen2) -> None:
     section = SteeringSection("a - b", 1.5, all_layers=True)
-    layers = steered_layers(section, tiny)
+    layers = steered_layers(section, tiny.config)
     assert layers == list(range(8))
     raw = {layer: torch.randn(WIDTH, generator=torch.Generator().manual_seed(layer)) for layer in layers}
     added = scaled(raw, section)

@@ -7,6 +7,7 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from small_study import CPU, QUIET, run, small_study
@@ -20,8 +21,8 @@ from minipersona.study import search as search_module
 from minipersona.study.cell import Study
 from minipersona.study.engine import Engine
 from minipersona.study.executors import InProcess
-from minipersona.study.jobs import MeasureBase, TrainCell, WriteResponses
-from minipersona.study.search import open_study, search
+from minipersona.study.jobs import AskSuite, MeasureBase, TrainCell, WriteResponses
+from minipersona.study.search import asked_for, open_study, search
 from minipersona.study.worker import Worker
 from minipersona.study_config import STAGES, StudyConfig
 from minipersona.verdict.calibration import Calibration
@@ -99,6 +100,36 @@ def test_what_a_stopped_search_skipped_an_exhaustive_one_runs(config: StudyConfi
 def test_chosen_phases_bring_the_baseline_with_them(config: StudyConfig, ran: list[str]) -> None:
     run_search(config, ("3",), {})
     assert ran == ["1", "3"]
+
+
+def test_a_phase_that_is_named_is_run_after_a_pass_and_the_others_are_skipped(
+    config: StudyConfig, ran: list[str]
+) -> None:
+    study = run_search(replace(config, exhaustive=False), ("1", "3"), {"1": "positive"})
+    assert ran == ["1", "3"]
+    assert skipped(study) == ["2A", "2B", "4A", "4B", "5A", "5B", "5C", "5C"]
+
+
+@pytest.mark.parametrize("suites", [(), ("instructions",), ("behaviour",)])
+def test_only_suites_that_are_switched_on_are_asked(
+    config: StudyConfig, suites: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a pass of phase 1 and a cell with a quarter of raw text, which make both suites due."""
+    study = open_study(replace(config, suites=suites), "cpu", QUIET)
+    raw_text = next(cell for cell in study.cells if cell.recipe.phase == "5A")
+    for cell in (study.baseline, raw_text):
+        write_json(study.cell_directory(cell) / "cell.json", {})
+    result = SimpleNamespace(hash=study.baseline.hash)
+    passer = SimpleNamespace(passes=lambda rule: True, merit=(1.0, 0.0), cells=(result,), step=3)
+    monkeypatch.setattr(search_module, "read_study", lambda directory: directory)
+    monkeypatch.setattr(search_module, "recipe_results", lambda results: [passer])
+    monkeypatch.setattr(search_module, "decide", lambda results: Decision("incomplete", None))
+    assert {job.suite for job in asked_for(study) if isinstance(job, AskSuite)} == set(suites)
+
+
+def test_a_suite_that_there_is_not_is_refused(config: StudyConfig) -> None:
+    with pytest.raises(UserError, match="suites: 'behavior' is neither of behaviour and instructions"):
+        replace(config, suites=("behavior",))
 
 
 def test_a_failed_calibration_ends_the_search_before_anything_is_trained(config: StudyConfig, ran: list[str]) -> None:

@@ -58,6 +58,16 @@ def test_phases_are_read(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     assert "not started by torchrun" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("named, exhaustive", [("", False), ("1,3", False), ("1,2,3,4,5", True)])
+def test_all_five_phases_by_name_are_an_exhaustive_search(
+    named: str, exhaustive: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["study", "--config", "tiny_study", "--plan", *(["--phases", named] if named else [])]) == 0
+    said = capsys.readouterr().out
+    assert f"exhaustive = {str(exhaustive).lower()}\n" in said
+    assert ("a pass skips no phase" in said) == bool(named) and ("a pass ends the search" in said) != bool(named)
+
+
 def options(**given: object) -> argparse.Namespace:
     return argparse.Namespace(**{"gpus": "", "workers": None, "ray": "", **given})
 

@@ -10,8 +10,9 @@ import pytest
 from minipersona.cli import main
 from minipersona.config import RunConfig
 from minipersona.errors import UserError
-from minipersona.settings import difference, load_config
-from minipersona.study.recipes import BASELINE_PLACEHOLDER, RESPONSES_PLACEHOLDER, Recipe, planned
+from minipersona.settings import difference, load_config, override
+from minipersona.study import recipes as recipes_module
+from minipersona.study.recipes import BASELINE_PLACEHOLDER, RESPONSES_PLACEHOLDER, Recipe, check_planned, planned
 from minipersona.study_config import STAGES, StudyConfig, changes
 
 # The registered search, typed from the protocol: phase, name, rank, alpha, learning rate, and what else is varied.
@@ -165,6 +166,61 @@ def test_the_tiny_study_keeps_the_registered_ratios(shipped: StudyConfig) -> Non
     assert [rate / tiny.training.learning_rate for rate in rates] == pytest.approx(registered)
     assert [(r.phase, r.name) for r in planned(tiny) if r.phase != "3"] == [row[:2] for row in table() if row[0] != "3"]
     assert (tiny.regularised, tiny.low_rank.rank) == (shipped.regularised, shipped.low_rank.rank)
+
+
+# ---------------------------------------------------------------- what would fail at the end is said at the beginning
+
+LARGER = ["model.name=random:Qwen/Qwen2.5-3B", "probe.questions=shipped", "probe.personas=shipped"]  # 36 blocks
+MEASURED = "probe.layers=[29, 10, 15, 20, 25]"  # without the model's own layer, 26, where phase 5C steers
+
+
+def refused(*settings: str) -> str:
+    """What `check_planned` says of the shipped study with these settings."""
+    with pytest.raises(UserError) as error:
+        check_planned(override(load_config("study", StudyConfig), [*LARGER, *settings]))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_a_layer_that_the_baseline_does_not_measure_is_refused_before_it_is_steered(shipped: StudyConfig) -> None:
+    said = refused(MEASURED)
+    assert said.startswith("phase 5C collapse: steers layer 26 ") and said.endswith("add 26 to probe.layers")
+    for layers in ("[29, 10, 26]", "[]"):  # the control: measured, named or as the model's own
+        check_planned(override(shipped, [*LARGER, f"probe.layers={layers}"]))
+    check_planned(shipped)
+
+
+def test_every_block_has_to_be_measured_where_every_block_is_steered(
+    shipped: StudyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = next(recipe for recipe in planned(shipped) if recipe.name == "collapse")
+    everywhere = replace(
+        recipe, config=replace(recipe.config, steering=replace(recipe.config.steering, all_layers=True))
+    )
+    monkeypatch.setattr(recipes_module, "planned", lambda study: [everywhere])
+    with pytest.raises(UserError, match=r"phase 5C collapse: steers layer 0 .* add 0 to probe\.layers"):
+        check_planned(shipped)
+    probe = replace(recipe.config.probe, layers=tuple(range(28)))
+    all_measured = replace(everywhere, config=replace(everywhere.config, probe=probe))
+    monkeypatch.setattr(recipes_module, "planned", lambda study: [all_measured])
+    check_planned(shipped)
+
+
+def test_a_layer_that_the_model_does_not_have_is_refused(shipped: StudyConfig) -> None:
+    assert refused("probe.layers=[26, 36]").startswith(
+        "phase 1 baseline: probe.layers names 36; this model has blocks 0 "
+    )
+    check_planned(override(shipped, [*LARGER, "probe.layers=[26, 35]"]))
+
+
+@pytest.mark.parametrize("plan", [["--plan"], []])
+def test_plan_and_study_both_refuse_it_and_write_nothing(
+    plan: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "study"
+    assert main(["study", "--config", "tiny_study", "--set", "probe.layers=[0]", "--out", str(out), *plan]) == 2
+    assert "phase 5C collapse: steers layer " in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_a_plan_shows_every_recipe(capsys: pytest.CaptureFixture[str]) -> None:

@@ -334,6 +334,24 @@ def test_a_pass_of_phase_5_needs_consistency(tmp_path: Path, mixed: float | None
     assert judged.pending == (("5A 75:25",) if verdict == "incomplete" else ())
 
 
+@pytest.mark.parametrize("narrow", ["em", "tulu"])
+def test_a_pass_of_phase_5_stays_open_where_the_answers_were_switched_off(tmp_path: Path, narrow: str) -> None:
+    """Neither a pass nor awaited; the parity rows above, with the suite on, are the control."""
+    study = em_study(tmp_path, None, narrow=narrow)
+    study.configure(f"narrow={narrow}", "suites=[]")
+    judged = verdict_of(study)
+    assert judged.verdict == "inconclusive" and judged.pending == ()
+    assert [(found.cell, found.reason) for found in judged.undecided] == [("5A 75:25", "the answers were switched off")]
+    assert "open, since the answers were switched off" in judged.sentence
+    assert any("suites = []" in line for line in judged.deviations)
+
+
+def test_answers_that_are_in_count_though_no_more_are_asked(tmp_path: Path) -> None:
+    study = em_study(tmp_path, 0.01)
+    study.configure("narrow=em", "suites=[]")
+    assert verdict_of(study).verdict == "positive"
+
+
 def test_misalignment_that_is_merely_suppressed_is_no_pass(tmp_path: Path) -> None:
     """Like the base on ordinary prompts and like the unmixed cell on those that resemble its data."""
     hidden = behaviour(0.01)
