@@ -154,7 +154,7 @@ def test_a_stream_carries_what_its_encoding_has_and_the_rest_escaped(
     assert letter + carried + b" " in done.stdout  # a line of the table
 
 
-COMMANDS = [[f"minipersona{rest}", "--help"] for rest in ("", ".chat", ".corpus", ".behaviour", ".model", ".tiny")]
+COMMANDS = [[f"minipersona{rest}", "--help"] for rest in ("", ".chat", ".tiny")]
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
