@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo study test check tiny clean
+.PHONY: demo study test test-all check tiny clean
 
 demo: $(VENV)/installed  ## phase 1 of the study on the embedded model, then its table
 	$(BIN)/python train.py --config configs/tiny_phase1.toml
@@ -17,6 +17,9 @@ study: $(VENV)/installed-report  ## the whole search on the embedded model, its 
 
 test: check  ## the whole test suite
 	$(BIN)/python -m pytest -n auto --dist loadscope
+
+test-all: check  ## the same and what takes half a minute and more: a Ray cluster, every rank as the culprit
+	$(BIN)/python -m pytest -n auto --dist loadscope -m ""
 
 check: $(VENV)/installed-dev  ## style and types
 	$(BIN)/ruff check .

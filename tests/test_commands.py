@@ -417,7 +417,7 @@ def test_bad_models(tmp_path: Path, questions: Path, capsys: pytest.CaptureFixtu
     refused(capsys, [*command, "--layer", "8"], "layer 8", "0 to 7")
     model({"model_type": "mistral"})
     refused(capsys, command, "mistral", "qwen2")
-    model({"use_sliding_window": True})
+    model({"use_sliding_window": True, "sliding_window": 128, "max_window_layers": 4})
     refused(capsys, command, "use_sliding_window")
     model({"num_hidden_layers": 9})
     refused(capsys, command, "model.layers.8", "missing")

@@ -185,8 +185,12 @@ def fail_rank(error: Exception) -> NoReturn:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's: this rank ends by itself, after its report
     atexit.register(end_rank, 2 if isinstance(error, UserError) else 1)  # later, once the error is printed
     rank, first = os.environ["RANK"], _fails_first()
-    if isinstance(error, RankLost) or not first:
-        time.sleep(NOTICED)  # so that torchrun's own report names the rank that ended before this one
+    # So that torchrun's own report names the rank that ended before this one. An error that is not ours, within a pass of
+    # a sharded model say, may also mean that another rank is gone.
+    if not first or isinstance(error, RankLost):
+        time.sleep(2 * NOTICED)
+    elif not isinstance(error, UserError):
+        time.sleep(NOTICED)
     if not first:
         end_rank(1)
     if isinstance(error, UserError):

@@ -38,7 +38,7 @@ with pytest.MonkeyPatch.context() as patch:
 
     from minipersona.study.ray_executor import RayExecutor
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")]
 STAGES = ("1", "2")
 TIMES = ("gpu_hours", "results_digest")
 

@@ -85,7 +85,7 @@ def assert_equal_runs(a: Path, b: Path) -> None:
     assert metrics[0] == metrics[1] and len(metrics[1]) == 5
 
 
-@pytest.mark.parametrize("culprit", [0, 1])
+@pytest.mark.parametrize("culprit", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_rank_that_fails_says_why_in_one_line_and_the_run_ends(
     train: Callable[..., Launch], tmp_path: Path, culprit: int
 ) -> None:
@@ -96,7 +96,7 @@ def test_a_rank_that_fails_says_why_in_one_line_and_the_run_ends(
     assert failed.said.count("Traceback") == 1, failed.said  # torchrun's own
 
 
-@pytest.mark.parametrize("culprit", [0, 1])
+@pytest.mark.parametrize("culprit", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_killed_rank_ends_the_run_and_the_same_command_continues_it(
     train: Callable[..., Launch], undisturbed: Path, tmp_path: Path, culprit: int
 ) -> None:
@@ -161,7 +161,7 @@ def test_an_error_on_both_ranks_at_once_is_reported_by_one(tmp_path: Path) -> No
     assert failed.code != 0 and line[line.index("rank ") + 6 :] == ": rows.jsonl: the disk is gone; mount it"
 
 
-@pytest.mark.parametrize("culprit", [0, 1])
+@pytest.mark.parametrize("culprit", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_rank_that_hangs_ends_the_run_after_the_timeout(tmp_path: Path, culprit: int) -> None:
     failed = summing(f"hang-{culprit}", tmp_path / "out", minutes=0.05)
     assert failed.code != 0 and 3 < failed.seconds < SECONDS
