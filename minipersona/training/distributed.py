@@ -185,8 +185,8 @@ def fail_rank(error: Exception) -> NoReturn:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's: this rank ends by itself, after its report
     atexit.register(end_rank, 2 if isinstance(error, UserError) else 1)  # later, once the error is printed
     rank, first = os.environ["RANK"], _fails_first()
-    # So that torchrun's own report names the rank that ended before this one. An error that is not ours, within a pass of
-    # a sharded model say, may also mean that another rank is gone.
+    # So that torchrun's own report names the rank that ended before this one. An error that is not a UserError may also
+    # mean that another rank is gone, in a pass of a sharded model for example.
     if not first or isinstance(error, RankLost):
         time.sleep(2 * NOTICED)
     elif not isinstance(error, UserError):
