@@ -55,7 +55,7 @@ from minipersona.training.distributed import Distributed
 from minipersona.training.optimizer import AdamW, Flat
 from minipersona.verdict.results import read_study
 
-CASES = int(os.environ.get("MINIPERSONA_FUZZ_CASES", 4_000))
+CASES = int(os.environ.get("MINIPERSONA_FUZZ_CASES", 2_500))
 SLOWEST = 5.0  # seconds for one small file, on a machine with other work to do
 LARGEST = 100_000  # kibibytes by which the process may grow over all the files of a reader
 

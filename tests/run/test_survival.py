@@ -178,7 +178,7 @@ def test_an_interrupted_evaluation_exits_with_75_and_gives_the_directory_back(wh
 # ---------------------------------------------------------------- a study
 
 
-@pytest.mark.parametrize("workers", [(), ("--workers", "2")])
+@pytest.mark.parametrize("workers", [pytest.param((), marks=pytest.mark.slow), ("--workers", "2")])
 def test_a_signalled_study_exits_with_75_and_continues(tmp_path: Path, workers: tuple[str, ...]) -> None:
     config = small_study(tmp_path)
     config = replace(config, training=replace(config.training, steps=200, checkpoints=(1, 200)), later_checkpoints=())

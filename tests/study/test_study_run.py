@@ -222,6 +222,7 @@ def uninterrupted(quick: StudyConfig) -> dict[str, Any]:
     return plain(run(quick, FEW))
 
 
+@pytest.mark.slow
 def test_two_workers_share_the_work_and_come_to_the_same_verdict(
     quick: StudyConfig, uninterrupted: dict[str, Any], tmp_path: Path
 ) -> None:

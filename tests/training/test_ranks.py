@@ -89,7 +89,7 @@ def worst(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     [
         ("cross_entropy", "float64", 1e-10),
         pytest.param("cross_entropy", "float32", 1e-5, marks=pytest.mark.slow),
-        ("r3f", "float64", 1e-10),
+        pytest.param("r3f", "float64", 1e-10, marks=pytest.mark.slow),
     ],
 )
 def test_two_ranks_equal_one(

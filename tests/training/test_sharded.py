@@ -179,6 +179,7 @@ def test_shards_equal_the_whole(undisturbed: Callable[[int], Path]) -> None:
     agree(undisturbed(2), undisturbed(1), 1e-10, 1)
 
 
+@pytest.mark.slow
 def test_shards_equal_the_whole_in_fp32_with_a_tied_head(hf_model: Callable[..., Path], tmp_path: Path) -> None:
     for ranks, name in ((1, "one"), (2, "two")):
         run(hf_model(tied=True), tmp_path / name, ranks, dtype="float32")
@@ -227,7 +228,9 @@ def test_in_bf16_nothing_is_rounded_that_one_rank_would_not_round(
     )  # control: with norms gathered as bf16
 
 
-@pytest.mark.parametrize("before, after", [(2, 2), (1, 2), (3, 1)])
+@pytest.mark.parametrize(
+    "before, after", [(2, 2), pytest.param(1, 2, marks=pytest.mark.slow), pytest.param(3, 1, marks=pytest.mark.slow)]
+)
 def test_killed_and_continued_by_any_number_of_ranks(
     hf_model: Callable[..., Path], tmp_path: Path, undisturbed: Callable[[int], Path], before: int, after: int
 ) -> None:
