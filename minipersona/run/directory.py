@@ -97,7 +97,7 @@ def check_config(directory: Path, config: RunConfig) -> None:
 
 
 def read_measurements(directory: Path) -> list[Measurement]:
-    """The lines of probes.jsonl; none where there is no such file."""
+    """The lines of probes.jsonl; an empty list if the file does not exist."""
     return read_records(directory / PROBES, Measurement, "delete that line, and its step is measured again")
 
 
