@@ -20,6 +20,7 @@ from small_study import run, small_study
 from minipersona.console import Console
 from minipersona.errors import Interrupted, UserError
 from minipersona.files import read_json
+from minipersona.records import to_dict
 from minipersona.study.search import run_study
 from minipersona.study_config import StudyConfig
 from minipersona.training.interruption import Stop, handle_signals
@@ -119,7 +120,9 @@ def test_a_node_that_is_killed_while_it_works_changes_nothing_but_the_time(
         killer = once(second_works, lambda: cluster.remove_node(second, allow_graceful=False))
         verdict = run_study(config, executor, console, stages=STAGES)
         killer.join()
-    assert timeless(verdict) == timeless(undisturbed) == timeless(read_json(Path(config.out) / "verdict.json"))
+    stored, expected = (read_json(Path(c) / "verdict.json") for c in (config.out, tmp_path / "undisturbed"))
+    assert timeless(to_dict(verdict)) == timeless(to_dict(undisturbed))
+    assert timeless(stored) == timeless(expected)
     again = [entry for entry in read_entries(Path(config.out)) if entry.event == "started" and entry.attempt == 2]
     assert [entry.phase in ("2A", "2B") for entry in again] == [True]
     lines = said.getvalue().splitlines()
