@@ -121,9 +121,16 @@ def finished(directory: Path, config: RunConfig) -> bool:
 
 
 def training_seconds(directory: Path) -> float:
-    """How long the steps in metrics.jsonl took."""
-    rows = read_jsonl(directory / METRICS)
-    return float(sum(row["tokens"] / row["tokens_per_second"] for row in rows if row["tokens_per_second"]))
+    """How long the steps in metrics.jsonl took. UserError where a line does not say it."""
+    seconds = 0.0
+    for number, row in enumerate(read_jsonl(directory / METRICS), 1):
+        tokens, rate = (row.get(key) if isinstance(row, dict) else None for key in ("tokens", "tokens_per_second"))
+        if not all(isinstance(value, (int, float)) and 0 <= value < 1e300 for value in (tokens, rate)):
+            raise UserError(
+                f"{directory / METRICS}: line {number} lacks its tokens or tokens_per_second; delete that line"
+            )
+        seconds += tokens / rate if rate else 0.0
+    return seconds
 
 
 # ---------------------------------------------------------------- another run as the baseline

@@ -19,7 +19,7 @@ from torch import Tensor
 from minipersona.chat import Document
 from minipersona.config import RunConfig, TrainingSection
 from minipersona.corpus.batch import Batch, RowOrder, make_batch
-from minipersona.errors import UserError
+from minipersona.errors import UserError, require
 from minipersona.files import read_jsonl, rewrite_jsonl
 from minipersona.model.network import Qwen2, Tap
 from minipersona.model.pack import Pack, send
@@ -204,6 +204,9 @@ def cut_logs(directory: Path, step: int) -> None:
     """Delete the lines that a killed run wrote after the step it can continue from; step 0 of the probes stays."""
     for name in LOGS:
         rows = read_jsonl(directory / name)
+        for number, row in enumerate(rows, 1):
+            has_step = isinstance(row, dict) and isinstance(row.get("step"), int)
+            require(has_step, f"{directory / name}: line {number} has no step; delete that line")
         kept = [row for row in rows if row["step"] <= step]
         if len(kept) < len(rows):
             rewrite_jsonl(directory / name, kept)

@@ -50,7 +50,8 @@ def damaged_blindly(content: bytes, rng: random.Random) -> bytes:
                 b"version https://git-lfs.github.com/spec/v1\n",
                 b"<!DOCTYPE html>",
                 b"PK\x03\x04",
-                b"\xef\xbb\xbf",
+                b"\xef\xbb\xbf",  # a byte order mark
+                b"\x1f\x8b\x08\x00",  # gzip's
                 b"",
             ]
             some[:0] = rng.choice(prefixes)

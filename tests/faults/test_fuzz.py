@@ -5,6 +5,7 @@ MINIPERSONA_FUZZ_CASES sets how many damaged files are tried in all.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -12,18 +13,20 @@ import resource
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import pyarrow
 import pytest
 import torch
+import yaml
 from conftest import SIZES
 from faults.mutations import damaged
 from model.test_gguf import SIZES as GGUF_SIZES
 from model.test_gguf import write as write_gguf
 from pyarrow import parquet
 from report.conftest import RECIPES, FakeStudy, answers, followed
+from safetensors.torch import load_file, save_file
 
 from minipersona.behaviour.answers import ANSWERS
 from minipersona.behaviour.file import import_scores
@@ -33,25 +36,33 @@ from minipersona.chat import load_tokenizer
 from minipersona.chat.__main__ import read_conversations
 from minipersona.config import LoraConfig
 from minipersona.corpus import cache
+from minipersona.corpus.overlap import check_overlap
 from minipersona.corpus.responses import read_responses
 from minipersona.corpus.sources import read_source, tokenize
 from minipersona.corpus.token_cache import read_documents, write_documents
 from minipersona.errors import UserError
 from minipersona.files import append_jsonl, configs_dir, data_dir, read_json, read_jsonl
+from minipersona.geometry.compare import compare
 from minipersona.geometry.prompts import load_personas, load_questions
 from minipersona.geometry.vectors import PersonaVectors, load_vectors
-from minipersona.model.adapter_files import load_adapter, save_adapter
+from minipersona.model.adapter_files import choose_base, load_adapter, save_adapter
 from minipersona.model.config import ModelConfig, RotaryScaling
 from minipersona.model.gguf import from_gguf
 from minipersona.model.load import load_model
 from minipersona.model.lora import apply_lora
 from minipersona.model.network import Qwen2
 from minipersona.model.save import save_model
+from minipersona.model.turn_ends import turn_ends
+from minipersona.model.weights import INDEX, SINGLE
+from minipersona.run.directory import append_measurement, read_measurements, training_seconds
+from minipersona.run.directory import read_config as read_run_config
+from minipersona.run.result import Measurement, read_result
 from minipersona.run.steering import load_steering, save_steering
 from minipersona.settings import load_config
 from minipersona.study_config import StudyConfig
 from minipersona.training.checkpoint import Position, load_state, save_state
 from minipersona.training.distributed import Distributed
+from minipersona.training.loop import cut_logs
 from minipersona.training.optimizer import AdamW, Flat
 from minipersona.verdict.results import read_study
 
@@ -97,6 +108,27 @@ def models_of_llama(folder: Path) -> Reader:
     return Reader(folder / "m", lambda: load_model(str(folder / "m"), device="cpu"))
 
 
+def models_saved_twice(folder: Path) -> Reader:
+    """By two versions of transformers: one statement in two places, and every weight in two files, one of them of a
+    compiled model; the head that is the embedding stored beside it.
+    """
+    target = folder / "m"
+    save_model(small_model(replace(SIZES, tie_word_embeddings=True)), target)
+    weights = load_file(target / SINGLE)
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    weights = {f"_orig_mod.{name}": value for name, value in weights.items()}
+    save_file(weights, target / SINGLE)
+    save_file(weights, target / "model-1.safetensors")
+    (target / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(weights, "model-1.safetensors")}))
+    config = json.loads((target / "config.json").read_text())
+    kinds = {"layer_types": ["full_attention"] * SIZES.num_hidden_layers, "use_sliding_window": False}
+    rotary = {"rope_parameters": {"rope_theta": SIZES.rope_theta, "rope_type": "default"}}
+    (target / "config.json").write_text(json.dumps({**config, **kinds, **rotary, "rope_theta": SIZES.rope_theta}))
+    shutil.copy(data_dir() / "tiny" / "tokenizer_config.json", target)
+
+    return Reader(target, lambda: (load_model(str(target), device="cpu"), turn_ends(target)))
+
+
 def gguf_files(folder: Path) -> Reader:
     (folder / "in").mkdir()
     write_gguf(folder / "in" / "m.gguf", small_model(replace(GGUF_SIZES, model_type="qwen3", head_dim=32)), "Q8_0")
@@ -114,9 +146,31 @@ def adapters(folder: Path) -> Reader:
     return Reader(folder / "a", lambda: load_adapter(model, folder / "a"))
 
 
+def adapters_with_patterns(folder: Path) -> Reader:
+    """What only PEFT writes: a rank and an alpha by pattern, targets as a regex, a base at a revision."""
+    model, target = small_model(), folder / "a"
+    save_adapter(apply_lora(model, LoraConfig(rank=2, alpha=4.0, targets=("q_proj", "v_proj"))), target)
+    config = json.loads((target / "adapter_config.json").read_text())
+    forms = {"target_modules": r".*\.(q_proj|v_proj)", "rank_pattern": {"v_proj": 2}, "alpha_pattern": {"q_proj": 4},
+             "exclude_modules": ["o_proj"], "base_model_name_or_path": "tiny",
+             "revision": "c" * 40}  # fmt: skip
+    (target / "adapter_config.json").write_text(json.dumps({**config, **forms}))
+
+    return Reader(target, lambda: (load_adapter(model, target), choose_base(target, None, None, len)))
+
+
 def vectors(folder: Path) -> Reader:
-    PersonaVectors({2: torch.randn(3, 4, 5), 4: torch.randn(3, 4, 5)}, ["a", "b", "c"]).save(folder / "v.safetensors")
-    return Reader(folder, lambda: load_vectors(folder / "v.safetensors"))
+    samples = {2: torch.randn(3, 4, 5), 4: torch.randn(3, 4, 5)}
+    metadata = {"method": "A", "questions": json.dumps(["How?"] * 4)}
+    for name in ("v", "w"):
+        PersonaVectors(samples, ["a", "b", "c"], metadata).save(folder / f"{name}.safetensors")
+
+    def read() -> None:
+        before, after = (load_vectors(folder / f"{name}.safetensors") for name in ("v", "w"))
+        with contextlib.suppress(UserError):  # it names what differs, and cannot name a file
+            compare(before, after, 2, resamples=2)
+
+    return Reader(folder, read)
 
 
 def tokenizers(folder: Path) -> Reader:
@@ -175,6 +229,12 @@ def forms(folder: Path) -> Reader:
     return Reader(folder, lambda: [tokenize(read_source(source), tokenizer) for source in sources])
 
 
+def held_out_rows(folder: Path) -> Reader:
+    (folder / "train.jsonl").write_text("\n".join(rows()))
+    (folder / "held.jsonl").write_text('{"prompt": "Why?", "completion": "Because."}\n' * 2)
+    return Reader(folder, lambda: check_overlap(f"jsonl:{folder}/train.jsonl", f"jsonl:{folder}/held.jsonl"))
+
+
 def parquets(folder: Path) -> Reader:
     path, tokenizer = folder / "rows.parquet", load_tokenizer("tiny")
     table = pyarrow.table({"messages": [json.loads(row)["messages"] for row in rows()], "source": ["a"] * 5})
@@ -223,12 +283,15 @@ def asked_questions(folder: Path) -> Reader:
         '    - \'How?\'\n    - "Why?"\n- id: b_json\n  paraphrases: ["x"]\n'.replace('["x"]', "\n  - So?")
     )
     (folder / "q.jsonl").write_text('{"id": "a", "question": "How?"}\n{"id": "b", "paraphrases": ["x", "y"]}\n')
-    return Reader(folder, lambda: (load_asked(str(folder / "q.yaml")), load_asked(str(folder / "q.jsonl"))))
+    folded = {"id": "c", "paraphrases": ["A long question, " * 9], "judge_prompts": {"aligned": "Rate: {answer}. " * 9}}
+    (folder / "p.yml").write_text(yaml.safe_dump([folded]))
+    return Reader(folder, lambda: [load_asked(str(folder / name)) for name in ("q.yaml", "q.jsonl", "p.yml")])
 
 
 def instructions(folder: Path) -> Reader:
     lines = (data_dir() / "instructions.jsonl").read_text().splitlines()[::12]
-    (folder / "i.jsonl").write_text("\n".join(lines))
+    unknown = {"key": "u", "prompt": "Whistle.", "instruction_id_list": ["sound:whistle"], "kwargs": [{}]}
+    (folder / "i.jsonl").write_text("\n".join([*lines, json.dumps(unknown)]))
     return Reader(folder, lambda: load_instructions(str(folder / "i.jsonl")))
 
 
@@ -258,6 +321,30 @@ def steering_vectors(folder: Path) -> Reader:
     return Reader(folder, lambda: load_steering(folder / "s.safetensors", [1, 2]))
 
 
+def runs(folder: Path) -> Reader:
+    """What `evaluate` reads of a run. The numbers are another study's, which have every field."""
+    few = FakeStudy(folder / "study", [RECIPES[0]], with_vectors=False, with_frontier=False)
+    (cell,) = (few.write() / "cells").iterdir()
+    run = folder / "run"
+    run.mkdir()
+    shutil.copy(configs_dir() / "tiny_phase1.toml", run / "config.toml")
+    shutil.copy(cell / "result.json", run)
+    metrics = {"step": 1, "loss": 2.5, "tokens": 100, "tokens_per_second": 50.0}
+    (run / "metrics.jsonl").write_text(f"{json.dumps(metrics)}\n" * 3)
+    result = read_result(run / "result.json", "")
+    known = {field.name for field in fields(Measurement)}
+    point = {key: value for key, value in vars(result.checkpoints[0]).items() if key in known}
+    measured = Measurement(**point, m1_low=0.9, m1_high=0.91, protocol="0" * 64)
+    for _ in range(3):
+        append_measurement(run, measured)
+
+    def read() -> None:
+        read_run_config(run), read_measurements(run), training_seconds(run), read_result(run / "result.json", "")
+        cut_logs(run, 1)
+
+    return Reader(run, read)
+
+
 def studies(folder: Path) -> Reader:
     few = [RECIPES[0], RECIPES[1], RECIPES[18], RECIPES[-1]]
     suites = {"behaviour": {"base": answers(5)}, "instructions": {"base": followed(0.7)}}
@@ -267,10 +354,10 @@ def studies(folder: Path) -> Reader:
 
 
 READERS = [
-    models, models_of_llama, gguf_files,
-    adapters, vectors, tokenizers, tokenizer_parts, conversations, shown_conversations, forms, parquets,
+    models, models_of_llama, models_saved_twice, gguf_files, adapters, adapters_with_patterns, vectors,
+    tokenizers, tokenizer_parts, conversations, shown_conversations, forms, parquets, held_out_rows,
     prompts, kept_rows, kept_tokens, logs, configs, asked_questions, instructions, scores, responses, states,
-    steering_vectors, studies,
+    steering_vectors, runs, studies,
 ]  # fmt: skip
 
 
