@@ -21,6 +21,10 @@ class UserError(Exception):
         super().__init__(line.replace("\n", "\\n"))  # a name out of a file may hold line ends; one line it stays
 
 
+class Unreachable(UserError):
+    """What is needed is not on this machine, and the network that has it cannot be reached. A plan goes on without."""
+
+
 class DiskFull(UserError):
     """There is no room for what had to be written. It says nothing about the work, and would befall any other too."""
 

@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
-from minipersona.errors import UserError, redact
+from minipersona.errors import Unreachable, UserError, redact
 from minipersona.files import FULL, data_dir, room, sha256, sweep_temporaries, write_atomically
 
 # A name without a revision means this one, so that two runs a year apart load the same weights.
@@ -82,7 +82,7 @@ def _download(repository: str, files: Sequence[str], revision: str | None) -> Pa
         except LocalEntryNotFoundError:
             if why is None:
                 raise
-            raise UserError(f"{name}: not in the local cache, and {why}") from None
+            raise Unreachable(f"{name}: not in the local cache, and {why}") from None
 
 
 def cache_dir(kind: str) -> Path:
@@ -301,7 +301,7 @@ def _fetch_raw(file: PinnedFile) -> bytes:
             f"MINIPERSONA_RAW_BASE={redact(base)}: is not an http address; unset it or give one such as {RAW_BASE}"
         )
     if why := unreachable(base, "MINIPERSONA_RAW_BASE"):
-        raise UserError(f"{file.name}: not in the local cache, and {why}, or name a local copy")
+        raise Unreachable(f"{file.name}: not in the local cache, and {why}, or name a local copy")
     address = f"{base.rstrip('/')}/{file.repository}/{file.commit}/{file.path}"
     try:
         response = http_backoff("GET", address, timeout=RAW_SECONDS)  # again while it is busy, or where it breaks off

@@ -193,6 +193,32 @@ def test_a_hub_that_never_answers_is_one_line_within_five_seconds(hub: LoopbackH
     assert all("cannot be reached (" in line and "check the network, the proxy" in line for line in lines), lines
 
 
+PLANS = """
+import contextlib, io, json, time
+from huggingface_hub import get_session  # what is measured is not imports
+import minipersona.run.plan, minipersona.study.plan
+from minipersona.cli import main
+result = []
+for command in (["train", "--config", "phase1", "--model", "me/model"], ["train", "--config", "phase1"],
+                ["study", "--config", "study"]):
+    began, said = time.monotonic(), io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        status = main([*command, "--plan"])
+    result.append([status, said.getvalue(), time.monotonic() - began])
+print(json.dumps(result))
+"""
+
+
+def test_a_plan_waits_five_seconds_at_most_for_a_hub_that_never_answers(hub: LoopbackHub) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        done = hub.process("-c", PLANS, HF_ENDPOINT=f"http://127.0.0.1:{silent.getsockname()[1]}")
+    (status, error, seconds), *plans = json.loads(done.stdout.splitlines()[-1])
+    assert status == 2 and error.startswith("error: me/model: not in the local cache, and ") and error.count("\n") == 1
+    assert seconds < 5
+    assert all(status == 0 and "# tokens are an estimate" in said.replace("# data       ", "# ") and seconds < 5
+               for status, said, seconds in plans), plans  # fmt: skip
+
+
 @pytest.mark.parametrize("proxy, words", [("socks5://127.0.0.1:9", "SOCKS"), ("socks4://127.0.0.1:9", "socks4")])
 def test_a_proxy_that_the_client_cannot_use_is_one_line(hub: LoopbackHub, proxy: str, words: str) -> None:
     without_package = f"import sys\nsys.modules['socksio'] = None\n{UNREACHABLE}"

@@ -12,7 +12,7 @@ from minipersona.console import Console
 from minipersona.corpus.cache import Kept, load, store
 from minipersona.corpus.jsonl import iterate_rows, select
 from minipersona.corpus.parquet import read_parquet, require_pyarrow
-from minipersona.errors import UserError
+from minipersona.errors import Unreachable, UserError
 from minipersona.hub import HUB_ID, explained, hub_unreachable, patiently
 
 
@@ -61,7 +61,7 @@ def read_dataset(dataset: HubDataset, wanted: slice, name: str) -> Kept:
     if dataset.files.endswith(".parquet"):
         require_pyarrow()  # before anything is fetched
     if why := hub_unreachable():
-        raise UserError(f"{name}: not in the local cache, and {why}")
+        raise Unreachable(f"{name}: not in the local cache, and {why}")
     with explained(name):
         files = patiently(lambda: _find(dataset))
     return store(what, files[0].commit, _rows(files, wanted, name))

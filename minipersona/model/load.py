@@ -77,6 +77,11 @@ def architecture(name_or_path: str, revision: str | None = None) -> ModelConfig:
     return _architecture(name_or_path, revision, weights=False)[0]
 
 
+def architecture_offline(name_or_path: str, revision: str | None = None) -> ModelConfig:
+    """`architecture`; that of a published model whose sizes are known without a network."""
+    return known_config(name_or_path) or architecture(name_or_path, revision)
+
+
 def _architecture(name: str, revision: str | None, weights: bool = True) -> tuple[ModelConfig, Path | None]:
     """The model's sizes, and the directory of its weights (None for random ones)."""
     if name.startswith(RANDOM):

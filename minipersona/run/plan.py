@@ -15,9 +15,11 @@ import torch
 from minipersona.chat import Document
 from minipersona.config import DataSection, ExecutionSection, RunConfig
 from minipersona.corpus.batch import RowOrder
+from minipersona.corpus.sources import source_identity
 from minipersona.corpus.training_set import TrainingSet, training_set
+from minipersona.errors import Unreachable
 from minipersona.model.config import ModelConfig
-from minipersona.model.load import architecture
+from minipersona.model.load import architecture_offline
 from minipersona.objective.head import CHUNK
 from minipersona.run.resources import compiles, load_run_tokenizer, resolve
 from minipersona.settings import to_toml
@@ -25,26 +27,39 @@ from minipersona.settings import to_toml
 # Of the matmul rate measured on the spot, the share that a training step reaches. From docs/log.md.
 EFFICIENCY = {"cuda": 0.6, "cpu": 0.3}
 GIB = 2**30
+ROW_TOKENS = 450  # assumed of a row that is not here to be counted
 LOCAL = ("tiny:", "jsonl:", "parquet:")  # sources that are read without a download
 PROMPTS = 12 * 240  # of the shipped and of the registered sets
 TULU_GB = 1.4  # allenai/tulu-3-sft-mixture as it is stored, in parquet
 
 
 def plan(config: RunConfig) -> str:
-    """The text of ``train.py --plan``. Reads the data and the model's config.json; loads no weights, writes nothing."""
+    """The text of ``train.py --plan``. Loads no weights, writes nothing.
+
+    Reads the data and the model's config.json and tokenizer where they are here or can be fetched; else tokens are
+    assumed, and said to be.
+    """
     device = plan_device(config.execution)
     config = resolve(config, torch.device(device))
-    sizes = architecture(config.model.name, config.model.revision or None)
-    training = training_set(countable(config.data), config.seed, load_run_tokenizer(config.model))
-    lengths = step_lengths(training.documents, config)
+    sizes = architecture_offline(config.model.name, config.model.revision or None)
+    try:
+        training = training_set(countable(config.data), config.seed, load_run_tokenizer(config.model))
+    except Unreachable as error:
+        lengths, largest = assumed_lengths(config)
+        rows, about = [f"# data       {assumption(str(error))}"], "about "
+    else:
+        lengths, largest = step_lengths(training.documents, config), largest_pack(training.documents, config)
+        rows, about = _data_lines(training, config), ""
     lines = [
         to_toml(config).rstrip(),
         "",
         f"# model      {sizes.parameters / 1e6:,.1f} million parameters, {sizes.num_hidden_layers} blocks; "
         f"measured at layer {config.probe.measured(sizes.probe_layer)[0]}",
-        *_data_lines(training, config),
-        _training_line(training.documents, lengths, config),
-        _memory_line(training.documents, lengths, config, sizes, device),
+        *rows,
+        f"# training   {len(lengths):,} steps of {config.training.batch} rows, {about}{sum(lengths):,} tokens, "
+        f"{sum(lengths) / len(lengths):,.0f} a step",
+        f"# memory     {memory_bytes(sizes, config, device, largest) / GIB:.1f} GiB on {device}, for packs of "
+        f"{largest:,} tokens",
         _time_line(step_flops(sizes, config) * sum(lengths), device),
         *disk_lines(kept_bytes(sizes, config) + rolling_bytes(sizes, config), config.out),
     ]
@@ -59,23 +74,11 @@ def _data_lines(training: TrainingSet, config: RunConfig) -> list[str]:
         f"{sum(d.truncated for d in documents):,} truncated, "
         f"{sum(not d.supervised.any() for d in documents):,} teach nothing"
     )
-    return [counts, *(f"# mixture    {line}" for line in to_fetch(config.data) or training.report()[1:])]
-
-
-def _training_line(documents: Sequence[Document], lengths: Sequence[int], config: RunConfig) -> str:
-    steps, batch = config.training.steps, config.training.batch
-    return (
-        f"# training   {steps:,} steps of {batch} rows ({steps * batch / len(documents):.2f} epochs), "
-        f"{sum(lengths):,} tokens, {sum(lengths) / steps:,.0f} a step"
-    )
-
-
-def _memory_line(
-    documents: Sequence[Document], lengths: Sequence[int], config: RunConfig, sizes: ModelConfig, device: str
-) -> str:
-    largest = largest_pack(documents, lengths, config)
-    gib = memory_bytes(sizes, config, device, largest) / GIB
-    return f"# memory     {gib:.1f} GiB on {device}, for packs of {largest:,} tokens"
+    epochs = config.training.steps * config.training.batch / len(documents)
+    return [
+        f"{counts}; {epochs:.2f} epochs",
+        *(f"# mixture    {line}" for line in to_fetch(config.data) or training.report()[1:]),
+    ]
 
 
 def _time_line(flops: float, device: str) -> str:
@@ -108,9 +111,25 @@ def step_lengths(documents: Sequence[Document], config: RunConfig) -> list[int]:
     return [sum(len(documents[row]) for row in order.step(step)) for step in range(1, config.training.steps + 1)]
 
 
-def largest_pack(documents: Sequence[Document], lengths: Sequence[int], config: RunConfig) -> int:
-    """Tokens of the largest pack, given those of every step."""
-    return min(max(lengths), max(config.training_tokens, max(len(d) for d in documents)))
+def largest_pack(documents: Sequence[Document], config: RunConfig) -> int:
+    """Tokens of the largest pack."""
+    return min(max(step_lengths(documents, config)), max(config.training_tokens, max(len(d) for d in documents)))
+
+
+def assumed_lengths(config: RunConfig) -> tuple[list[int], int]:
+    """Tokens of every step, and of the largest pack, where the rows are not here to be counted.
+
+    UserError where a source is malformed, or a local file is missing.
+    """
+    for source in filter(None, (config.data.train, config.data.heldout, config.data.broad)):
+        source_identity(source)
+    tokens = config.training.batch * ROW_TOKENS
+    return [tokens] * config.training.steps, min(tokens, config.training_tokens)
+
+
+def assumption(why: str) -> str:
+    """What to say of such lengths."""
+    return f"tokens are an estimate, {ROW_TOKENS} a row, since the rows cannot be counted here: {why}"
 
 
 def to_fetch(data: DataSection) -> list[str]:

@@ -9,20 +9,23 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from minipersona.behaviour.instructions.dataset import load_instructions
 from minipersona.behaviour.suite import forecast
-from minipersona.chat import ChatTokenizer, Document
+from minipersona.chat import ChatTokenizer, Document, load_tokenizer
 from minipersona.config import RunConfig
 from minipersona.corpus.batch import make_packs
 from minipersona.corpus.training_set import training_set
-from minipersona.errors import UserError
+from minipersona.errors import Unreachable
 from minipersona.geometry.extraction import common_prefixes, render_prompts
 from minipersona.geometry.prompts import load_personas, load_questions
-from minipersona.model.load import load_model
+from minipersona.model.load import architecture_offline, load_model
 from minipersona.objective.cross_entropy import CrossEntropy
 from minipersona.objective.head import ForwardPass
 from minipersona.run.plan import (
     EFFICIENCY,
     GIB,
+    assumed_lengths,
+    assumption,
     countable,
     disk_lines,
     duration,
@@ -38,14 +41,15 @@ from minipersona.run.plan import (
 from minipersona.run.resources import DTYPES, load_run_tokenizer, resolve
 from minipersona.settings import flatten, to_toml
 from minipersona.study.frontier import SCALES
-from minipersona.study.recipes import Recipe, check_planned, model_sizes, planned, standard_config
+from minipersona.study.recipes import Recipe, check_planned, planned, standard_config
+from minipersona.study.search import much_raw_text
 from minipersona.study_config import STAGES, StudyConfig
 from minipersona.training.distributed import Distributed
 from minipersona.training.loop import backward
 from minipersona.training.parameters import make_trainable
 
-ROW_TOKENS = 450  # assumed of a row, and PROBE_TOKENS of a measurement, where the data is not here to be counted
-PROBE_TOKENS = 400_000
+PROBE_TOKENS = 400_000  # assumed of a measurement where the prompts and rows are not here to be counted
+ANSWER_TOKENS = 300  # assumed of an answer of the suites, where it may be so long
 SMALL = 100e6  # parameters of a model whose own step is timed; a larger one is judged by the matmul rate
 PATHS = ("out", "probe.baseline")
 
@@ -70,6 +74,7 @@ def study_plan(study: StudyConfig, stages: Sequence[str]) -> str:
     recipes = planned(study)
     estimate = Estimate(study, recipes[0].config, device)
     lines: list[str] = []
+    asked: list[Recipe] = []
     total, disk = 0.0, rolling_bytes(estimate.sizes, recipes[0].config)
     for stage, phases in STAGES.items():
         chosen = [recipe for recipe in recipes if recipe.phase in phases]
@@ -77,14 +82,17 @@ def study_plan(study: StudyConfig, stages: Sequence[str]) -> str:
         seconds = sum(cost.seconds for cost in costs)
         due = stage in ("1", *stages)
         lines.append(
-            f"# phase {stage}: {len(chosen)} cells, {duration(seconds)}"
+            f"# phase {stage}: {len(chosen)} cell{'s' * (len(chosen) != 1)}, {duration(seconds)}"
             + ("" if due else "; not asked for by --phases")
         )
         lines += [_line(recipe, cost, study) for recipe, cost in zip(chosen, costs, strict=True)]
+        asked += chosen * due
         total += seconds * due
         disk += due * sum(kept_bytes(estimate.sizes, recipe.config) for recipe in chosen)
     scaled = len(SCALES) - 2
     measured = scaled * estimate.probe_seconds
+    answers = estimate.answers(study, asked)
+    answered = sum(seconds for _, seconds in answers)
     whatever = study.exhaustive or set(stages) < set(STAGES)
     after_pass = "skips no phase," if whatever else "ends the search after its phase,"
     head = [to_toml(study).rstrip(), "", *estimate.basis(), "#"]
@@ -92,9 +100,10 @@ def study_plan(study: StudyConfig, stages: Sequence[str]) -> str:
         *head,
         *lines,
         f"# frontier control: {scaled} measurements, {duration(measured)}",
-        *(f"# {line}" for line in estimate.suites(study)),
-        f"# in all {duration(total + measured)} on one {device} device where no recipe passes; a pass {after_pass}",
-        "# and n devices take about 1/n; loading, compiling, answers and writing for 4B come on top",
+        *(f"# {line}" for line, _ in answers),
+        f"# in all {duration(total + measured + answered)} on one {device} device, {duration(answered)} of them for "
+        f"answers; a pass {after_pass}",
+        "# and n devices take about 1/n; loading, compiling and writing for 4B come on top",
         *disk_lines(disk, study.out),
     ]
     return "\n".join(lines) + "\n"
@@ -115,13 +124,13 @@ class Estimate:
 
     def __init__(self, study: StudyConfig, baseline: RunConfig, device: str) -> None:
         self.device = device
-        self.sizes = model_sizes(study)
+        self.sizes = architecture_offline(study.model.name, study.model.revision or None)
         self.tokenizer: ChatTokenizer | None = None
         self.assumed: str = ""  # why tokens could not be counted
         self._counted: dict[object, tuple[list[int], int]] = {}
         try:
             self.tokenizer = load_run_tokenizer(study.model)
-        except UserError as error:
+        except Unreachable as error:
             self._assume(error)
         self.rate = self._rate(baseline)  # floating-point operations a second
         self.probe_seconds = 2 * self.sizes.matmul_parameters * self._probe_tokens(baseline) / self.rate
@@ -138,23 +147,55 @@ class Estimate:
         """What the estimates rest on."""
         lines = [f"# times are from this machine's speed: {self.speed}"]
         if self.assumed:
-            lines.append(f"# tokens are assumed, {ROW_TOKENS} a row, since they cannot be counted here: {self.assumed}")
+            lines.append(f"# {assumption(self.assumed)}")
         return lines
 
-    def suites(self, study: StudyConfig) -> list[str]:
-        """What a suite of answers asks for."""
-        if "behaviour" not in study.suites:
-            return ["behaviour of a model: switched off by suites; a pass of phase 5 stays open without it"]
-        if self.tokenizer is None:
-            return []
-        asked = forecast(study.behaviour, self.tokenizer)
-        return [
-            f"behaviour of a model, where it is due: {asked['answers']:,} answers of at most "
-            f"{study.behaviour.max_new_tokens:,} tokens, {asked['judge_requests']:,} judgements by "
-            f"{study.behaviour.judge_model or 'the base model'}"
-        ]
+    def answers(self, study: StudyConfig, recipes: Sequence[Recipe]) -> list[tuple[str, float]]:
+        """What the suites ask for if these recipes are run and one passes: a line a suite, and its seconds.
 
-    def _assume(self, error: UserError) -> None:
+        How long an answer will be is assumed.
+        """
+        tokenizer = self.tokenizer or load_tokenizer("tiny")  # its tokens are shorter: the prompts count for more
+        found = []
+        raw_text = sum(map(much_raw_text, recipes))
+        if "instructions" in study.suites and raw_text:
+            prompts = load_instructions(study.instructions.file).prompts
+            read = sum(len(tokenizer.encode_prompt([{"role": "user", "content": p.text}]).ids) for p in prompts)
+            models, length = 2 + raw_text, min(ANSWER_TOKENS, study.instructions.max_new_tokens)
+            found.append(
+                self._answers(
+                    f"instructions of {models} models, base, baseline and those of much raw text",
+                    f"{models * len(prompts):,} answers",
+                    models * (read + length * len(prompts)),
+                    length,
+                )
+            )
+        if "behaviour" not in study.suites:
+            found.append(("behaviour: switched off by suites; a pass of phase 5 stays open without it", 0.0))
+        else:
+            section, length = study.behaviour, min(ANSWER_TOKENS, study.behaviour.max_new_tokens)
+            counts = forecast(replace(section, max_new_tokens=length), tokenizer)
+            models = 1 + len(study.seeds) + sum(recipe.phase == "EM" for recipe in recipes)
+            local = section.judge == "local"  # a server's time is its own
+            tokens = counts["answer_prompt_tokens"] + counts["answer_tokens_at_most"]
+            tokens += local * counts["judge_prompt_tokens_at_most"]
+            found.append(
+                self._answers(
+                    f"behaviour of {models} models where a recipe passes, it and what it is compared with",
+                    f"{models * counts['answers']:,} answers, {models * counts['judge_requests']:,} judgements by "
+                    f"{'the base model' if local else section.judge_model}",
+                    models * tokens,
+                    length,
+                )
+            )
+        return found
+
+    def _answers(self, which: str, asked: str, tokens: int, length: int) -> tuple[str, float]:
+        seconds = 2 * self.sizes.matmul_parameters * tokens / self.rate
+        estimate = f"{tokens / 1e6:.2f} M tokens, {duration(seconds)}, estimated for answers of {length} tokens"
+        return f"{which}: {asked}; {estimate}", seconds
+
+    def _assume(self, error: Unreachable) -> None:
         self.assumed = self.assumed or str(error)
 
     def _lengths(self, config: RunConfig) -> tuple[list[int], int]:
@@ -166,28 +207,32 @@ class Estimate:
         return self._counted[key]
 
     def _count(self, config: RunConfig) -> tuple[list[int], int]:
-        recipe = config.training
         if self.tokenizer is not None and not self.assumed:
             try:
                 documents = training_set(config.data, config.seed, self.tokenizer).documents
-                lengths = step_lengths(documents, config)
-                return lengths, largest_pack(documents, lengths, config)
-            except UserError as error:
+                return step_lengths(documents, config), largest_pack(documents, config)
+            except Unreachable as error:
                 self._assume(error)
-        tokens = recipe.batch * ROW_TOKENS
-        return [tokens] * recipe.steps, min(tokens, config.training_tokens)
+        return assumed_lengths(config)
 
     def _probe_tokens(self, config: RunConfig) -> float:
         """Tokens that a measurement computes: prompts, each persona's common beginning once, and held-out rows."""
         if self.tokenizer is None or self.assumed:
             return PROBE_TOKENS
+        try:
+            return self._count_probe(config, self.tokenizer)
+        except Unreachable as error:
+            self._assume(error)
+            return PROBE_TOKENS
+
+    def _count_probe(self, config: RunConfig, tokenizer: ChatTokenizer) -> float:
         questions = load_questions(config.probe.questions).questions
-        prompts = render_prompts(self.tokenizer, load_personas(config.probe.personas).prompts, questions)
+        prompts = render_prompts(tokenizer, load_personas(config.probe.personas).prompts, questions)
         prefixes = common_prefixes([prompt.ids for prompt in prompts], len(questions))
         shared = sum(prefixes) * (len(questions) - 1)
         last = max(config.probe.measured(self.sizes.probe_layer))
         read = (sum(map(len, prompts)) - shared) * (last + 1) / self.sizes.num_hidden_layers
-        heldout = training_set(replace(config.data, train=config.data.heldout), 0, self.tokenizer).documents
+        heldout = training_set(replace(config.data, train=config.data.heldout), 0, tokenizer).documents
         return read + sum(map(len, heldout))
 
     def _rate(self, config: RunConfig) -> float:

@@ -28,9 +28,7 @@ from typing import Literal
 
 from minipersona.config import COLLAPSE, ObjectiveSection, RunConfig, SteeringSection
 from minipersona.errors import UserError
-from minipersona.model.config import ModelConfig
-from minipersona.model.load import architecture
-from minipersona.model.sizes import known_config
+from minipersona.model.load import architecture_offline
 from minipersona.run.steering import steered_layers
 from minipersona.study_config import STAGES, StudyConfig
 from minipersona.verdict.calibration import check_layers_measured
@@ -93,20 +91,13 @@ def standard_config(study: StudyConfig, seed: int) -> RunConfig:
     )
 
 
-def model_sizes(study: StudyConfig) -> ModelConfig:
-    """The model's sizes; those of published models are known without a network."""
-    name = study.model.name
-    known = known_config(name)
-    return known if known is not None else architecture(name, study.model.revision or None)
-
-
 def check_planned(study: StudyConfig) -> None:
     """UserError where a cell of the search, or the calibration, would fail for a layer that is not measured.
 
     Whatever phase the cell is of: a study should not learn in its last one that its first one measured too little.
     """
     check_layers_measured(study)
-    sizes = model_sizes(study)
+    sizes = architecture_offline(study.model.name, study.model.revision or None)
     blocks = sizes.num_hidden_layers
     for recipe in planned(study):
         cell = f"phase {recipe.phase} {recipe.name}"

@@ -29,7 +29,7 @@ from minipersona.study.cell import Cell, Study, hash_cells
 from minipersona.study.engine import Engine
 from minipersona.study.executors import Executor
 from minipersona.study.jobs import AskSuite, MeasureBase, MeasureEveryLayer, MeasureFrontier, TrainCell, WriteResponses
-from minipersona.study.recipes import check_planned, planned
+from minipersona.study.recipes import Recipe, check_planned, planned
 from minipersona.study.worker import Job
 from minipersona.study_config import STAGES, StudyConfig, changes
 from minipersona.verdict.calibration import Calibration
@@ -209,12 +209,13 @@ def _behaviour(study: Study, asked: Sequence[RecipeResult]) -> list[Job]:
 
 def _instructions(study: Study) -> list[Job]:
     """Instruction following of the cells with much raw text, beside base and baseline."""
-    due = [cell for cell in study.cells if _much_raw_text(cell) and study.published(cell)]
+    due = [cell for cell in study.cells if much_raw_text(cell.recipe) and study.published(cell)]
     if not due:
         return []
     cells = (study.baseline, *due)
     return [AskSuite(study, "instructions"), *[AskSuite(study, "instructions", cell) for cell in cells]]
 
 
-def _much_raw_text(cell: Cell) -> bool:
-    return cell.recipe.phase == "5A" and float(cell.recipe.knobs["broad_fraction"]) >= MUCH_RAW_TEXT
+def much_raw_text(recipe: Recipe) -> bool:
+    """Whether a cell's instruction following is asked for."""
+    return recipe.phase == "5A" and float(recipe.knobs["broad_fraction"]) >= MUCH_RAW_TEXT

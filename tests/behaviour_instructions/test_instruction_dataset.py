@@ -206,6 +206,21 @@ def test_rows_that_cannot_be_checked_are_left_out_and_counted(tmp_path: Path) ->
     assert [prompt.key for prompt in found.prompts] == ["1"]
     assert found.skipped == {"detectable_format:sonnet": 2, "language:response_language (la)": 1}
     assert found.skipped_rows == 3
+    assert found.left_out() == (
+        "3 of 4 rows are left out: 'detectable_format:sonnet' (rows: 2), 'language:response_language (la)' (rows: 1)"
+    )
+    assert load_instructions(write(tmp_path / "a.jsonl", row(1))).left_out() == ""
+
+
+def test_a_file_of_unknown_kinds_alone_is_refused_and_they_are_named(tmp_path: Path) -> None:
+    rows = [row(i, instruction_id_list=["sound:whistle"], kwargs=[{}]) for i in range(3)]
+    rows += [row(f"k{i}", instruction_id_list=[f"sound:{i}"], kwargs=[{}]) for i in range(12)]
+    with pytest.raises(UserError) as error:
+        load_instructions(write(tmp_path / "a.jsonl", *rows))
+    said = str(error.value)
+    assert said.startswith(f"{tmp_path / 'a.jsonl'}: holds no row that can be checked; unknown are 'sound:whistle' ")
+    assert "'sound:whistle' (rows: 3), 'sound:0' (rows: 1), " in said and " and 3 more; write one" in said
+    assert len(load_instructions(write(tmp_path / "a.jsonl", *rows, row("known"))).prompts) == 1  # the control
 
 
 WORDS = "length_constraints:number_words"

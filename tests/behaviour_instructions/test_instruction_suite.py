@@ -93,7 +93,7 @@ def test_answers_are_greedy_and_scored(
     assert {k: result[k] for k in summarise(prompts, expected)} == summarise(prompts, expected)
     assert result["prompts"] == PROMPTS and result["instructions"] == PROMPTS + 1
     assert result["skipped"] == 1 and result["skipped_kinds"] == {"punctuation:no_semicolon": 1}
-    assert "punctuation:no_semicolon cannot be checked; rows left out: 1" in stream.getvalue()
+    assert "rows are left out: 'punctuation:no_semicolon' (rows: 1)" in stream.getvalue()
     assert result["cut"] == sum(not row["stopped"] for row in answers(tmp_path / "out"))
 
 

@@ -233,8 +233,37 @@ def test_a_plan_shows_every_recipe(capsys: pytest.CaptureFixture[str]) -> None:
         assert (rank == 32) == ("lora.rank" not in line) and (rate == 2e-5) == ("learning_rate" not in line)
         assert all(f"{value:g}" in line if isinstance(value, float) else value in line
                    for key, value in varied.items() if key not in ("coefficient", "method"))  # fmt: skip
-    assert any("tokens are assumed" in line for line in lines)
+    assert any("tokens are an estimate, 450 a row" in line for line in lines)
     assert sum("not asked for by --phases" in line for line in lines) == 3
+
+
+def line_of(text: str, beginning: str) -> str:
+    """The line of a plan that begins so; empty where none does."""
+    return next((line for line in text.splitlines() if line.startswith(f"# {beginning}")), "")
+
+
+def test_a_plan_counts_the_answers_that_fall_due(capsys: pytest.CaptureFixture[str]) -> None:
+    """Two models' behaviour where a recipe passes; instructions of base, baseline and the 75:25 cell."""
+
+    def plan(*settings: str) -> str:
+        assert main(["study", "--config", "study", "--plan", "--set", "behaviour.samples=2", *settings]) == 0
+        return capsys.readouterr().out
+
+    every = plan()
+    behaviour, instructions = line_of(every, "behaviour of "), line_of(every, "instructions of ")
+    assert behaviour.startswith("# behaviour of 2 models where a recipe passes, ") and " estimated for " in behaviour
+    assert " 224 answers, 448 judgements by the base model; " in behaviour  # 56 prompts, twice, of two models
+    assert instructions.startswith("# instructions of 3 models, ") and " 753 answers; " in instructions
+    assert "0 seconds of them for answers" not in line_of(every, "in all ")
+    seeds = plan("--phases", "1,2", "--set", "seeds=[42, 43]")  # no raw text; a recipe is a cell a seed
+    assert "behaviour of 3 models" in seeds and not line_of(seeds, "instructions of ")
+    served = plan("--set", "behaviour.judge=endpoint", "--set", "behaviour.endpoint=http://127.0.0.1:9",
+                  "--set", "behaviour.judge_model=M")  # fmt: skip
+    assert "judgements by M; " in served
+    tokens = [float(line.split(" M tokens")[0].rsplit(" ", 1)[1]) for line in (behaviour, line_of(served, "behaviour"))]
+    assert tokens[1] < tokens[0] / 2  # a server's tokens take no time of ours
+    without = plan("--set", "suites=[]")  # the control
+    assert "0 seconds of them for answers" in line_of(without, "in all ") and " answers, " not in without
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,11 @@ class InstructionSet:
     skipped: dict[str, int]
     skipped_rows: int
 
+    def left_out(self) -> str:
+        """What to say of the rows that are not scored, empty where all are."""
+        rows = self.skipped_rows + len(self.prompts)
+        return f"{self.skipped_rows:,} of {rows:,} rows are left out: {_listed(self.skipped)}" if self.skipped else ""
+
 
 def load_instructions(source: str | None = None) -> InstructionSet:
     """The shipped set (None, "" or its name), or a file in IFEval's form. UserErrors name the file and the row."""
@@ -73,8 +78,18 @@ def load_instructions(source: str | None = None) -> InstructionSet:
         else:
             prompts.append(prompt)
     if not prompts:
-        raise UserError(f"{path}: holds no row that can be checked; write one in the form of IFEval's input_data.jsonl")
+        reason = f"; unknown are {_listed(skipped)}" if skipped else ""
+        raise UserError(
+            f"{path}: holds no row that can be checked{reason}; write one in the form of IFEval's input_data.jsonl"
+        )
     return InstructionSet(source, sha256(path), prompts, dict(skipped), skipped_rows)
+
+
+def _listed(skipped: Mapping[str, int], most: int = 10) -> str:
+    """What cannot be checked, each with its rows; what stands for most rows first."""
+    first = sorted(skipped.items(), key=lambda item: -item[1])
+    named = ", ".join(f"{kind[:80]!r} (rows: {rows:,})" for kind, rows in first[:most])
+    return named + (f" and {len(first) - most:,} more" if len(first) > most else "")
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

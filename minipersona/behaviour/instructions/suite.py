@@ -44,8 +44,8 @@ def instruction_suite(
     `load_instructions`, and where another process works in the directory.
     """
     wanted = load_instructions(instructions_file)
-    for kind, rows in wanted.skipped.items():
-        console.say(f"instructions: {kind} cannot be checked; rows left out: {rows}")
+    if left_out := wanted.left_out():
+        console.say(f"instructions: {left_out}")
     check_vocabulary(model, tokenizer)
     with lock(directory / FOLDER):
         log = directory / FOLDER / ANSWERS
