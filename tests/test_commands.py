@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from minipersona.cli import main
 from minipersona.files import read_jsonl
+from minipersona.geometry.compare import compare
+from minipersona.geometry.vectors import PersonaVectors, load_vectors
 from minipersona.locks import lock
 from minipersona.model.__main__ import main as merge
 
@@ -206,9 +208,34 @@ def test_extract_and_compare(
     assert tensors["layer.6.samples"].shape == (12, 6, 128)
     assert set(report["layers"]) == {"2", "6"} and len(report["personas"]) == 12
     assert main(["extract", "compare", str(file), str(finished), "--layer", "6", "--json"]) == 0
-    comparison = json.loads(capsys.readouterr().out)
+    (comparison,) = json.loads(capsys.readouterr().out)["layers"].values()
     assert comparison["m1_a"] == pytest.approx(report["layers"]["6"]["m1"], abs=1e-6)
     assert comparison["m1_b"] == pytest.approx(read_jsonl(finished / "probes.jsonl")[-1]["m1"], abs=1e-6)
+
+
+def test_files_of_several_layers_are_compared_at_all_that_both_have(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    samples = {layer: torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(layer)) for layer in (1, 2, 4, 7)}
+    before, after = tmp_path / "before.safetensors", tmp_path / "after.safetensors"
+    PersonaVectors({layer: samples[layer] for layer in (1, 2, 4)}, ["a", "b", "c"]).save(before)
+    PersonaVectors({layer: samples[layer] + 1 for layer in (2, 4, 7)}, ["a", "b", "c"]).save(after)
+    command = ["extract", "compare", str(before), str(after)]
+    assert main([*command, "--json"]) == 0
+    out, said = capsys.readouterr()
+    assert "only one of the two has the layers 1, 7; they are left out" in said
+    found = json.loads(out)["layers"]
+    a, b = load_vectors(before), load_vectors(after)
+    assert found == {str(layer): json.loads(json.dumps(compare(a, b, layer).to_json())) for layer in (2, 4)}
+    assert main(command) == 0
+    text = capsys.readouterr().out
+    assert [line.split()[0] for line in text.splitlines()[2:4]] == ["2", "4"]
+    assert "add --layer L" in text and "along collapse" not in text
+    assert main([*command, "--layer", "4"]) == 0
+    alone = capsys.readouterr()
+    assert alone.out.splitlines()[2].split() == text.splitlines()[3].split() and "along collapse" in alone.out
+    assert "left out" not in alone.err  # the control: a choice of the user's
+    refused(capsys, [*command, "--layer", "7"], "no layer 7")
 
 
 def test_extract_replaces_a_file_only_when_told_to(

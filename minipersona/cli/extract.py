@@ -17,7 +17,8 @@ def extract_options(commands: Any) -> None:
     parser = command(
         commands,
         "extract",
-        "Extract persona vectors and print their M1; or compare the vectors of two files or runs.",
+        "Extract persona vectors and print their M1; or compare the vectors of two files or runs, at every layer that "
+        "both have.",
         "  python extract.py --layer 20 --out vectors.safetensors\n"
         "  python extract.py --model tiny --layer 4 6\n"
         "  python extract.py compare before.safetensors after.safetensors\n\n"
@@ -87,14 +88,15 @@ def _extract(options: argparse.Namespace) -> None:
 def _compare(options: argparse.Namespace) -> None:
     if options.compare[0] != "compare" or len(options.compare) != 3:
         raise UserError(f"{' '.join(options.compare)}: write extract.py compare A B, two vectors files or runs")
-    from minipersona.geometry.compare import compare
+    from minipersona.geometry.compare import common_layers, compare
     from minipersona.geometry.vectors import load_vectors
     from minipersona.run.directory import last_vectors
     from minipersona.run.tables import comparison_table
 
     a, b = (load_vectors(last_vectors(Path(name))) for name in options.compare[1:])
-    layers = options.layer or [None]
-    if len(layers) > 1:
-        raise UserError(f"--layer {' '.join(map(str, layers))}: a comparison takes one layer")
-    comparison = compare(a, b, layers[0])
-    show(options, comparison.to_json(), comparison_table(comparison))
+    layers = options.layer or common_layers(a, b)
+    if not options.layer and (others := sorted({*a.layers, *b.layers} - {*layers})):
+        Console().say(f"only one of the two has the layers {', '.join(map(str, others))}; they are left out")
+    comparisons = [compare(a, b, layer) for layer in layers]
+    value = {"layers": {str(one.layer): one.to_json() for one in comparisons}}
+    show(options, value, comparison_table(comparisons))

@@ -137,12 +137,18 @@ def _shifts(personas: list[str], a: Tensor, b: Tensor) -> tuple[PersonaShift, ..
     )
 
 
-def _common_layer(vectors_a: PersonaVectors, vectors_b: PersonaVectors) -> int:
+def common_layers(vectors_a: PersonaVectors, vectors_b: PersonaVectors) -> list[int]:
+    """The layers that both have, ascending; UserError where there are none."""
     common = sorted(set(vectors_a.layers) & set(vectors_b.layers))
     if not common:
         raise UserError(f"layers {vectors_a.layers} and {vectors_b.layers}: extract both at a common layer")
+    return common
+
+
+def _common_layer(vectors_a: PersonaVectors, vectors_b: PersonaVectors) -> int:
+    common = common_layers(vectors_a, vectors_b)
     if len(common) > 1:
-        raise UserError(f"both have the layers {common}: choose one of them")
+        raise UserError(f"both have the layers {common}: choose one of them, with `layer`")
     return common[0]
 
 

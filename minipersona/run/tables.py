@@ -63,21 +63,38 @@ def response_table(lengths: dict[str, dict[str, float]]) -> str:
     return "\n".join(_aligned([("persona", "response tokens", "shortest", "longest", "empty"), *rows]))
 
 
-def comparison_table(comparison: Comparison) -> str:
-    """What changed from a to b, then a line a persona."""
-    low, high = comparison.m1_difference_interval
+def comparison_table(comparisons: Sequence[Comparison]) -> str:
+    """What changed from a to b, a line a layer; of one layer alone, a line a persona below."""
+    columns = ("layer", "M1 a", "M1 b", "b - a", "95% interval", "p, questions", "p, personas", "Procrustes",
+               "spread b / a", "collapse")  # fmt: skip
+    rows = [
+        (
+            str(one.layer),
+            f"{one.m1_a:.4f}",
+            f"{one.m1_b:.4f}",
+            f"{one.m1_difference:+.4f}",
+            "{:+.4f} to {:+.4f}".format(*one.m1_difference_interval),
+            f"{one.p_questions:.4f}",
+            f"{one.p_personas:.4f}",
+            _number(one.procrustes, ".4f"),
+            _number(one.spread_ratio, ".4f"),
+            f"{one.collapse_norm:.4f}",
+        )
+        for one in comparisons
+    ]
     lines = [
-        f"layer {comparison.layer}: M1 {comparison.m1_a:.4f} -> {comparison.m1_b:.4f}, "
-        f"difference {comparison.m1_difference:+.4f} [{low:+.4f}, {high:+.4f}]",
-        f"permutation p: over questions {comparison.p_questions:.4f}, over personas {comparison.p_personas:.4f}",
-        f"shape (Procrustes) {_number(comparison.procrustes, '.4f')}, spread b / a "
-        f"{_number(comparison.spread_ratio, '.4f')}, collapse direction's length {comparison.collapse_norm:.4f}",
+        *_aligned([columns, *rows]),
         "",
+        "p: permutation tests of b - a; collapse: length of the personas' mean shift, the collapse direction",
     ]
+    if len(comparisons) > 1:
+        return "\n".join([*lines, "how each persona moved is shown for one layer: add --layer L"])
     shifts = [
-        (s.persona, f"{s.norm:.4f}", f"{s.cosine:.4f}", _number(s.collapse_share, ".3f")) for s in comparison.shifts
+        (s.persona, f"{s.norm:.4f}", f"{s.cosine:.4f}", _number(s.collapse_share, ".3f"))
+        for one in comparisons
+        for s in one.shifts
     ]
-    return "\n".join([*lines, *_aligned([("persona", "shift", "cosine", "along collapse"), *shifts])])
+    return "\n".join([*lines, "", *_aligned([("persona", "shift", "cosine", "along collapse"), *shifts])])
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
