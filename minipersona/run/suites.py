@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from minipersona.behaviour.hidden import consistency
+from minipersona.behaviour.instructions.dataset import load_instructions
 from minipersona.behaviour.instructions.suite import instruction_suite
 from minipersona.behaviour.prompt_sets import Which
 from minipersona.behaviour.suite import behaviour_suite
@@ -102,6 +103,8 @@ def _collect(
     base: Qwen2, tokenizer: ChatTokenizer, asked: Sequence[_Asked], console: Console, suites: Suites
 ) -> SuiteResults:
     """Ask one model after the other, the base first: an adapter may turn it into the trained one."""
+    if "instructions" in suites.names:
+        load_instructions(suites.instructions_file)  # UserError before the first answer, not after those of behaviour
     behaviour: dict[str, SuiteFile] = {}
     instructions: dict[str, SuiteFile] = {}
     for one in asked:

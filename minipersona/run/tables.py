@@ -139,7 +139,8 @@ def _legend(result: RunResult) -> list[str]:
         lines.append("The untrained base passes the registered rule, so that rule alone shows nothing.")
     if result.baseline is None:
         lines.append(
-            "No baseline: learned and PASS need one; name a run with --baseline, or finish this one if it is its own."
+            "No baseline is known, and without it learned and PASS have no value: finish this run where it is its own "
+            "baseline, or name another run with --baseline."
         )
     if result.best is not None:
         lines.append(f"best: step {result.best}")

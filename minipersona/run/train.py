@@ -116,7 +116,7 @@ def carry_out(
 
     # 3. The steps, with the measurements between them.
     if 0 < (step := stored_position(directory).step) < config.training.steps:
-        console.say(f"continuing from the rolling checkpoint, at step {step:,} or later")
+        console.say(f"continuing from the rolling checkpoint: {step:,} of {config.training.steps:,} steps are done")
     if config.training.method == "full":
         resources.discard_model()
     compiled = compiles(config, distributed.device)

@@ -26,6 +26,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from minipersona.behaviour.instructions.dataset import load_instructions
+from minipersona.behaviour.questions import load_questions
 from minipersona.config import COLLAPSE, ObjectiveSection, RunConfig, SteeringSection
 from minipersona.errors import UserError
 from minipersona.model.load import architecture_offline
@@ -92,11 +94,16 @@ def standard_config(study: StudyConfig, seed: int) -> RunConfig:
 
 
 def check_planned(study: StudyConfig) -> None:
-    """UserError where a cell of the search, or the calibration, would fail for a layer that is not measured.
+    """UserError where a cell of the search, or the calibration, would fail for a layer that is not measured, or where
+    the files of a suite of answers cannot be read.
 
     Whatever phase the cell is of: a study should not learn in its last one that its first one measured too little.
     """
     check_layers_measured(study)
+    if "behaviour" in study.suites:
+        load_questions(study.behaviour.questions)
+    if "instructions" in study.suites:
+        load_instructions(study.instructions.file)
     sizes = architecture_offline(study.model.name, study.model.revision or None)
     blocks = sizes.num_hidden_layers
     for recipe in planned(study):

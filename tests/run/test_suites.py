@@ -74,6 +74,16 @@ def test_a_run_is_compared_with_its_base_which_also_judges(tmp_path: Path, suite
     assert result.to_json() == {"step": 2, "behaviour": {**behaviour, "consistency": result.consistency}}
 
 
+def test_a_file_of_instructions_is_read_before_anything_is_asked(
+    tmp_path: Path, suites: Suites, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_run(tmp_path / "run", "lora")
+    monkeypatch.setattr("minipersona.run.suites.behaviour_suite", lambda *_, **__: pytest.fail("it was asked"))
+    both = replace(suites, names=["behaviour", "instructions"], instructions_file=str(tmp_path / "gone.jsonl"))
+    with pytest.raises(UserError, match=r"gone\.jsonl: no such file"):
+        run_suites(tmp_path / "run", CPU, QUIET, both)
+
+
 def test_a_run_without_checkpoints_is_refused(tmp_path: Path, suites: Suites) -> None:
     make_run(tmp_path / "run", "lora")
     for step in (1, 2):

@@ -213,6 +213,13 @@ def test_a_layer_that_the_model_does_not_have_is_refused(shipped: StudyConfig) -
     check_planned(override(shipped, [*LARGER, "probe.layers=[26, 35]"]))
 
 
+@pytest.mark.parametrize("key, suite", [("instructions.file", "behaviour"), ("behaviour.questions", "instructions")])
+def test_a_file_of_a_suite_that_is_not_there_is_refused_unless_the_suite_is_off(key: str, suite: str) -> None:
+    assert refused(f"{key}=gone.jsonl").startswith("gone.jsonl: no such file")
+    shipped = load_config("study", StudyConfig)
+    check_planned(override(shipped, [f"{key}=gone.jsonl", f'suites=["{suite}"]']))  # the control
+
+
 @pytest.mark.parametrize("plan", [["--plan"], []])
 def test_plan_and_study_both_refuse_it_and_write_nothing(
     plan: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
