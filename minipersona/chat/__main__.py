@@ -19,7 +19,7 @@ from minipersona.chat.template import TEMPLATES
 from minipersona.chat.tokenizer import ChatTokenizer, Document, load_tokenizer
 from minipersona.console import Parser, answer, positive
 from minipersona.errors import UserError, require
-from minipersona.files import read_values
+from minipersona.text_rows import read_values
 
 GREEN, RESET = "\x1b[32m", "\x1b[0m"
 BIDI_CONTROLS = "\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # they reorder the line

@@ -11,7 +11,7 @@ from typing import Any
 from minipersona.chat.rows import read_row
 from minipersona.corpus.ranges import MOST_ROWS, too_many, within
 from minipersona.errors import UserError
-from minipersona.files import read_values
+from minipersona.text_rows import read_values
 
 
 def read_rows(path: Path, wanted: slice, name: str) -> list[dict[str, Any]]:

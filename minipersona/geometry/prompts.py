@@ -17,8 +17,9 @@ from typing import Any
 
 from minipersona.config import SHIPPED
 from minipersona.errors import UserError, require
-from minipersona.files import data_dir, read_json, read_jsonl, read_lines, sha256
+from minipersona.files import data_dir, read_json, read_jsonl, sha256
 from minipersona.hub import PinnedFile, fetch_pinned
+from minipersona.text_rows import read_lines
 
 REGISTERED = "registered"  # the sets of the pre-registered protocol
 REGISTERED_PERSONAS = PinnedFile(

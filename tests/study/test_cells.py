@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 from small_study import CPU, QUIET, small_study
-from synthetic_study import PROTOCOL
 
 from minipersona.errors import UserError
 from minipersona.files import append_jsonl, read_json, write_json
@@ -21,7 +20,6 @@ from minipersona.study.recipes import planned
 from minipersona.study.worker import Worker
 from minipersona.study_config import StudyConfig
 from minipersona.training.checkpoint import Position
-from minipersona.verdict.calibration import PREDECESSOR, calibrate
 
 
 @pytest.fixture
@@ -140,30 +138,3 @@ def test_jobs_travel_to_other_processes(config: StudyConfig) -> None:
         ours.send(job)
         there = theirs.recv()
         assert there == job and there.id == job.id and str(there) == str(job) and not there.done()
-
-
-# ---------------------------------------------------------------- calibration
-
-CALIBRATED = replace(
-    PROTOCOL, model="Qwen/Qwen2.5-7B-Instruct", revision="a09a35458c702b33eeacc393d103063234e8bc28", method="A",
-    persona_set="registered", question_set="registered",
-)  # fmt: skip
-BASE = {str(layer): m1 for layer, m1 in PREDECESSOR.items()}
-
-
-def test_the_calibration_passes_on_the_predecessor_s_numbers_and_fails_one_layer_off() -> None:
-    assert calibrate(CALIBRATED, {layer: m1 + 0.0029 for layer, m1 in BASE.items()}, "hash").passed is True
-    found = calibrate(CALIBRATED, {**BASE, "27": BASE["27"] - 0.0031}, "hash")
-    assert found.passed is False and "at layers 27" in found.reason and found.baseline == "hash"
-    assert [layer for layer, row in found.layers.items() if not row.within] == ["27"]
-    # Layers counted one too high: layer 20 alone would not have noticed.
-    shifted = calibrate(CALIBRATED, {**BASE, "20": BASE["21"], "14": 0.945}, "hash")
-    assert shifted.layers["20"].within and shifted.passed is False
-
-
-@pytest.mark.parametrize(
-    "key, value", [("model", "tiny"), ("method", "B"), ("question_set", "shipped"), ("revision", "x")]
-)
-def test_the_calibration_is_due_only_where_the_predecessor_measured(key: str, value: str) -> None:
-    found = calibrate(replace(CALIBRATED, **{key: value}), {"6": 0.9}, "hash")
-    assert (found.due, found.passed, found.layers) == (False, None, {})
