@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minipersona.cli.options import command, load, model_options, show
+from minipersona.cli.options import FORMS, command, load, model_options, show
 from minipersona.config import BehaviourSection
 from minipersona.console import Console
 from minipersona.errors import UserError
@@ -28,7 +28,7 @@ def evaluate_options(commands: Any) -> None:
         "Judge a run's checkpoints, a model, or a model with an adapter: M1, held-out loss, PASS or FAIL.",
         "  python evaluate.py --run runs/phase1\n"
         "  python evaluate.py --model tiny --adapter runs/tiny_phase1/step-000040\n"
-        "  python evaluate.py --run runs/phase1 --suite behaviour --set samples=20",
+        f"  python evaluate.py --run runs/phase1 --suite behaviour --set samples=20\n\n{FORMS}",
     )
     option = parser.add_argument
     option("--run", metavar="DIR", help="a directory that train.py made")

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from minipersona.cli.options import command, load, model_options, show
+from minipersona.cli.options import FORMS, command, load, model_options, show
 from minipersona.config import SHIPPED
 from minipersona.console import Console
 from minipersona.errors import UserError
@@ -21,11 +21,7 @@ def extract_options(commands: Any) -> None:
         "both have.",
         "  python extract.py --layer 20 --out vectors.safetensors\n"
         "  python extract.py --model tiny --layer 4 6\n"
-        "  python extract.py compare before.safetensors after.safetensors\n\n"
-        "files for --personas and --questions:\n"
-        '  personas.json    {"eval_personas": {"pirate": "You are a pirate.", "poet": "You are a poet."}}\n'
-        '  questions.jsonl  {"question": "What is courage?"}, one a line; questions.json: a list of texts\n'
-        "  questions.txt    one question a line",
+        f"  python extract.py compare before.safetensors after.safetensors\n\n{FORMS}",
     )
     option = parser.add_argument
     option("compare", nargs="*", metavar="compare A B", help="two vectors files, or runs (their last step)")

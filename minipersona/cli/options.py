@@ -13,6 +13,11 @@ if TYPE_CHECKING:
     from minipersona.chat import ChatTokenizer
     from minipersona.model.network import Qwen2
 
+FORMS = """files for --personas and --questions:
+  personas.json    {"eval_personas": {"pirate": "You are a pirate.", "poet": "You are a poet."}}
+  questions.jsonl  {"question": "What is courage?"}, one a line; questions.json: a list of texts
+  questions.txt    one question a line"""
+
 
 def command(commands: Any, name: str, summary: str, example: str) -> argparse.ArgumentParser:
     """Add a command to what `add_subparsers` returned."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from minipersona.cli.options import FORMS
 from minipersona.errors import UserError
 from minipersona.geometry.prompts import load_personas, load_questions
 
@@ -75,6 +76,22 @@ def test_every_form_of_questions(tmp_path: Path, name: str, content: str, mark: 
     path = tmp_path / name
     path.write_bytes((mark + content).encode())
     assert load_questions(str(path)).questions == ["a?", "b?"]
+
+
+def test_the_forms_that_help_and_readme_show_are_read(tmp_path: Path) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    shown = dict(line.split(maxsplit=1) for line in FORMS.splitlines()[1:])
+    assert shown.keys() == {"personas.json", "questions.jsonl", "questions.txt"}
+    assert all(name in readme and content.split("; ")[0] in readme for name, content in shown.items())
+    (tmp_path / "personas.json").write_text(shown["personas.json"])
+    assert list(load_personas(str(tmp_path / "personas.json")).prompts) == ["pirate", "poet"]
+    line = shown["questions.jsonl"].split(", one a line")[0]
+    (tmp_path / "questions.jsonl").write_text(f"{line}\n{line.replace('courage', 'time')}\n")
+    (tmp_path / "questions.json").write_text('["What is courage?", "What is time?"]')  # "a list of texts"
+    (tmp_path / "questions.txt").write_text("What is courage?\nWhat is time?\n")
+    for ending in ("jsonl", "json", "txt"):
+        found = load_questions(str(tmp_path / f"questions.{ending}")).questions
+        assert found == ["What is courage?", "What is time?"]
 
 
 @pytest.mark.parametrize(
