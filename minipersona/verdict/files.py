@@ -15,11 +15,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 from reprlib import repr as brief
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from minipersona.errors import UserError, require
 from minipersona.objective.noise_check import NoiseCheck
-from minipersona.records import read_record
+from minipersona.records import may_be_missing, read_record
 from minipersona.run import result as run_result
 from minipersona.run.result import Checkpoint, Interval, RunResult
 from minipersona.study_config import PHASES
@@ -29,6 +29,10 @@ Knobs = dict[str, int | float | str]
 """What a phase varies, by its name."""
 
 # ---------------------------------------------------------------- plan.json and cell.json
+
+Role = Literal["registered", "reference", "control", "beyond", "confirmation"]
+"""Why a cell is run: as a registered recipe, as what recipes are compared with, to check the checks, as a recipe beyond
+the registered ones, or with a fresh seed to confirm a pass."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class PlanEntry:
     seed: int
     knobs: Knobs
     cell: str
+    role: Role = may_be_missing("registered")
 
     def __post_init__(self) -> None:
         words = (self.phase, self.name, self.cell)
@@ -68,6 +73,8 @@ class CellRecord:
     objective_check: NoiseCheck | None  # of R3F's noise
     gpu_seconds: float | None  # None where it did not run on a GPU
     seconds: float
+    penalty_ratio: float | None = may_be_missing()  # ||gradient of the penalty|| / ||gradient of cross-entropy||, the
+    # mean over the steps at which it was taken; None without a penalty
 
 
 def read_result(directory: Path) -> RunResult:
@@ -117,6 +124,37 @@ class Frontier:
 def frontier_vectors(directory: Path, scale: float) -> Path:
     """Where a study keeps the vectors of a point."""
     return directory / "frontier" / f"scale-{scale:.1f}.safetensors"
+
+
+# ---------------------------------------------------------------- matched/
+
+
+@dataclass(frozen=True)
+class MatchedScale:
+    """matched/<cell>-step-<step>.json: the baseline's update at the scale that has a recipe's held-out loss.
+
+    Found by bisection and measured there, not interpolated. Its vectors and held-out losses lie beside it.
+    """
+
+    baseline: str  # the hash of the cell whose update is scaled
+    cell: str  # the hash of the recipe's cell
+    step: int
+    scale: float
+    m1: float
+    m1_ci95: Interval
+    eval_loss: float
+    persona_loss: float | None
+    between_variance: float | None
+    within_variance: float | None
+    slope: float  # dM1 / dloss of the scaled update around this scale
+
+
+def matched_file(directory: Path, cell: str, step: int, suffix: str = ".json") -> Path:
+    """Where a study keeps the scaled update that matches a cell, by its id, at a step.
+
+    suffix  ".json" for the record, ".vectors.safetensors" and ".losses.safetensors" for what it was measured from
+    """
+    return directory / "matched" / f"{cell}-step-{step:06d}{suffix}"
 
 
 # ---------------------------------------------------------------- sweep.json
