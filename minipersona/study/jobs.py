@@ -31,7 +31,7 @@ from minipersona.model.network import Qwen2
 from minipersona.objective import OBJECTIVE_CHECK
 from minipersona.objective.noise_check import NoiseCheck
 from minipersona.records import to_dict, write_record
-from minipersona.run.directory import PROBES, training_seconds, vectors_file
+from minipersona.run.directory import PROBES, losses_file, training_seconds, vectors_file
 from minipersona.run.evaluate import evaluate_run
 from minipersona.run.measurement import Instruments, measure
 from minipersona.run.train import carry_out
@@ -161,7 +161,7 @@ class StudyFile(Job):
 
 @dataclass(frozen=True)
 class MeasureBase(StudyFile):
-    """Writes base/probes.jsonl, base/vectors/ and calibration.json."""
+    """Writes base/probes.jsonl, base/vectors/, base/losses/ and calibration.json."""
 
     file = "calibration.json"
     record = Calibration
@@ -171,8 +171,10 @@ class MeasureBase(StudyFile):
         config, directory = self.study.baseline.recipe.config, self.study.base
         instruments, model = worker.resources.instruments(config), worker.resources.model(config)
         protocol = instruments.protocol(model)
-        metrics, vectors = measure(model, instruments, worker.console)
+        metrics, vectors, losses = measure(model, instruments, worker.console)
         vectors.save(vectors_file(directory, 0))
+        if losses is not None:
+            losses.save(losses_file(directory, 0))
         rewrite_jsonl(directory / PROBES, [to_dict(metrics.at_step(0, protocol.digest))])
         write_record(self.path, calibrate(protocol, metrics.m1_by_layer, self.study.baseline.hash))
 
