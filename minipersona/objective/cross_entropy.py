@@ -24,6 +24,7 @@ from minipersona.objective.head import CHUNK, ForwardPass, head_logits, log_prob
 class CrossEntropy:
     """Plain SFT, an `Objective`: one pass through the network."""
 
+    weight: ClassVar[float] = 0.0
     terms: ClassVar[tuple[str, ...]] = ("loss", "cross_entropy")
     copies: ClassVar[int] = 1
 

@@ -69,7 +69,7 @@ class CellRecord:
     seed: int
     knobs: Knobs
     notes: tuple[str, ...]
-    labels: tuple[str, ...]  # such as recipe_results.INEFFECTIVE
+    labels: tuple[str, ...]  # such as recipe_results.INEFFECTIVE and INERT
     objective_check: NoiseCheck | None  # of R3F's noise
     gpu_seconds: float | None  # None where it did not run on a GPU
     seconds: float
