@@ -150,6 +150,7 @@ def test_jobs_travel_to_other_processes(config: StudyConfig) -> None:
         jobs.WriteResponses(study, study.cells[1]),
         jobs.MeasureFrontier(study),
         jobs.AskSuite(study, "behaviour", study.cells[1], 3),
+        jobs.AskVoice(study, study.cells[1], 3),
         jobs.MeasureEveryLayer(study, study.cells[1], 3, "beta=0.1"),
     ):
         ours.send(job)
