@@ -48,6 +48,8 @@ class Geometry(Measures):
     layer: int
     m1_noise_floor: float
     m1_by_layer: dict[str, float]
+    m1_by_persona: dict[str, float] | None = may_be_missing()  # each persona's mean cosine with the others
+    m1_without: dict[str, float] | None = may_be_missing()  # M1 with that persona left out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +59,7 @@ class Metrics(Geometry):
     m1_low: float  # the 95% bootstrap interval over questions
     m1_high: float
     eval_loss: float | None  # nats per supervised token of the held-out rows; None without such rows
+    persona_loss: float | None = may_be_missing()  # the same with row i under the measured persona i mod P
 
     def at_step(self, step: int, protocol: str, delta_norm: float = 0.0, learned: float | None = None) -> Measurement:
         """The same as the measurement of a run's step; the defaults are the base's."""
@@ -90,6 +93,7 @@ class Judged:
 
     m1: float
     eval_loss: float | None
+    persona_loss: float | None = may_be_missing()
     learned: float | None
     registered_pass: bool | None
     substantive_pass: bool | None

@@ -5,6 +5,7 @@
     WriteResponses      the responses that a cell of phase 4B is trained on
     MeasureFrontier     the baseline's own update, scaled down
     AskSuite            a suite of answers of the base or of a cell
+    AskVoice            the voice of the base or of a cell
     MeasureEveryLayer   M1 at every layer of a positive recipe, beside base and baseline
 
 Files that belong to the study as a whole carry the baseline's hash: where it is another, they are made again.
@@ -21,6 +22,7 @@ from typing import Any, ClassVar, Literal
 from minipersona.behaviour.instructions.suite import instruction_suite
 from minipersona.behaviour.roleplay import write_roleplay
 from minipersona.behaviour.suite import behaviour_suite
+from minipersona.behaviour.voice import RESPONSES, VOICE, asked, base_responses, measure_voice
 from minipersona.console import Console
 from minipersona.corpus.mixtures import training_personas
 from minipersona.corpus.sources import read_source
@@ -31,7 +33,7 @@ from minipersona.model.network import Qwen2
 from minipersona.objective import OBJECTIVE_CHECK
 from minipersona.objective.noise_check import NoiseCheck
 from minipersona.records import to_dict, write_record
-from minipersona.run.directory import PROBES, training_seconds, vectors_file
+from minipersona.run.directory import METRICS, PROBES, losses_file, training_seconds, vectors_file
 from minipersona.run.evaluate import evaluate_run
 from minipersona.run.measurement import Instruments, measure
 from minipersona.run.train import carry_out
@@ -40,8 +42,8 @@ from minipersona.study.frontier import measure_frontier
 from minipersona.study.worker import Job, Title, Worker
 from minipersona.training.checkpoint import stored_position
 from minipersona.verdict.calibration import Calibration, calibrate
-from minipersona.verdict.files import CellRecord, Frontier, Sweep, SweptLayer, SweptRecipe, read_optional
-from minipersona.verdict.recipe_results import INEFFECTIVE
+from minipersona.verdict.files import CellRecord, Frontier, Sweep, SweptLayer, SweptRecipe, read_optional, read_voice
+from minipersona.verdict.recipe_results import INEFFECTIVE, INERT, LEAST_PENALTY_RATIO
 
 # ---------------------------------------------------------------- a cell
 
@@ -82,8 +84,13 @@ def cell_record(cell: Cell, directory: Path, began_at: int, seconds: float, on_g
     """The content of cell.json; `began_at` is the step of the rolling checkpoint that the last attempt began with."""
     check = read_optional(directory / OBJECTIVE_CHECK, NoiseCheck)
     notes = [f"continued at step {began_at} from an attempt that was interrupted"] if began_at else []
-    if skipped := sum("skipped" in row for row in read_jsonl(directory / "metrics.jsonl")):
+    if skipped := sum("skipped" in row for row in read_jsonl(directory / METRICS)):
         notes.append(f"{skipped} steps were skipped; metrics.jsonl says why")
+    ratio = mean_penalty_ratio(directory)
+    labels = {
+        INEFFECTIVE: check is not None and not check.effective,
+        INERT: ratio is not None and ratio < LEAST_PENALTY_RATIO,
+    }
     return CellRecord(
         phase=cell.recipe.phase,
         name=cell.recipe.name,
@@ -91,11 +98,18 @@ def cell_record(cell: Cell, directory: Path, began_at: int, seconds: float, on_g
         seed=cell.recipe.config.seed,
         knobs=cell.recipe.knobs,
         notes=tuple(notes),
-        labels=(INEFFECTIVE,) if check is not None and not check.effective else (),
+        labels=tuple(label for label, holds in labels.items() if holds),
         objective_check=check,
+        penalty_ratio=ratio,
         gpu_seconds=seconds if on_gpu else None,
         seconds=seconds,
     )
+
+
+def mean_penalty_ratio(directory: Path) -> float | None:
+    """The mean over the steps at which a run took it (`training/penalty.py`); None where it took none."""
+    ratios = [row["penalty_ratio"] for row in read_jsonl(directory / METRICS) if "penalty_ratio" in row]
+    return sum(ratios) / len(ratios) if ratios else None
 
 
 @dataclass(frozen=True)
@@ -161,7 +175,7 @@ class StudyFile(Job):
 
 @dataclass(frozen=True)
 class MeasureBase(StudyFile):
-    """Writes base/probes.jsonl, base/vectors/ and calibration.json."""
+    """Writes base/probes.jsonl, base/vectors/, base/losses/ and calibration.json."""
 
     file = "calibration.json"
     record = Calibration
@@ -171,8 +185,10 @@ class MeasureBase(StudyFile):
         config, directory = self.study.baseline.recipe.config, self.study.base
         instruments, model = worker.resources.instruments(config), worker.resources.model(config)
         protocol = instruments.protocol(model)
-        metrics, vectors = measure(model, instruments, worker.console)
+        metrics, vectors, losses = measure(model, instruments, worker.console)
         vectors.save(vectors_file(directory, 0))
+        if losses is not None:
+            losses.save(losses_file(directory, 0))
         rewrite_jsonl(directory / PROBES, [to_dict(metrics.at_step(0, protocol.digest))])
         write_record(self.path, calibrate(protocol, metrics.m1_by_layer, self.study.baseline.hash))
 
@@ -304,3 +320,55 @@ class AskSuite(Job):
             )
         path = self.directory / f"{self.suite}.json"
         write_json(path, {**read_json(path), **self._about})
+
+
+# ---------------------------------------------------------------- voice
+
+
+@dataclass(frozen=True)
+class AskVoice(Job):
+    """Writes voice.json of a cell's model at a step (None: its last), or of the base, where `cell` is None.
+
+    The base's responses are kept in base/voice_responses.jsonl; whoever finds some missing generates them.
+    """
+
+    cell: Cell | None = None
+    step: int | None = None
+
+    @property
+    def title(self) -> Title:
+        if self.cell is None:
+            return Title("base+voice-0", "1", "voice of the base")
+        step = "" if self.step is None else f" step {self.step}"
+        name = f"voice of {self.cell.recipe.name}{step}"
+        return Title(f"{self.cell.id}+voice-{self._at}", self.cell.recipe.phase, name)
+
+    @property
+    def directory(self) -> Path:
+        """Where voice.json is written."""
+        return self.study.base if self.cell is None else self.study.cell_directory(self.cell)
+
+    @property
+    def _at(self) -> int:
+        return 0 if self.cell is None else self.step or self.cell.recipe.config.training.steps
+
+    def done(self) -> bool:
+        stored = read_voice(self.directory)
+        return stored is not None and stored.step == self._at
+
+    def carry_out(self, worker: Worker) -> None:
+        config, study = self.study.baseline.recipe.config, self.study
+        instruments, model = worker.resources.instruments(config), worker.resources.model(config)
+        responses = base_responses(
+            model,
+            instruments.tokenizer,
+            instruments.personas.prompts,
+            asked(instruments.questions.questions),
+            study.base / RESPONSES,
+            worker.console,
+            batch=study.config.behaviour.batch,
+        )
+        if self.cell is not None:
+            model = worker.trained_model(study.placed_config(self.cell), self.directory, self._at)
+        voice = measure_voice(model, responses, worker.console, pack_tokens=instruments.pack_tokens, step=self._at)
+        write_record(self.directory / VOICE, voice)

@@ -2,10 +2,11 @@
 
     plan.json           Plan           every cell that the study may come to
     calibration.json    Calibration    the base's M1 beside the predecessor's (calibration.py)
-    frontier.json       Frontier       the baseline's update, scaled down; its vectors in frontier/
+    frontier.json       Frontier       the baseline's update, scaled down; its vectors and losses in frontier/
     sweep.json          Sweep          every layer of the recipe of a positive verdict
     cells/<id>/         CellRecord     cell.json, with which a cell counts as done; beside it result.json (RunResult)
     base/, cells/<id>/  Behaviour, Instructions   behaviour.json and instructions.json, where they were due
+    base/, cells/<id>/  Voice          voice.json, likewise (behaviour/voice.py)
 
 What is there and cannot be right is a UserError with a mend.
 """
@@ -15,11 +16,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 from reprlib import repr as brief
-from typing import TypeVar
+from typing import Literal, TypeVar
 
+from minipersona.behaviour.voice import VOICE, Voice
 from minipersona.errors import UserError, require
 from minipersona.objective.noise_check import NoiseCheck
-from minipersona.records import read_record
+from minipersona.records import may_be_missing, read_record
 from minipersona.run import result as run_result
 from minipersona.run.result import Checkpoint, Interval, RunResult
 from minipersona.study_config import PHASES
@@ -29,6 +31,10 @@ Knobs = dict[str, int | float | str]
 """What a phase varies, by its name."""
 
 # ---------------------------------------------------------------- plan.json and cell.json
+
+Role = Literal["registered", "reference", "control", "beyond", "confirmation"]
+"""Why a cell is run: as a registered recipe, as what recipes are compared with, to check the checks, as a recipe beyond
+the registered ones, or with a fresh seed to confirm a pass."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,7 @@ class PlanEntry:
     seed: int
     knobs: Knobs
     cell: str
+    role: Role = may_be_missing("registered")
 
     def __post_init__(self) -> None:
         words = (self.phase, self.name, self.cell)
@@ -64,10 +71,12 @@ class CellRecord:
     seed: int
     knobs: Knobs
     notes: tuple[str, ...]
-    labels: tuple[str, ...]  # such as recipe_results.INEFFECTIVE
+    labels: tuple[str, ...]  # such as recipe_results.INEFFECTIVE and INERT
     objective_check: NoiseCheck | None  # of R3F's noise
     gpu_seconds: float | None  # None where it did not run on a GPU
     seconds: float
+    penalty_ratio: float | None = may_be_missing()  # ||gradient of the penalty|| / ||gradient of cross-entropy||, the
+    # mean over the steps at which it was taken; None without a penalty
 
 
 def read_result(directory: Path) -> RunResult:
@@ -117,6 +126,42 @@ class Frontier:
 def frontier_vectors(directory: Path, scale: float) -> Path:
     """Where a study keeps the vectors of a point."""
     return directory / "frontier" / f"scale-{scale:.1f}.safetensors"
+
+
+def frontier_losses(directory: Path, scale: float) -> Path:
+    """Where a study keeps the loss of every held-out row at a point."""
+    return directory / "frontier" / f"scale-{scale:.1f}.losses.safetensors"
+
+
+# ---------------------------------------------------------------- matched/
+
+
+@dataclass(frozen=True)
+class MatchedScale:
+    """matched/<cell>-step-<step>.json: the baseline's update at the scale that has a recipe's held-out loss.
+
+    Found by bisection and measured there, not interpolated. Its vectors and held-out losses lie beside it.
+    """
+
+    baseline: str  # the hash of the cell whose update is scaled
+    cell: str  # the hash of the recipe's cell
+    step: int
+    scale: float
+    m1: float
+    m1_ci95: Interval
+    eval_loss: float
+    persona_loss: float | None
+    between_variance: float | None
+    within_variance: float | None
+    slope: float  # dM1 / dloss of the scaled update around this scale
+
+
+def matched_file(directory: Path, cell: str, step: int, suffix: str = ".json") -> Path:
+    """Where a study keeps the scaled update that matches a cell, by its id, at a step.
+
+    suffix  ".json" for the record, ".vectors.safetensors" and ".losses.safetensors" for what it was measured from
+    """
+    return directory / "matched" / f"{cell}-step-{step:06d}{suffix}"
 
 
 # ---------------------------------------------------------------- sweep.json
@@ -240,6 +285,11 @@ class Instructions:
 def read_optional(path: Path, kind: type[Record]) -> Record | None:
     """The record of a file that the study makes again where it is deleted; None where there is none."""
     return read_record(path, kind, f"delete {path} and continue the study") if path.is_file() else None
+
+
+def read_voice(directory: Path) -> Voice | None:
+    """voice.json of the base's or a cell's directory; None where it was not measured."""
+    return read_optional(directory / VOICE, Voice)
 
 
 def same_hash(one: str, other: str) -> bool:
