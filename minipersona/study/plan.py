@@ -24,8 +24,11 @@ from minipersona.objective.head import ForwardPass
 from minipersona.run.plan import (
     EFFICIENCY,
     GIB,
+    assumed_context_tokens,
     assumed_lengths,
     assumption,
+    context_flops,
+    context_tokens,
     countable,
     disk_lines,
     duration,
@@ -139,7 +142,9 @@ class Estimate:
         """What a cell takes, with its measurements."""
         lengths, largest = self._lengths(config)
         tokens = sum(lengths)
-        training = step_flops(self.sizes, config) * tokens / self.rate
+        operations = step_flops(self.sizes, config) * tokens
+        operations += context_flops(self.sizes, config) * self._context_tokens(config)
+        training = operations / self.rate
         probes = len(config.training.checkpoints) * self.probe_seconds
         return Cost(tokens, memory_bytes(self.sizes, config, self.device, largest), training + probes)
 
@@ -205,6 +210,11 @@ class Estimate:
         if key not in self._counted:
             self._counted[key] = self._count(replace(config, data=data))
         return self._counted[key]
+
+    def _context_tokens(self, config: RunConfig) -> int:
+        if self.tokenizer is None or self.assumed:
+            return assumed_context_tokens(config)
+        return context_tokens(config, self.tokenizer)
 
     def _count(self, config: RunConfig) -> tuple[list[int], int]:
         if self.tokenizer is not None and not self.assumed:

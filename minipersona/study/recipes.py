@@ -29,8 +29,9 @@ from typing import Literal
 from minipersona.behaviour.instructions.dataset import load_instructions
 from minipersona.behaviour.questions import load_questions
 from minipersona.config import COLLAPSE, ObjectiveSection, RunConfig, SteeringSection
-from minipersona.errors import UserError
+from minipersona.errors import Unreachable, UserError
 from minipersona.model.load import architecture_offline
+from minipersona.run.anchors import check_anchors
 from minipersona.run.steering import steered_layers
 from minipersona.study_config import STAGES, StudyConfig
 from minipersona.verdict.calibration import check_layers_measured
@@ -113,6 +114,12 @@ def check_planned(study: StudyConfig) -> None:
             raise UserError(
                 f"{cell}: probe.layers names {beyond[0]}; this model has blocks 0 to {blocks - 1}, choose among them"
             )
+        try:
+            check_anchors(recipe.config, sizes)
+        except Unreachable:
+            pass  # the measured sets are not here yet; the cell checks this again before it trains
+        except UserError as error:
+            raise UserError(f"{cell}: {error}") from None
         steering = recipe.config.steering
         steered = steered_layers(steering, sizes) if steering.vector else []
         if steering.vector == COLLAPSE and (lacking := [layer for layer in steered if layer not in measured]):
