@@ -25,7 +25,7 @@ from minipersona.settings import to_toml
 # Of the matmul rate measured on the spot, the share that a training step reaches. From docs/log.md.
 EFFICIENCY = {"cuda": 0.6, "cpu": 0.3}
 GIB = 2**30
-LOCAL = ("tiny:", "jsonl:", "parquet:")  # sources that are read without a download
+LOCAL = ("tiny:", "jsonl:", "parquet:", "pydoc:")  # sources that are read without a download
 PROMPTS = 12 * 240  # of the shipped and of the registered sets
 TULU_GB = 1.4  # allenai/tulu-3-sft-mixture as it is stored, in parquet
 
