@@ -134,7 +134,7 @@ def _import(name: str) -> ModuleType:
 
 
 def _public(module: ModuleType) -> list[str]:
-    stated = getattr(module, "__all__", None)
+    stated = vars(module).get("__all__")
     if isinstance(stated, (list, tuple)):
         return [name for name in stated if isinstance(name, str) and not name.startswith("_")]
     package = module.__name__.partition(".")[0]
@@ -167,7 +167,7 @@ def first_prose(docstring: str) -> str:
     """
     chosen: list[str] = []
     for paragraph in re.split(r"\n\s*\n", inspect.cleandoc(docstring)):
-        lines = paragraph.splitlines()
+        lines = paragraph.splitlines() or [""]
         if not chosen and _SIGNATURE.match(paragraph) and not lines[0].endswith("."):
             continue
         if _SECTION.match(lines[0]) or _REFERENCE.match(lines[0]):
