@@ -10,6 +10,7 @@ so that any range is a sample of all.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import inspect
@@ -22,7 +23,7 @@ from importlib import metadata
 from types import ModuleType
 from typing import Any
 
-from minipersona.errors import UserError, require
+from minipersona.errors import UserError
 
 SHORTEST, LONGEST = 40, 600  # characters of an answer: more than a reference to another object, cheap to train on
 
@@ -63,13 +64,20 @@ def module_names(text: str) -> list[str]:
 def versions(names: Sequence[str]) -> str:
     """What tells these modules' docstrings from others': the version of Python and of each module's distribution."""
     found = {"Python": platform.python_version()}
-    distributions = metadata.packages_distributions()
     for name in names:
         package = name.partition(".")[0]
         if package not in sys.stdlib_module_names:
-            require(package in distributions, f"source pydoc:{name}: {package} is not installed; pip install it")
-            found[package] = metadata.version(distributions[package][0])
+            found[package] = _version(package)
     return ", ".join(f"{package} {version}" for package, version in found.items())
+
+
+def _version(package: str) -> str:
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return metadata.version(package)
+    distributions = metadata.packages_distributions().get(package)  # slow, and needed where the two names differ
+    if not distributions:
+        raise UserError(f"source pydoc:{package}: {package} is not installed; pip install it")
+    return metadata.version(distributions[0])
 
 
 def read_docstrings(names: Sequence[str]) -> list[dict[str, Any]]:

@@ -152,6 +152,7 @@ def test_the_record_says_which_versions_were_read(monkeypatch: pytest.MonkeyPatc
     assert rows.revision == f"Python {python}, numpy {numpy.__version__}"
     assert source_identity("pydoc:numpy.linalg,json[0:5]") == [rows.source, rows.revision]
     assert rows.identity()["digest"] == rows.digest != read_source("pydoc:numpy.linalg,json[0:4]").digest
+    assert source_identity("pydoc:yaml")[1].startswith(f"Python {python}, yaml ")  # the distribution is PyYAML
     monkeypatch.setattr("minipersona.corpus.docstrings.metadata.version", lambda name: "9")
     assert source_identity("pydoc:numpy,json[0:5]")[1] == f"Python {python}, numpy 9"
 
