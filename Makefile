@@ -1,11 +1,11 @@
-# `make demo` and `make test` each do all the set-up they need on a fresh machine with Python 3.11 or newer.
+# `make demo`, `make real` and `make test` each do all the set-up they need on a fresh machine with Python 3.11 or newer.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo study test test-all check tiny clean
+.PHONY: demo study real test test-all check tiny clean
 
 demo: $(VENV)/installed  ## phase 1 of the study on the embedded model, then its table
 	$(BIN)/python train.py --config configs/tiny_phase1.toml
@@ -14,6 +14,9 @@ demo: $(VENV)/installed  ## phase 1 of the study on the embedded model, then its
 # Two processes of one thread each are faster on two cores than one process of two threads.
 study: $(VENV)/installed-report  ## the whole search on the embedded model, its verdict and its report
 	$(BIN)/python study.py --config configs/tiny_study.toml --exhaustive --workers 2
+
+real: $(VENV)/installed-real  ## a real chat model of 135 M parameters: fetched, fine-tuned and judged
+	$(BIN)/python -m minipersona.cli.real
 
 test: check  ## the whole test suite
 	$(BIN)/python -m pytest -n auto --dist loadscope
@@ -29,8 +32,8 @@ check: $(VENV)/installed-dev  ## style and types
 tiny: $(VENV)/installed  ## make the embedded model anew
 	$(BIN)/python -m minipersona.tiny
 
-clean:  ## remove the virtual environment and what the demo and the study left
-	rm -rf $(VENV) runs/tiny_phase1 studies/tiny
+clean:  ## remove the virtual environment and what the demo, the study and the real model left
+	rm -rf $(VENV) runs/tiny_phase1 studies/tiny runs/smollm2* models/smollm2
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -40,6 +43,10 @@ $(VENV)/bin/python:
 $(VENV)/installed: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(INSTALL) --editable .
 	@touch $@
+
+$(VENV)/installed-real: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(INSTALL) --editable '.[data,gguf]'
+	@touch $@ $(VENV)/installed
 
 $(VENV)/installed-report: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(INSTALL) --editable '.[report]'

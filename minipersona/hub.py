@@ -22,7 +22,10 @@ from minipersona.errors import Unreachable, UserError, redact
 from minipersona.files import FULL, data_dir, room, sha256, sweep_temporaries, write_atomically
 
 # A name without a revision means this one, so that two runs a year apart load the same weights.
-PINNED = {"Qwen/Qwen2.5-7B-Instruct": "a09a35458c702b33eeacc393d103063234e8bc28"}
+PINNED = {
+    "Qwen/Qwen2.5-7B-Instruct": "a09a35458c702b33eeacc393d103063234e8bc28",
+    "HuggingFaceTB/SmolLM2-135M-Instruct": "12fd25f77366fa6b3b4b768ec3050bf629380bac",
+}
 
 HUB_ID = r"[A-Za-z0-9][\w.-]*/[\w.-]+"
 

@@ -17,6 +17,7 @@ from hub_server import COMMIT, Fault, LoopbackHub, Repository
 from minipersona.files import data_dir
 from minipersona.geometry.prompts import REGISTERED_PERSONAS, REGISTERED_QUESTIONS, load_personas, load_questions
 from minipersona.hub import PINNED, PinnedFile
+from minipersona.model import smollm2
 from minipersona.model.load import load_model
 
 CANARY = "hf_canaryCanaryCanary00"
@@ -78,12 +79,28 @@ def test_a_sharded_model_loads_and_says_its_revision(hub: LoopbackHub, hf_model:
 
 
 def test_a_name_without_a_revision_is_the_pinned_one(hub: LoopbackHub) -> None:
-    [(name, commit)] = PINNED.items()
+    name, commit = "HuggingFaceTB/SmolLM2-135M-Instruct", PINNED["HuggingFaceTB/SmolLM2-135M-Instruct"]
     repository = hub.repositories[f"models/{name}"] = Repository({"config.json": b"{}"}, commit=commit)
     assert found(hub, name, "config.json") == [commit, ["config.json"]]
     repository.commit = COMMIT  # main has moved on
     calls = f"[found({name!r}, ['config.json'], revision) for revision in (None, 'main')]"
     assert hub.run(f"{LOCATE}\nresult = {calls}") == [[commit, ["config.json"]], [COMMIT, ["config.json"]]]
+
+
+def test_the_real_model_comes_from_the_hub_where_it_can_be_reached(hub: LoopbackHub, tmp_path: Path) -> None:
+    name = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    files = {file: f"content of {file}".encode() for file in (*smollm2.FILES, "README.md", "runs/events.json")}
+    hub.repositories[f"models/{name}"] = Repository(files, commit=PINNED[name])
+    code = f"""
+    from pathlib import Path
+    from minipersona.model.smollm2 import fetch
+    result = []
+    fetch(Path({str(tmp_path / "out")!r}), result.append)
+    """
+    said = hub.run(code, PIP_NO_INDEX="1")
+    assert "Apache-2.0" in said[0] and said[1] == f"from the Hub: {name} at {PINNED[name]}"
+    assert files_of(tmp_path / "out") == {file: files[file] for file in smollm2.FILES}
+    assert not any((tmp_path / "out" / file).is_symlink() for file in smollm2.FILES)  # the Hub's cache may be emptied
 
 
 def test_a_shard_that_breaks_off_is_resumed(hub: LoopbackHub) -> None:

@@ -22,15 +22,20 @@ from minipersona.console import Parser, answer, dispatch
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0, 2 after one line ``error: ...`` on stderr, or 75 where it was asked to stop (`answer`)."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    # torch reads these variables when it is imported. Its idle threads spin by default, which beside another busy
-    # process makes two threads slower than one (64 s against 19 s for a small run on two cores); sleeping costs little.
+    set_torch_variables()
+    return answer(lambda: dispatch(_parser(), argv), debug="--debug" in argv)
+
+
+def set_torch_variables() -> None:
+    """The environment variables that torch reads when it is imported, where the user has not set them."""
+    # torch's idle threads spin by default, which beside another busy process makes two threads slower than one (64 s
+    # against 19 s for a small run on two cores); sleeping costs little.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # Packs differ in length, so that cached blocks of a fixed size soon fit no request; expandable segments grow.
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if "RANK" in os.environ:  # when a rank is lost, gloo would log a stack of C++ frames on each of the others
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    return answer(lambda: dispatch(_parser(), argv), debug="--debug" in argv)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -22,9 +22,9 @@ EXAMPLES = """examples:
 """
 TOKENIZER = f"""
 Without --tokenizer, tiny: sets are counted with the tiny one and datasets on the Hub with that of
-{DEFAULT_MODEL}; local files are counted in characters.
+{DEFAULT_MODEL}; local files and docstrings are counted in characters.
 """
-LOCAL = ("jsonl:", "parquet:")  # files that say nothing about a tokenizer
+LOCAL = ("jsonl:", "parquet:", "pydoc:")  # files that say nothing about a tokenizer
 
 
 def main(argv: Sequence[str] | None = None) -> int:

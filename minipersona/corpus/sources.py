@@ -5,6 +5,7 @@ fineweb-edu           HuggingFaceFW/fineweb-edu, sample-10BT: raw texts; name a 
 jsonl:PATH            one row a line, or one JSON list of rows
 parquet:PATH          a column for each key of a row; * in PATH joins several files, in the order of their names
 hub:REPO/FILE         such a .jsonl, .json or .parquet file of a dataset on the Hub; FILE@REVISION pins it
+pydoc:MODULES         questions about what the named modules document, answered by the docstrings: pydoc:numpy,torch.nn
 tiny:NAME             a set of the embedded world: benign, broad, raw_text or em
 tulu[0:6000]          the first 6,000 rows, in stored order
 tulu[::150]           every 150th row: a sample of the whole
@@ -24,11 +25,13 @@ from typing import Any
 from minipersona.chat import ChatTokenizer, Document
 from minipersona.chat.rows import check_row
 from minipersona.chat.tokenizer import Supervise
+from minipersona.corpus.docstrings import module_names, read_docstrings, versions
 from minipersona.corpus.jsonl import read_rows
 from minipersona.corpus.parquet import LocalFile, read_parquet
+from minipersona.corpus.ranges import within
 from minipersona.corpus.remote import NAMED, HubDataset, hub_dataset, read_dataset
 from minipersona.errors import UserError
-from minipersona.files import data_dir, sha256
+from minipersona.files import data_dir, digest, sha256
 
 _SOURCE = re.compile(
     r"(?P<kind>[a-z-]+)(?::(?P<name>.*?))?(?:\[(?P<first>\d{0,18}):(?P<last>\d{0,18})(?::(?P<step>\d{0,18}))?\])?",
@@ -43,9 +46,9 @@ class Rows:
     source: str
     rows: list[dict[str, Any]]
     first: int  # the stored index of rows[0]
-    digest: str  # SHA-256 of the file, or of several, joined; for a dataset on the Hub, of the rows as JSON lines
+    digest: str  # SHA-256 of the file, or of several, joined; for rows that are not of a file here, of their JSON
     step: int = 1  # from one stored index to the next
-    revision: str | None = None  # the commit of a dataset on the Hub
+    revision: str | None = None  # the commit of a dataset on the Hub; the versions of documented modules
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -72,6 +75,8 @@ def read_source(source: str) -> Rows:
             return _from_parquet(source, Path(name).expanduser(), wanted)
         case "hub", name:
             return _from_hub(source, hub_dataset(name), wanted)
+        case "pydoc", name:
+            return _from_docstrings(source, module_names(name), wanted)
         case name, None:
             return _from_hub(source, NAMED[name], wanted)
     raise _unknown(source)
@@ -80,7 +85,7 @@ def read_source(source: str) -> Rows:
 def source_identity(source: str) -> list[str]:
     """What tells a source's rows from others without reading them: its name, and its commit or its files' SHA-256.
 
-    UserError where the source is malformed or a local file is missing.
+    Of documented modules it is their versions. UserError where the source is malformed or a local file is missing.
     """
     parts = _SOURCE.fullmatch(source)
     if parts is None or (parts["name"] is None) != (parts["kind"] in NAMED):
@@ -89,6 +94,8 @@ def source_identity(source: str) -> list[str]:
     if kind in NAMED or kind == "hub":
         dataset = NAMED[kind] if name is None else hub_dataset(name)
         return [source, dataset.revision]
+    if kind == "pydoc":
+        return [source, versions(module_names(name))]
     path = _tiny_set(name) if kind == "tiny" else Path(name).expanduser()
     paths = sorted(path.parent.glob(path.name)) if "*" in path.name else [path]
     if kind not in ("tiny", "jsonl", "parquet"):
@@ -99,7 +106,7 @@ def source_identity(source: str) -> list[str]:
 
 
 def _unknown(source: str) -> UserError:
-    kinds = f"{', '.join(NAMED)}, jsonl:PATH, parquet:PATH, hub:REPO/FILE or tiny:NAME"
+    kinds = f"{', '.join(NAMED)}, jsonl:PATH, parquet:PATH, hub:REPO/FILE, pydoc:MODULES or tiny:NAME"
     return UserError(f"source {source!r} is unknown; write {kinds}, with [first:last] for a range")
 
 
@@ -119,6 +126,12 @@ def _from_parquet(source: str, path: Path, wanted: slice) -> Rows:
 def _from_hub(source: str, dataset: HubDataset, wanted: slice) -> Rows:
     kept = read_dataset(dataset, wanted, source)
     return Rows(source, kept.rows, wanted.start, kept.digest, wanted.step, kept.commit)
+
+
+def _from_docstrings(source: str, names: list[str], wanted: slice) -> Rows:
+    revision, rows = versions(names), read_docstrings(names)
+    chosen = [rows[index] for index in within(wanted, len(rows), repr(source))]
+    return Rows(source, chosen, wanted.start, digest(chosen), wanted.step, revision)
 
 
 def _tiny_set(name: str) -> Path:

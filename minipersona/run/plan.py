@@ -30,7 +30,7 @@ EFFICIENCY = {"cuda": 0.6, "cpu": 0.3}
 GIB = 2**30
 ROW_TOKENS = 450  # assumed of a row that is not here to be counted
 CONTEXT_TOKENS = 60  # likewise, of a prompt that an anchor passes
-LOCAL = ("tiny:", "jsonl:", "parquet:")  # sources that are read without a download
+LOCAL = ("tiny:", "jsonl:", "parquet:", "pydoc:")  # sources that are read without a download
 PROMPTS = 12 * 240  # of the shipped and of the registered sets
 TULU_GB = 1.4  # allenai/tulu-3-sft-mixture as it is stored, in parquet
 

