@@ -40,7 +40,8 @@ class Cell:
 
 @dataclass(frozen=True)
 class Study:
-    """A study's resolved config, its directory, and every cell that it may come to, in order.
+    """A study's resolved config, its directory, and every cell that it may come to, in order. Cells that confirm a pass
+    come at the end, once they are due.
 
     cells/<cell>            a finished cell, which got its name by one rename
     cells/.attempts/<cell>  a cell at work, or what an attempt that ended early has left
@@ -54,6 +55,18 @@ class Study:
     def baseline(self) -> Cell:
         """The unregularised cell that all others are judged against."""
         return self.cells[0]
+
+    def baseline_of(self, cell: Cell) -> Cell:
+        """What a cell is judged against: the baseline or, where it confirms a pass, the one with its own seed."""
+        if cell.recipe.role != "confirmation":
+            return self.baseline
+        seed = cell.recipe.config.seed
+        return next(one for one in self.cells if one.recipe.is_baseline and one.recipe.config.seed == seed)
+
+    def baseline_with_seed(self, seed: int) -> Cell:
+        """The baseline that was trained with a seed; the first one where there is none."""
+        mine = [one for one in self.cells if one.recipe.is_baseline and one.recipe.config.seed == seed]
+        return next((one for one in mine if self.published(one)), self.baseline)
 
     @property
     def base(self) -> Path:
@@ -82,7 +95,7 @@ class Study:
         config = cell.recipe.config
         probe, data = config.probe, config.data
         if probe.baseline == BASELINE_PLACEHOLDER:
-            probe = replace(probe, baseline=str(self.cell_directory(self.baseline)))
+            probe = replace(probe, baseline=str(self.cell_directory(self.baseline_of(cell))))
         if data.responses == RESPONSES_PLACEHOLDER:
             data = replace(data, responses=str(self.responses_file(config.seed)))
         return replace(config, out=str(self.cell_directory(cell)), probe=probe, data=data)
@@ -95,9 +108,13 @@ def hash_cells(recipes: Sequence[Recipe]) -> tuple[Cell, ...]:
     """The cells of resolved recipes. The first is the baseline, on which the numbers of all others depend."""
     cells: list[Cell] = []
     for recipe in recipes:
-        baseline = cells[0].hash if cells else ""
-        cells.append(Cell(recipe, digest({**_contents(recipe), "baseline": baseline})))
+        cells.append(hash_cell(recipe, cells[0].hash if cells else ""))
     return tuple(cells)
+
+
+def hash_cell(recipe: Recipe, baseline: str) -> Cell:
+    """The cell of a resolved recipe that is judged against the cell with the hash `baseline`; "" is against itself."""
+    return Cell(recipe, digest({**_contents(recipe), "baseline": baseline}))
 
 
 def _contents(recipe: Recipe) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from minipersona.run.directory import link_or_copy, stored_measurement, vectors_
 from minipersona.run.judgement import learned_share
 from minipersona.run.measurement import measure
 from minipersona.run.result import Metrics
-from minipersona.study.cell import Study
+from minipersona.study.cell import Cell, Study
 from minipersona.study.worker import Worker
 from minipersona.verdict.files import Frontier, FrontierPoint, frontier_vectors
 
@@ -41,12 +41,18 @@ def measure_frontier(study: Study, worker: Worker) -> None:
                 link_or_copy(vectors_file(directory, 0 if scale == 0 else last), target)
         else:
             worker.console.say(f"frontier: the baseline's update, scaled by {scale}")
-            model = worker.trained_model(config, directory, last)
-            scale_update(model, None if config.training.method == "lora" else worker.resources.model(config), scale)
-            row, vectors = measure(model, instruments, worker.console)
+            row, vectors = measure(scaled_baseline(study, study.baseline, scale, worker), instruments, worker.console)
             vectors.save(target)
         points.append(_point(row, scale, base.eval_loss, baseline.eval_loss, baseline.delta_norm))
     write_record(study.directory / "frontier.json", Frontier(study.baseline.hash, tuple(points)))
+
+
+def scaled_baseline(study: Study, baseline: Cell, scale: float, worker: Worker) -> Qwen2:
+    """The model at theta_base + scale (theta_baseline - theta_base), for a baseline with any seed."""
+    config = study.placed_config(baseline)
+    model = worker.trained_model(config, study.cell_directory(baseline), config.training.steps)
+    scale_update(model, None if config.training.method == "lora" else worker.resources.model(config), scale)
+    return model
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@
     TrainCell           a cell: trained, measured, judged and published
     WriteResponses      the responses that a cell of phase 4B is trained on
     MeasureFrontier     the baseline's own update, scaled down
+    MeasureMatchedScale   the same at the scale at which it has a recipe's held-out loss
     AskSuite            a suite of answers of the base or of a cell
     MeasureEveryLayer   M1 at every layer of a positive recipe, beside base and baseline
 
@@ -37,10 +38,20 @@ from minipersona.run.measurement import Instruments, measure
 from minipersona.run.train import carry_out
 from minipersona.study.cell import Cell
 from minipersona.study.frontier import measure_frontier
+from minipersona.study.matched_scale import measure_matched_scale
 from minipersona.study.worker import Job, Title, Worker
 from minipersona.training.checkpoint import stored_position
 from minipersona.verdict.calibration import Calibration, calibrate
-from minipersona.verdict.files import CellRecord, Frontier, Sweep, SweptLayer, SweptRecipe, read_optional
+from minipersona.verdict.files import (
+    CellRecord,
+    Frontier,
+    MatchedScale,
+    Sweep,
+    SweptLayer,
+    SweptRecipe,
+    matched_file,
+    read_optional,
+)
 from minipersona.verdict.recipe_results import INEFFECTIVE
 
 # ---------------------------------------------------------------- a cell
@@ -187,6 +198,33 @@ class MeasureFrontier(StudyFile):
 
     def carry_out(self, worker: Worker) -> None:
         measure_frontier(self.study, worker)
+
+
+@dataclass(frozen=True)
+class MeasureMatchedScale(Job):
+    """Writes matched/, for a cell at one of its steps; it begins from the frontier's points."""
+
+    cell: Cell
+    step: int
+
+    @property
+    def title(self) -> Title:
+        recipe = self.cell.recipe
+        return Title(
+            f"{self.path.stem}-matched", recipe.phase, f"the scale that matches {recipe.name} step {self.step}"
+        )
+
+    @property
+    def path(self) -> Path:
+        """The record, which is written last."""
+        return matched_file(self.study.directory, self.cell.id, self.step)
+
+    def done(self) -> bool:
+        stored = read_optional(self.path, MatchedScale)
+        return stored is not None and stored.cell == self.cell.hash
+
+    def carry_out(self, worker: Worker) -> None:
+        measure_matched_scale(self.study, self.cell, self.step, worker)
 
 
 @dataclass(frozen=True)

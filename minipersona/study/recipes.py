@@ -34,7 +34,8 @@ from minipersona.model.sizes import known_config
 from minipersona.run.steering import steered_layers
 from minipersona.study_config import STAGES, StudyConfig
 from minipersona.verdict.calibration import check_layers_measured
-from minipersona.verdict.files import Knobs
+from minipersona.verdict.files import Knobs, Role
+from minipersona.verdict.results import BASELINE
 
 # What does not exist when recipes are planned; a cell replaces these words by the paths of its study.
 BASELINE_PLACEHOLDER = "the baseline of the study"
@@ -52,6 +53,17 @@ class Recipe:
     name: str
     config: RunConfig
     knobs: Knobs
+    role: Role = "registered"
+
+    @property
+    def bare_name(self) -> str:
+        """The name without the seed."""
+        return re.sub(r" seed=\d+$", "", self.name)
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether it is the standard recipe, with whatever seed."""
+        return (self.phase, self.bare_name) == BASELINE
 
     @property
     def slug(self) -> str:

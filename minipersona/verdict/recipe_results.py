@@ -170,7 +170,7 @@ def recipe_results(results: StudyResults) -> list[RecipeResult]:
     """Every recipe all of whose seeds are done, in the order of the phases."""
     cells_of: dict[tuple[str, str], list[CellResult]] = {}
     for cell in results.cells:
-        if cell.phase != "EM":
+        if cell.phase != "EM" and cell.role != "confirmation":
             cells_of.setdefault((cell.phase, bare_name(cell)), []).append(cell)
     return [
         recipe

@@ -35,6 +35,7 @@ from minipersona.verdict.files import (
     Knobs,
     Plan,
     PlanEntry,
+    Role,
     Sweep,
     read_optional,
     read_result,
@@ -67,6 +68,7 @@ class CellResult:
     instructions: Instructions | None = None
     objective_check: NoiseCheck | None = None
     gpu_seconds: float | None = None
+    role: Role = "registered"
 
     @property
     def id(self) -> str:
@@ -239,12 +241,13 @@ def _published(directory: Path, entry: PlanEntry) -> CellResult:
         instructions=read_optional(directory / "instructions.json", Instructions),
         objective_check=cell.objective_check,
         gpu_seconds=cell.gpu_seconds,
+        role=entry.role,
     )
 
 
 def _unpublished(entry: PlanEntry, status: Literal["failed", "missing"], error: str | None) -> CellResult:
     hash_ = entry.cell.rsplit("-", 1)[-1]
-    return CellResult(entry.phase, entry.name, hash_, entry.seed, entry.knobs, status, error)
+    return CellResult(entry.phase, entry.name, hash_, entry.seed, entry.knobs, status, error, role=entry.role)
 
 
 def _check_unique(cells: Iterable[CellResult]) -> None:
