@@ -31,8 +31,8 @@ def confirmation_cells(study: Study, passers: Sequence[Cell]) -> list[Cell]:
         return []
     unmixed = [cell for cell in study.cells if cell.recipe.phase == "EM" and cell.recipe.role == "registered"][:1]
     rehearsed = any(cell.recipe.phase in STAGES["5"] for cell in passers)
-    originals = dict.fromkeys([study.baseline, *(unmixed if rehearsed else []), *passers])
-    return [_again(study, original, seed) for original in originals for seed in fresh_seeds(study.config)]
+    originals = {cell.hash: cell for cell in (study.baseline, *(unmixed if rehearsed else []), *passers)}
+    return [_again(study, original, seed) for original in originals.values() for seed in fresh_seeds(study.config)]
 
 
 def stored_confirmations(study: Study, plan: Plan) -> list[Cell]:

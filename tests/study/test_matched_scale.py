@@ -139,6 +139,8 @@ def test_every_recipe_is_matched_where_its_loss_is_one_of_the_update_s(measured:
         ("2A", 3),
         ("2B", 3),
     }  # step 1 changes nothing
+    repeated = replace(results, cells=tuple(replace(cell, role="confirmation") for cell in results.cells))
+    assert matches(study, repeated) == []
     assert sorted(path.name for path in (study.directory / "matched").glob("*.json")) == sorted(
         matched_file(study.directory, cell.id, step).name for cell, step in due
     )
