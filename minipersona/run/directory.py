@@ -5,6 +5,7 @@ provenance.json         what made the run (`provenance.py`)
 metrics.jsonl           one line a training step (`training/record.py`)
 probes.jsonl            one line a measured step; step 0 is the base (`result.Measurement`)
 vectors/                the persona vectors of the base and of every checkpoint
+losses/                 the loss of every held-out row, likewise (`losses.py`)
 step-000375/            a checkpoint: a PEFT adapter, or a whole model in Hugging Face's layout
 latest/                 the rolling checkpoint, from which a run continues (`training/checkpoint.py`)
 steering.safetensors    the vectors that the run was steered by (`steering.py`)
@@ -34,6 +35,7 @@ PROBES = "probes.jsonl"
 RESULT = "result.json"
 STEERING_VECTORS = "steering.safetensors"
 VECTORS = "vectors"
+LOSSES = "losses"
 LATEST = "latest"
 
 # ---------------------------------------------------------------- what belongs to a step
@@ -47,6 +49,11 @@ def checkpoint_directory(directory: Path, step: int) -> Path:
 def vectors_file(directory: Path, step: int) -> Path:
     """Where a run keeps the persona vectors of a step; step 0 is the base."""
     return directory / VECTORS / f"{_name(step)}.safetensors"
+
+
+def losses_file(directory: Path, step: int) -> Path:
+    """Where a run keeps the loss of every held-out row at a step; step 0 is the base."""
+    return directory / LOSSES / f"{_name(step)}.safetensors"
 
 
 def _name(step: int) -> str:

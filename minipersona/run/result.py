@@ -93,6 +93,7 @@ class Judged:
 
     m1: float
     eval_loss: float | None
+    persona_loss: float | None = may_be_missing()
     learned: float | None
     registered_pass: bool | None
     substantive_pass: bool | None

@@ -32,7 +32,7 @@ from minipersona.model.network import Qwen2
 from minipersona.objective import OBJECTIVE_CHECK
 from minipersona.objective.noise_check import NoiseCheck
 from minipersona.records import to_dict, write_record
-from minipersona.run.directory import PROBES, training_seconds, vectors_file
+from minipersona.run.directory import METRICS, PROBES, losses_file, training_seconds, vectors_file
 from minipersona.run.evaluate import evaluate_run
 from minipersona.run.measurement import Instruments, measure
 from minipersona.run.train import carry_out
@@ -52,7 +52,7 @@ from minipersona.verdict.files import (
     matched_file,
     read_optional,
 )
-from minipersona.verdict.recipe_results import INEFFECTIVE
+from minipersona.verdict.recipe_results import INEFFECTIVE, INERT, LEAST_PENALTY_RATIO
 
 # ---------------------------------------------------------------- a cell
 
@@ -93,8 +93,13 @@ def cell_record(cell: Cell, directory: Path, began_at: int, seconds: float, on_g
     """The content of cell.json; `began_at` is the step of the rolling checkpoint that the last attempt began with."""
     check = read_optional(directory / OBJECTIVE_CHECK, NoiseCheck)
     notes = [f"continued at step {began_at} from an attempt that was interrupted"] if began_at else []
-    if skipped := sum("skipped" in row for row in read_jsonl(directory / "metrics.jsonl")):
+    if skipped := sum("skipped" in row for row in read_jsonl(directory / METRICS)):
         notes.append(f"{skipped} steps were skipped; metrics.jsonl says why")
+    ratio = mean_penalty_ratio(directory)
+    labels = {
+        INEFFECTIVE: check is not None and not check.effective,
+        INERT: ratio is not None and ratio < LEAST_PENALTY_RATIO,
+    }
     return CellRecord(
         phase=cell.recipe.phase,
         name=cell.recipe.name,
@@ -102,11 +107,18 @@ def cell_record(cell: Cell, directory: Path, began_at: int, seconds: float, on_g
         seed=cell.recipe.config.seed,
         knobs=cell.recipe.knobs,
         notes=tuple(notes),
-        labels=(INEFFECTIVE,) if check is not None and not check.effective else (),
+        labels=tuple(label for label, holds in labels.items() if holds),
         objective_check=check,
+        penalty_ratio=ratio,
         gpu_seconds=seconds if on_gpu else None,
         seconds=seconds,
     )
+
+
+def mean_penalty_ratio(directory: Path) -> float | None:
+    """The mean over the steps at which a run took it (`training/penalty.py`); None where it took none."""
+    ratios = [row["penalty_ratio"] for row in read_jsonl(directory / METRICS) if "penalty_ratio" in row]
+    return sum(ratios) / len(ratios) if ratios else None
 
 
 @dataclass(frozen=True)
@@ -172,7 +184,7 @@ class StudyFile(Job):
 
 @dataclass(frozen=True)
 class MeasureBase(StudyFile):
-    """Writes base/probes.jsonl, base/vectors/ and calibration.json."""
+    """Writes base/probes.jsonl, base/vectors/, base/losses/ and calibration.json."""
 
     file = "calibration.json"
     record = Calibration
@@ -182,8 +194,10 @@ class MeasureBase(StudyFile):
         config, directory = self.study.baseline.recipe.config, self.study.base
         instruments, model = worker.resources.instruments(config), worker.resources.model(config)
         protocol = instruments.protocol(model)
-        metrics, vectors = measure(model, instruments, worker.console)
+        metrics, vectors, losses = measure(model, instruments, worker.console)
         vectors.save(vectors_file(directory, 0))
+        if losses is not None:
+            losses.save(losses_file(directory, 0))
         rewrite_jsonl(directory / PROBES, [to_dict(metrics.at_step(0, protocol.digest))])
         write_record(self.path, calibrate(protocol, metrics.m1_by_layer, self.study.baseline.hash))
 

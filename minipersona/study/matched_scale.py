@@ -81,7 +81,7 @@ def _tolerance(update: Sequence[Scaled]) -> float:
 
 
 def measure_matched_scale(study: Study, cell: Cell, step: int, worker: Worker) -> None:
-    """Find the scale for a cell at a step, and write what was measured there: its vectors and, last, the record."""
+    """Find the scale for a cell at a step, and write what was measured there: vectors, losses and, last, the record."""
     baseline = study.baseline_with_seed(cell.recipe.config.seed)
     instruments = worker.resources.instruments(baseline.recipe.config)
     loss = next(row.eval_loss for row in read_result(study.cell_directory(cell)).checkpoints if row.step == step)
@@ -91,13 +91,14 @@ def measure_matched_scale(study: Study, cell: Cell, step: int, worker: Worker) -
     for propose in PROPOSALS:
         scale = propose(points, loss)
         worker.console.say(f"the baseline's update, scaled by {scale:.4f}")
-        row, vectors = measure(scaled_baseline(study, baseline, scale, worker), instruments, worker.console)
-        assert row.eval_loss is not None
+        row, vectors, losses = measure(scaled_baseline(study, baseline, scale, worker), instruments, worker.console)
+        assert row.eval_loss is not None and losses is not None
         point = Scaled(scale, row.eval_loss, row.m1)
         insort(points, point)
         if (distance := abs(point.loss - loss)) < nearest:
             nearest, best, metrics = distance, point, row
             vectors.save(matched_file(study.directory, cell.id, step, ".vectors.safetensors"))
+            losses.save(matched_file(study.directory, cell.id, step, ".losses.safetensors"))
         if nearest <= tolerance:
             break
     record = MatchedScale(

@@ -2,7 +2,7 @@
 
     plan.json           Plan           every cell that the study may come to
     calibration.json    Calibration    the base's M1 beside the predecessor's (calibration.py)
-    frontier.json       Frontier       the baseline's update, scaled down; its vectors in frontier/
+    frontier.json       Frontier       the baseline's update, scaled down; its vectors and losses in frontier/
     sweep.json          Sweep          every layer of the recipe of a positive verdict
     cells/<id>/         CellRecord     cell.json, with which a cell counts as done; beside it result.json (RunResult)
     base/, cells/<id>/  Behaviour, Instructions   behaviour.json and instructions.json, where they were due
@@ -69,7 +69,7 @@ class CellRecord:
     seed: int
     knobs: Knobs
     notes: tuple[str, ...]
-    labels: tuple[str, ...]  # such as recipe_results.INEFFECTIVE
+    labels: tuple[str, ...]  # such as recipe_results.INEFFECTIVE and INERT
     objective_check: NoiseCheck | None  # of R3F's noise
     gpu_seconds: float | None  # None where it did not run on a GPU
     seconds: float
@@ -124,6 +124,11 @@ class Frontier:
 def frontier_vectors(directory: Path, scale: float) -> Path:
     """Where a study keeps the vectors of a point."""
     return directory / "frontier" / f"scale-{scale:.1f}.safetensors"
+
+
+def frontier_losses(directory: Path, scale: float) -> Path:
+    """Where a study keeps the loss of every held-out row at a point."""
+    return directory / "frontier" / f"scale-{scale:.1f}.losses.safetensors"
 
 
 # ---------------------------------------------------------------- matched/

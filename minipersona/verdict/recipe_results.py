@@ -27,6 +27,8 @@ from minipersona.verdict.results import CellResult, StudyResults
 REHEARSAL = ("5A", "5B", "5C")
 FULLY_LEARNED = 0.9  # a recipe that learned this share is evidence for or against H_null
 INEFFECTIVE = "ineffective"  # the label of an R3F cell whose noise is lost in the rounding of the embeddings
+INERT = "inert"  # the label of a cell whose penalty has less than this share of the cross-entropy's gradient
+LEAST_PENALTY_RATIO = 0.01
 Rule = Literal["registered", "substantive"]
 
 
