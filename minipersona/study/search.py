@@ -33,9 +33,9 @@ from minipersona.study.executors import Executor
 from minipersona.study.jobs import (
     AskSuite,
     MeasureBase,
-    MeasureEveryLayer,
     MeasureFrontier,
     MeasureMatchedScale,
+    MeasureTransfer,
     TrainCell,
     WriteResponses,
 )
@@ -236,7 +236,7 @@ def asked_for(study: Study) -> list[Job]:
         jobs += _instructions(study)
     if recipe := decide(results).recipe:
         cell = next(cell for cell in study.cells if cell.hash == recipe.hashes[0])
-        jobs.append(MeasureEveryLayer(study, cell, recipe.step, recipe.name))
+        jobs.append(MeasureTransfer(study, cell, recipe.step or cell.recipe.config.training.steps))
     return jobs
 
 

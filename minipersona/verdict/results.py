@@ -36,7 +36,7 @@ from minipersona.verdict.files import (
     Plan,
     PlanEntry,
     Role,
-    Sweep,
+    Transfer,
     read_optional,
     read_result,
     same_hash,
@@ -66,6 +66,7 @@ class CellResult:
     result: RunResult | None = None
     behaviour: Behaviour | None = None
     instructions: Instructions | None = None
+    transfer: Transfer | None = None
     objective_check: NoiseCheck | None = None
     gpu_seconds: float | None = None
     role: Role = "registered"
@@ -117,7 +118,6 @@ class StudyResults:
     calibration: Calibration | None
     base_behaviour: Behaviour | None
     base_instructions: Instructions | None
-    sweep: Sweep | None
     skipped_phases: tuple[str, ...]
 
     @property
@@ -174,7 +174,6 @@ def read_study(directory: Path) -> StudyResults:
         calibration=calibration if calibration and same_hash(calibration.baseline, wanted) else None,
         base_behaviour=read_optional(directory / "base" / "behaviour.json", Behaviour),
         base_instructions=read_optional(directory / "base" / "instructions.json", Instructions),
-        sweep=read_optional(directory / "sweep.json", Sweep),
         skipped_phases=skipped,
     )
 
@@ -239,6 +238,7 @@ def _published(directory: Path, entry: PlanEntry) -> CellResult:
         result=read_result(directory),
         behaviour=read_optional(directory / "behaviour.json", Behaviour),
         instructions=read_optional(directory / "instructions.json", Instructions),
+        transfer=read_optional(directory / "transfer.json", Transfer),
         objective_check=cell.objective_check,
         gpu_seconds=cell.gpu_seconds,
         role=entry.role,
