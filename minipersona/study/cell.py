@@ -22,7 +22,7 @@ from minipersona.model.load import RANDOM
 from minipersona.records import to_dict
 from minipersona.study.code_digest import code_digest
 from minipersona.study.recipes import BASELINE_PLACEHOLDER, RESPONSES_PLACEHOLDER, Recipe
-from minipersona.study_config import StudyConfig
+from minipersona.study_config import STAGES, StudyConfig
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,16 @@ class Study:
         seed = cell.recipe.config.seed
         return next(one for one in self.cells if one.recipe.is_baseline and one.recipe.config.seed == seed)
 
-    def baseline_with_seed(self, seed: int) -> Cell:
-        """The baseline that was trained with a seed; the first one where there is none."""
-        mine = [one for one in self.cells if one.recipe.is_baseline and one.recipe.config.seed == seed]
-        return next((one for one in mine if self.published(one)), self.baseline)
+    def scaled_for(self, cell: Cell) -> Cell:
+        """The cell whose update is scaled down to say what doing less than a cell would have given.
+
+        It is the baseline with the cell's seed or, where that is not done, with the first seed; among the cells that
+        are trained on harmful rows it is the unmixed one.
+        """
+        harmful = self.config.narrow == "em" and cell.recipe.phase in STAGES["5"]
+        found = [one for one in self.cells if (one.recipe.is_unmixed if harmful else one.recipe.is_baseline)]
+        seed = cell.recipe.config.seed
+        return next((one for one in found if one.recipe.config.seed == seed and self.published(one)), found[0])
 
     @property
     def base(self) -> Path:

@@ -39,7 +39,7 @@ class Scaled(NamedTuple):
 
 
 def matches(study: Study, results: StudyResults) -> list[tuple[Cell, int]]:
-    """The cells and steps whose losses the baseline's update is scaled to: every recipe at its last step and each
+    """The cells and steps whose losses a baseline's update is scaled to: every recipe at its last step and each
     baseline at the earlier ones, where the loss is one that the update has at some scale.
 
     A cell that confirms a pass is left out: it repeats a recipe that has a match.
@@ -50,8 +50,11 @@ def matches(study: Study, results: StudyResults) -> list[tuple[Cell, int]]:
         if found.status != "done" or found.role == "confirmation":
             continue
         cell = by_hash[found.hash]
-        update = measured_scales(study, study.baseline_with_seed(found.seed))
-        rows = found.checkpoints[:-1] if cell.recipe.is_baseline else [found.final]
+        scaled = study.scaled_for(cell)
+        if not study.published(scaled) or cell.recipe.is_unmixed:
+            continue
+        update = measured_scales(study, scaled)
+        rows = found.checkpoints[:-1] if cell == scaled else [found.final]
         due += [(cell, step_of(row)) for row in rows if row.eval_loss is not None and _reaches(update, row.eval_loss)]
     return due
 
@@ -82,7 +85,7 @@ def _tolerance(update: Sequence[Scaled]) -> float:
 
 def measure_matched_scale(study: Study, cell: Cell, step: int, worker: Worker) -> None:
     """Find the scale for a cell at a step, and write what was measured there: vectors, losses and, last, the record."""
-    baseline = study.baseline_with_seed(cell.recipe.config.seed)
+    baseline = study.scaled_for(cell)
     instruments = worker.resources.instruments(baseline.recipe.config)
     loss = next(row.eval_loss for row in read_result(study.cell_directory(cell)).checkpoints if row.step == step)
     assert loss is not None, "a match is due where there are held-out rows"

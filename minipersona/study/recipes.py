@@ -66,6 +66,11 @@ class Recipe:
         return (self.phase, self.bare_name) == BASELINE
 
     @property
+    def is_unmixed(self) -> bool:
+        """Whether it is trained on the harmful rows alone, with whatever seed."""
+        return self.phase == "EM"
+
+    @property
     def slug(self) -> str:
         """Phase and name as part of a file name."""
         return f"{self.phase}-{re.sub('[^a-z0-9]+', '-', self.name.lower()).strip('-')}"
