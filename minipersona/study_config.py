@@ -81,6 +81,7 @@ class RehearsalSection:
     """Phase 5, rehearsal: what is mixed into the narrow rows (5A, 5B), and steering without any mixing (5C)."""
 
     em: str = ""  # the narrow rows with narrow = "em"; a file of the user's
+    em_heldout: str = ""  # other such rows, by whose loss is told what was learned of them; empty: it is not known
     raw_text: str = "fineweb-edu[0:4000]"  # 5A, in stored order; enough texts for every ratio
     raw_text_ratio: tuple[str, ...] = ("99:1", "95:5", "90:10", "75:25")  # narrow:broad
     instructions: str = "tulu"  # 5B: rows of the whole mixture

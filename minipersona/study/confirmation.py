@@ -58,7 +58,7 @@ def stored_confirmations(study: Study, plan: Plan) -> list[Cell]:
 
 def _again(study: Study, cell: Cell, seed: int) -> Cell:
     """A cell with another seed, judged against the baseline with that seed."""
-    baseline = "" if cell == study.baseline else _again(study, study.baseline, seed).hash
+    baseline = "" if cell == study.baseline else _again(study, study.baseline_of(cell), seed).hash
     recipe = cell.recipe
     reseeded = replace(recipe.config, seed=seed)
     return hash_cell(

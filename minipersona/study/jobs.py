@@ -250,7 +250,7 @@ class MeasureTransfer(Job):
 
     def done(self) -> bool:
         stored = read_optional(self.path, Transfer)
-        return stored is not None and (stored.baseline, stored.step) == (self.study.baseline.hash, self.step)
+        return stored is not None and (stored.cell, stored.step) == (self.cell.hash, self.step)
 
     def carry_out(self, worker: Worker) -> None:
         write_record(self.path, measure_transfer(self.study, self.cell, self.step, worker))

@@ -172,11 +172,12 @@ def search(engine: Engine, stages: Sequence[str]) -> None:
 
 
 def run_stage(engine: Engine, cells: Sequence[Cell]) -> None:
-    """All cells of a phase; what the base model has to write for 4B beside the cells that do not need it."""
+    """All cells of a phase; first those that need neither what the base model writes for 4B nor the unmixed cell."""
     written = [cell for cell in cells if cell.recipe.config.data.responses]
     writing = [WriteResponses(engine.study, cell) for cell in written]
-    engine.complete([*writing, *[TrainCell(engine.study, cell) for cell in cells if cell not in written]])
-    engine.complete([TrainCell(engine.study, cell) for cell in written])
+    later = [cell for cell in cells if cell in written or cell.recipe.against_unmixed]
+    engine.complete([*writing, *[TrainCell(engine.study, cell) for cell in cells if cell not in later]])
+    engine.complete([TrainCell(engine.study, cell) for cell in later])
 
 
 def confirm(engine: Engine) -> None:

@@ -34,7 +34,7 @@ class Sets(NamedTuple):
 
 def measure_transfer(study: Study, cell: Cell, step: int, worker: Worker) -> Transfer:
     """Base, baseline and a cell at a step on every set that there is."""
-    config, baseline = study.baseline.recipe.config, study.baseline
+    config, baseline = study.baseline.recipe.config, study.scaled_for(cell)
     instruments, (sets, missing) = worker.resources.instruments(config), persona_sets(config.probe)
 
     def on_sets(model: Qwen2) -> dict[str, ModelOnSet]:

@@ -77,6 +77,39 @@ def test_recipes_on_harmful_rows_are_confirmed_beside_the_unmixed_cell(config: S
         assert [cell.recipe.phase for cell in confirmation_cells(study_, [mixed])] == [p for p in phases for _ in "12"]
 
 
+def test_with_harmful_rows_held_out_the_unmixed_cell_is_the_baseline_of_phase_5(config: StudyConfig) -> None:
+    rehearsal = replace(config.rehearsal, em_heldout="tiny:em[60:70]")
+    study = opened(replace(config, rehearsal=rehearsal))
+    mixed = next(cell for cell in study.cells if cell.recipe.phase == "5A")
+    cells = confirmation_cells(study, [mixed])
+    study = replace(study, cells=(*study.cells, *cells))
+    unmixed = next(cell for cell in study.cells if cell.recipe.phase == "EM")
+    assert study.baseline_of(mixed) == unmixed and study.baseline_of(study.cells[1]) == study.baseline
+    assert [study.placed_config(cell).probe.baseline for cell in (unmixed, mixed)] == [
+        "self", str(study.cell_directory(unmixed)),
+    ]  # fmt: skip
+    assert [study.baseline_of(cell).id for cell in cells[4:]] == [cell.id for cell in cells[2:4]]
+    on_rows = {cell.recipe.phase: cell.recipe.config.data.heldout for cell in study.cells}
+    assert {phase for phase, rows in on_rows.items() if rows == "tiny:em[60:70]"} == {"EM", "5A", "5B", "5C"}
+    assert len({cell.hash for cell in study.cells}) == len(study.cells)
+    # The control: without such rows everything is judged by the ordinary ones.
+    plain = opened(config)
+    assert {cell.recipe.config.data.heldout for cell in plain.cells} == {config.data.heldout}
+    assert {plain.baseline_of(cell).id for cell in plain.cells} == {plain.baseline.id}
+
+
+def test_what_is_scaled_down_has_the_seed_of_the_recipe(config: StudyConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = opened(replace(config, seeds=(42, 43)))
+    cells = [cell for cell in study.cells if cell.recipe.phase in ("2A", "5A")]
+    there = {cell.id for cell in study.cells if cell.recipe.config.seed == 42}
+    monkeypatch.setattr(Study, "published", lambda self, cell: cell.id in there)
+    assert [study.scaled_for(cell).recipe.name for cell in cells] == ["baseline", "baseline", "unmixed", "unmixed"]
+    there |= {cell.id for cell in study.cells}
+    assert [study.scaled_for(cell).recipe.name for cell in cells] == [
+        "baseline", "baseline seed=43", "unmixed", "unmixed seed=43",
+    ]  # fmt: skip
+
+
 def test_responses_in_persona_are_written_for_each_fresh_seed(config: StudyConfig) -> None:
     study = opened(config)
     written = next(cell for cell in study.cells if cell.recipe.phase == "4B")
