@@ -8,13 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from small_study import QUIET, run, small_study, start
+from small_study import CPU, QUIET, run, small_study, start
 
+from minipersona.errors import UserError
 from minipersona.files import read_json, read_jsonl
 from minipersona.records import read_record
 from minipersona.study import search
 from minipersona.study.cell import Study, hash_cells
 from minipersona.study.confirmation import confirmation_cells, fresh_seeds
+from minipersona.study.engine import Engine
+from minipersona.study.executors import InProcess
 from minipersona.study.jobs import WriteResponses
 from minipersona.study.recipes import planned
 from minipersona.study.search import open_study
@@ -29,7 +32,9 @@ TWO = ("1", "2")
 
 @pytest.fixture
 def config(tmp_path: Path) -> StudyConfig:
-    return replace(small_study(tmp_path), confirmations=2, suites=(), narrow="em")
+    small = small_study(tmp_path)
+    regularised = replace(small.regularised, r3f_lambda=())
+    return replace(small, confirmations=2, suites=(), narrow="em", regularised=regularised)
 
 
 def opened(config: StudyConfig) -> Study:
@@ -151,7 +156,7 @@ def test_a_study_confirms_its_passers_once(config: StudyConfig, passing: list[st
     directory = Path(config.out)
     planned_, before = confirmations(config), published(config)
     assert [entry.name for entry in planned_][2:] == ["beta=0.1 seed=43", "beta=0.1 seed=44"]
-    assert {entry.cell for entry in planned_} < set(before) and len(before) == 3 + 4
+    assert {entry.cell for entry in planned_} < set(before) and len(before) == 2 + 4
     baselines = {entry.seed: directory / "cells" / entry.cell for entry in planned_ if entry.phase == "1"}
     losses = set()
     for entry in planned_:
@@ -166,9 +171,14 @@ def test_a_study_confirms_its_passers_once(config: StudyConfig, passing: list[st
     assert published(config) == before and confirmations(config) == planned_
 
 
-def test_without_confirmations_a_pass_is_not_repeated(config: StudyConfig, passing: list[str]) -> None:
-    run(replace(config, confirmations=0), ("2",))
-    assert not confirmations(config) and len(published(config)) == 3
+def test_without_confirmations_no_result_is_even_read(config: StudyConfig) -> None:
+    def engine(config: StudyConfig) -> Engine:
+        study = opened(config)
+        return Engine(study, InProcess(CPU, QUIET), QUIET, study.cells)
+
+    search.confirm(engine(replace(config, confirmations=0)))
+    with pytest.raises(UserError, match="is not a study directory"):  # the control
+        search.confirm(engine(config))
 
 
 def test_killed_while_it_confirms_a_study_finds_the_same_cells_again(config: StudyConfig, passing: list[str]) -> None:
@@ -181,10 +191,10 @@ def test_killed_while_it_confirms_a_study_finds_the_same_cells_again(config: Stu
     process.kill()
     process.join()
     before, planned_ = published(config), confirmations(config)
-    assert len(before) == 3 + 1 and len(planned_) == 2
+    assert len(before) == 2 + 1 and len(planned_) == 2
     run(config, ("2",))
     assert confirmations(config) == planned_ and published(config).items() > before.items()
-    assert len(published(config)) == 3 + 2
+    assert len(published(config)) == 2 + 2
     again = [entry for entry in read_entries(Path(config.out)) if entry.event == "started" and entry.attempt == 2]
     assert [entry.cell for entry in again] == [planned_[1].cell]
     rows = read_jsonl(Path(config.out) / "cells" / planned_[1].cell / "metrics.jsonl")
