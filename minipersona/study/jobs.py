@@ -6,6 +6,7 @@
     MeasureFrontier     the baseline's own update, scaled down
     MeasureMatchedScale the same at the scale that has a recipe's held-out loss
     AskSuite            a suite of answers of the base or of a cell
+    AskVoice            the voice of the base or of a cell
     MeasureTransfer     M1 of a confirmed recipe on every persona set at every layer, beside base and baseline
 
 Files that belong to the study as a whole carry the baseline's hash: where it is another, they are made again.
@@ -22,6 +23,7 @@ from typing import Any, ClassVar, Literal
 from minipersona.behaviour.instructions.suite import instruction_suite
 from minipersona.behaviour.roleplay import write_roleplay
 from minipersona.behaviour.suite import behaviour_suite
+from minipersona.behaviour.voice import RESPONSES, VOICE, asked, base_responses, measure_voice
 from minipersona.console import Console
 from minipersona.corpus.mixtures import training_personas
 from minipersona.corpus.sources import read_source
@@ -40,7 +42,15 @@ from minipersona.study.transfer import measure_transfer
 from minipersona.study.worker import Job, Title, Worker
 from minipersona.training.checkpoint import stored_position
 from minipersona.verdict.calibration import Calibration, calibrate
-from minipersona.verdict.files import CellRecord, Frontier, MatchedScale, Transfer, matched_file, read_optional
+from minipersona.verdict.files import (
+    CellRecord,
+    Frontier,
+    MatchedScale,
+    Transfer,
+    matched_file,
+    read_optional,
+    read_voice,
+)
 from minipersona.verdict.recipe_results import INEFFECTIVE, INERT, LEAST_PENALTY_RATIO
 
 # ---------------------------------------------------------------- a cell
@@ -317,3 +327,55 @@ class AskSuite(Job):
             )
         path = self.directory / f"{self.suite}.json"
         write_json(path, {**read_json(path), **self._about})
+
+
+# ---------------------------------------------------------------- voice
+
+
+@dataclass(frozen=True)
+class AskVoice(Job):
+    """Writes voice.json of a cell's model at a step (None: its last), or of the base, where `cell` is None.
+
+    The base's responses are kept in base/voice_responses.jsonl; whoever finds some missing generates them.
+    """
+
+    cell: Cell | None = None
+    step: int | None = None
+
+    @property
+    def title(self) -> Title:
+        if self.cell is None:
+            return Title("base+voice-0", "1", "voice of the base")
+        step = "" if self.step is None else f" step {self.step}"
+        name = f"voice of {self.cell.recipe.name}{step}"
+        return Title(f"{self.cell.id}+voice-{self._at}", self.cell.recipe.phase, name)
+
+    @property
+    def directory(self) -> Path:
+        """Where voice.json is written."""
+        return self.study.base if self.cell is None else self.study.cell_directory(self.cell)
+
+    @property
+    def _at(self) -> int:
+        return 0 if self.cell is None else self.step or self.cell.recipe.config.training.steps
+
+    def done(self) -> bool:
+        stored = read_voice(self.directory)
+        return stored is not None and stored.step == self._at
+
+    def carry_out(self, worker: Worker) -> None:
+        config, study = self.study.baseline.recipe.config, self.study
+        instruments, model = worker.resources.instruments(config), worker.resources.model(config)
+        responses = base_responses(
+            model,
+            instruments.tokenizer,
+            instruments.personas.prompts,
+            asked(instruments.questions.questions),
+            study.base / RESPONSES,
+            worker.console,
+            batch=study.config.behaviour.batch,
+        )
+        if self.cell is not None:
+            model = worker.trained_model(study.placed_config(self.cell), self.directory, self._at)
+        voice = measure_voice(model, responses, worker.console, pack_tokens=instruments.pack_tokens, step=self._at)
+        write_record(self.directory / VOICE, voice)

@@ -32,6 +32,7 @@ from minipersona.study.engine import Engine
 from minipersona.study.executors import Executor
 from minipersona.study.jobs import (
     AskSuite,
+    AskVoice,
     MeasureBase,
     MeasureFrontier,
     MeasureMatchedScale,
@@ -228,17 +229,25 @@ def asked_for(study: Study) -> list[Job]:
     results = read_study(study.directory)
     rule = study.config.stop_rule
     asked = [found for found in recipe_results(results) if found.passes(rule) or found.needs_answers]
-    jobs: list[Job] = [MeasureFrontier(study)]
-    if jobs[0].done():  # from whose points the search for a scale begins
+    frontier, voice = MeasureFrontier(study), AskVoice(study)
+    jobs: list[Job] = [frontier, voice]
+    if frontier.done():  # from whose points the search for a scale begins
         jobs += [MeasureMatchedScale(study, cell, step) for cell, step in matches(study, results)]
     if "behaviour" in study.config.suites:
         jobs += _behaviour(study, asked)
     if "instructions" in study.config.suites:
         jobs += _instructions(study)
-    if recipe := decide(results).recipe:
-        cell = next(cell for cell in study.cells if cell.hash == recipe.hashes[0])
-        jobs.append(MeasureTransfer(study, cell, recipe.step or cell.recipe.config.training.steps))
+    recipe = decide(results).recipe
+    named = {} if recipe is None else {recipe.hashes[0]: recipe.step}
+    by_hash = {cell.hash: cell for cell in study.cells}
+    jobs += [MeasureTransfer(study, by_hash[key], step or _last(by_hash[key])) for key, step in named.items()]
+    if voice.done():  # the base's own responses are what every model is asked about
+        jobs += [AskVoice(study, by_hash[key], step) for key, step in {study.baseline.hash: None, **named}.items()]
     return jobs
+
+
+def _last(cell: Cell) -> int:
+    return cell.recipe.config.training.steps
 
 
 def _behaviour(study: Study, asked: Sequence[RecipeResult]) -> list[Job]:

@@ -7,6 +7,7 @@
     cells/<id>/         CellRecord     cell.json, with which a cell counts as done; beside it result.json (RunResult)
     cells/<id>/         Transfer       transfer.json of a confirmed recipe: every layer, on every persona set
     base/, cells/<id>/  Behaviour, Instructions   behaviour.json and instructions.json, where they were due
+    base/, cells/<id>/  Voice          voice.json, likewise (behaviour/voice.py)
 
 What is there and cannot be right is a UserError with a mend.
 """
@@ -18,6 +19,7 @@ from pathlib import Path
 from reprlib import repr as brief
 from typing import Literal, TypeVar
 
+from minipersona.behaviour.voice import VOICE, Voice
 from minipersona.errors import UserError, require
 from minipersona.objective.noise_check import NoiseCheck
 from minipersona.records import may_be_missing, read_record
@@ -303,6 +305,11 @@ class Instructions:
 def read_optional(path: Path, kind: type[Record]) -> Record | None:
     """The record of a file that the study makes again where it is deleted; None where there is none."""
     return read_record(path, kind, f"delete {path} and continue the study") if path.is_file() else None
+
+
+def read_voice(directory: Path) -> Voice | None:
+    """voice.json of the base's or a cell's directory; None where it was not measured."""
+    return read_optional(directory / VOICE, Voice)
 
 
 def same_hash(one: str, other: str) -> bool:
