@@ -117,7 +117,9 @@ class StudyConfig:
     stop_rule: Literal["substantive", "registered"] = "substantive"  # which PASS ends the search
     bounds: Literal["auto", "absolute", "relative"] = "auto"  # on M1: 0.95 and 0.97, or the same shares of what the
     # base separates its personas by; "auto": absolute on the registered model, sets and layer
-    confirmations: int = 3  # fresh seeds with which a passer and the baseline are run again; 0: a pass stays unconfirmed
+    confirmations: int = (
+        3  # fresh seeds with which a passer and the baseline are run again; 0: a pass stays unconfirmed
+    )
     exhaustive: bool = False  # run every phase whatever passes
     suites: tuple[str, ...] = SUITES  # of answers, asked where they are due; [] asks for none, and a pass of phase 5,
     # which also needs the answers of "behaviour", then stays open

@@ -5,6 +5,7 @@ provenance.json         what made the run (`provenance.py`)
 metrics.jsonl           one line a training step (`training/record.py`)
 probes.jsonl            one line a measured step; step 0 is the base (`result.Measurement`)
 vectors/                the persona vectors of the base and of every checkpoint
+losses/                 the loss of every held-out row, likewise (`losses.py`)
 step-000375/            a checkpoint: a PEFT adapter, or a whole model in Hugging Face's layout
 latest/                 the rolling checkpoint, from which a run continues (`training/checkpoint.py`)
 steering.safetensors    the vectors that the run was steered by (`steering.py`)
@@ -23,7 +24,7 @@ from minipersona.console import command_line
 from minipersona.errors import UserError
 from minipersona.files import read_jsonl
 from minipersona.records import append_record, read_records
-from minipersona.run.result import Measurement, Protocol, read_result
+from minipersona.run.result import Checkpoint, Measurement, Protocol, read_result
 from minipersona.settings import difference, load_config
 from minipersona.training.checkpoint import stored_position
 
@@ -34,6 +35,7 @@ PROBES = "probes.jsonl"
 RESULT = "result.json"
 STEERING_VECTORS = "steering.safetensors"
 VECTORS = "vectors"
+LOSSES = "losses"
 LATEST = "latest"
 
 # ---------------------------------------------------------------- what belongs to a step
@@ -47,6 +49,11 @@ def checkpoint_directory(directory: Path, step: int) -> Path:
 def vectors_file(directory: Path, step: int) -> Path:
     """Where a run keeps the persona vectors of a step; step 0 is the base."""
     return directory / VECTORS / f"{_name(step)}.safetensors"
+
+
+def losses_file(directory: Path, step: int) -> Path:
+    """Where a run keeps the loss of every held-out row at a step; step 0 is the base."""
+    return directory / LOSSES / f"{_name(step)}.safetensors"
 
 
 def _name(step: int) -> str:
@@ -129,8 +136,8 @@ def training_seconds(directory: Path) -> float:
 # ---------------------------------------------------------------- another run as the baseline
 
 
-def baseline_loss(directory: Path, protocol: Protocol) -> float | None:
-    """The held-out loss of another run's last step; None where it has no held-out rows.
+def baseline_row(directory: Path, protocol: Protocol) -> Checkpoint:
+    """The last step of another run, which a run with this protocol is held against.
 
     UserError where that step is not judged yet, or was measured on other rows or another model than `protocol` says.
     """
@@ -150,7 +157,7 @@ def baseline_loss(directory: Path, protocol: Protocol) -> float | None:
                 f"baseline {directory}: its {key} is not this run's, so that their losses cannot be compared; "
                 "name a run with the same model and held-out rows"
             )
-    return last.eval_loss
+    return last
 
 
 # ---------------------------------------------------------------- files

@@ -33,13 +33,15 @@ from minipersona.study.recipes import check_planned, planned
 from minipersona.study.worker import Job
 from minipersona.study_config import STAGES, StudyConfig, changes
 from minipersona.verdict.calibration import Calibration
+from minipersona.verdict.decision import decide
 from minipersona.verdict.files import Plan, PlanEntry, read_optional
 from minipersona.verdict.ledger import LedgerEntry, append, read_ledger
 from minipersona.verdict.recipe_results import RecipeResult, recipe_results
 from minipersona.verdict.results import read_study
-from minipersona.verdict.verdict import Verdict, current_verdict, decide
+from minipersona.verdict.verdict import Verdict, current_verdict
 
-ENDS = ("positive", "not_reproduced")  # verdicts after which no further phase is run
+# Verdicts after which no further phase is run. While fresh seeds are due the verdict is none of them.
+ENDS = ("not_reproduced", "no_collapse", "positive", "unconfirmed")
 MUCH_RAW_TEXT = 0.25  # of the rows; from here on a cell reports how well it follows instructions
 
 
