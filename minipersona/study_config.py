@@ -28,7 +28,9 @@ PHASES = tuple(phase for phases in STAGES.values() for phase in phases)
 STRENGTHS = (1e-3, 1e-2, 1e-1)
 # May change while a study goes on, since no cell depends on it.
 SUITES = ("behaviour", "instructions")
-RECIPE_FREE = ("out", "stop_rule", "exhaustive", "suites", "execution.", "behaviour.", "instructions.")
+RECIPE_FREE = (
+    "out", "stop_rule", "bounds", "confirmations", "exhaustive", "suites", "execution.", "behaviour.", "instructions.",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ class RehearsalSection:
     """Phase 5, rehearsal: what is mixed into the narrow rows (5A, 5B), and steering without any mixing (5C)."""
 
     em: str = ""  # the narrow rows with narrow = "em"; a file of the user's
+    em_heldout: str = ""  # other such rows, by whose loss is told what was learned of them; empty: it is not known
     raw_text: str = "fineweb-edu[0:4000]"  # 5A, in stored order; enough texts for every ratio
     raw_text_ratio: tuple[str, ...] = ("99:1", "95:5", "90:10", "75:25")  # narrow:broad
     instructions: str = "tulu"  # 5B: rows of the whole mixture
@@ -113,6 +116,9 @@ class StudyConfig:
     out: str = "studies/study"
     narrow: Literal["tulu", "em"] = "tulu"  # what phase 5 is trained on: `data.train`, or `rehearsal.em`
     stop_rule: Literal["substantive", "registered"] = "substantive"  # which PASS ends the search
+    bounds: Literal["auto", "absolute", "relative"] = "auto"  # on M1: 0.95 and 0.97, or the same shares of what the
+    # base separates its personas by; "auto": absolute on the registered model, sets and layer
+    confirmations: int = 3  # fresh seeds with which a passer, and the baseline, are run again; 0: none
     exhaustive: bool = False  # run every phase whatever passes
     suites: tuple[str, ...] = SUITES  # of answers, asked where they are due; [] asks for none, and a pass of phase 5,
     # which also needs the answers of "behaviour", then stays open
@@ -138,6 +144,7 @@ class StudyConfig:
         steps = self.training.steps
         for suite in self.suites:
             require(suite in SUITES, f"suites: {suite!r} is neither of {' and '.join(SUITES)}")
+        require(self.confirmations >= 0, "confirmations: must not be negative; 0 runs none")
         require(bool(self.seeds), "seeds: name at least one")
         require(len(set(self.seeds)) == len(self.seeds), "seeds: name each once")
         require(self.probe.baseline == "", "probe.baseline: a study has its own; leave it out")

@@ -54,6 +54,7 @@ def small_study(directory: Path) -> StudyConfig:
     return StudyConfig(
         data=DataSection(train="tiny:benign[0:60]", heldout="tiny:benign[2000:2006]"),
         out=str(directory / "study"),
+        confirmations=0,
         exhaustive=True,
         later_checkpoints=(3,),
         model=ModelSection("tiny"),

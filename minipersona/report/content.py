@@ -58,6 +58,16 @@ VERDICTS: Mapping[VerdictKind, tuple[str, Tone, str]] = {
         "open",
         "Neither a pass nor H_null: some recipes lie between the two bounds, learned too little, or failed.",
     ),
+    "no_collapse": (
+        "No collapse: there is nothing to rescue",
+        "open",
+        "The baseline itself has not collapsed, so that the search cannot show what protects the personas.",
+    ),
+    "unconfirmed": (
+        "Unconfirmed: a recipe passes, and fresh seeds have not confirmed it",
+        "open",
+        "The best of many recipes may pass by chance. A pass is a result once it passes with fresh seeds as well.",
+    ),
     "not_reproduced": (
         "Not reproduced",
         "bad",
@@ -103,7 +113,7 @@ def document(
         Section("Hypotheses", "hypotheses", [*_findings(verdict.hypotheses)]),
         Section("Phase 5: three questions", "phase-5", [*_findings(verdict.phase5), images["mixture"]]),
         Section("Geometry", "geometry", [images["cosines"], images["decomposition"]]),
-        *_optional("Every layer", "every-layer", layer_table(results)),
+        *_optional("Every layer", "every-layer", layer_table(verdict, results)),
         Section("Doing less", "doing-less", [doing_less_table(verdict) or Paragraph("Nothing to compare yet.")]),
         *_behaviour(results),
         *_optional("Instruction following", "instruction-following", instruction_table(results)),

@@ -13,12 +13,12 @@ from minipersona.geometry import measures
 from minipersona.geometry.vectors import load_vectors
 from minipersona.report.blocks import plain
 from minipersona.run.directory import vectors_file
-from minipersona.run.judgement import PASS_M1
 from minipersona.run.result import Checkpoint
+from minipersona.verdict.cells import CellResult, bare_name
 from minipersona.verdict.files import step_of
 from minipersona.verdict.mixture_threshold import broad_fraction
-from minipersona.verdict.recipe_results import RecipeResult, bare_name, mixtures_reference, recipe_results
-from minipersona.verdict.results import CellResult, JudgedPoint, StudyResults
+from minipersona.verdict.recipe_results import RecipeResult, mixtures_reference, recipe_results
+from minipersona.verdict.results import JudgedPoint, StudyResults
 from minipersona.verdict.verdict import Verdict
 
 CURVE_POINTS = 101
@@ -103,7 +103,7 @@ def m1_against_learned(results: StudyResults, shown: RecipeResult | None) -> Ser
 
     def add(kind: str, name: Name, dose: float, row: Checkpoint | JudgedPoint, label: str = "") -> None:
         if row.learned is not None:
-            passes = (row.registered_pass, row.substantive_pass)
+            passes = (row.registered_pass, row.substantive_pass if isinstance(row, Checkpoint) else None)
             rows.append(TradeOffRow(kind, *name, dose, row.learned, row.m1, *row.m1_ci95, *passes, label))
 
     if results.base is not None and results.baseline is not None:
@@ -124,7 +124,7 @@ def m1_against_learned(results: StudyResults, shown: RecipeResult | None) -> Ser
         "What a recipe learns and what it does to the personas",
         "Lower right is better: the recipe learned the task and kept the personas apart. Each point is a recipe at its "
         "last step, with one seed; bars are 95% bootstrap intervals over questions. Shaded: M1 < 0.95 and learned at "
-        "least 0.5, where the substantive rule can pass. Solid black: the baseline at its checkpoints. Dashed grey: "
+        "least 0.9, where the substantive rule can pass. Solid black: the baseline at its checkpoints. Dashed grey: "
         "the baseline's last update scaled by 0 to 1. Both lines show what doing less gives, so a recipe below both "
         "keeps more than doing less would.",
         rows,
@@ -191,7 +191,7 @@ def cosines(results: StudyResults, shown: RecipeResult | None, named: str | None
         models.append((shown.id, shown.cells[0], shown.rows[0]))
     third = ". No recipe learned enough to stand beside them."
     if shown is not None:
-        lowest = "search found with the lowest M1 among those that learned at least 0.5"
+        lowest = "search found with the lowest M1 among those that learned at least 0.9"
         third = f", and the recipe that the {'verdict names' if shown.id == named else lowest}."
     return Series(
         "cosines",
@@ -303,12 +303,14 @@ def mixture(results: StudyResults, verdict: Verdict) -> Series:
             rows += [MixtureRow(phase, "fit", None, None, fraction, found.fit.at(fraction)) for fraction in fractions]
         if found.fraction is not None:
             ends = found.ci95 or (None, None)
-            rows.append(MixtureRow(phase, "threshold", None, None, found.fraction, PASS_M1, None, None, *ends))
+            rows.append(
+                MixtureRow(phase, "threshold", None, None, found.fraction, results.bounds.passing, None, None, *ends)
+            )
     return Series(
         "mixture",
         "How much broad data it takes",
         "M1 against the share of rows that broad data takes: raw text (5A) or other instructions (5B); at 0% nothing "
-        "is mixed in. The curve is m_inf + (m_0 - m_inf) exp(-f / f_0), fitted by least squares. Where it crosses "
-        "0.95, the fraction is marked with its 95% bootstrap interval.",
+        "is mixed in. Of several seeds a curve m_inf + (m_0 - m_inf) exp(-f / f_0) is fitted by least "
+        "squares. Where it crosses the bound, the fraction is marked with its 95% interval over questions and seeds.",
         rows,
     )

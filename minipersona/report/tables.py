@@ -7,9 +7,11 @@ from dataclasses import replace
 
 from minipersona.report.blocks import Cell, Table, Tone
 from minipersona.run.result import Checkpoint, Interval
+from minipersona.run.tables import standing
+from minipersona.verdict.cells import CellResult
 from minipersona.verdict.files import Knobs
 from minipersona.verdict.recipe_results import REHEARSAL, RecipeResult, recipe_results
-from minipersona.verdict.results import CellResult, StudyResults
+from minipersona.verdict.results import StudyResults
 from minipersona.verdict.verdict import Verdict
 
 OUTCOMES: Mapping[bool | None, tuple[str, Tone]] = {
@@ -48,11 +50,12 @@ RECIPE_COLUMNS = (
     "substantive", "collapsed", "better than doing less", "notes",
 )  # fmt: skip
 RECIPE_CAPTION = (
-    "Loss in nats per supervised token; learned: the share of the baseline's loss reduction; delta norm: the Euclidean "
-    "length of the change of all weights. Registered: M1 < 0.95 and loss at most twice the baseline's. Substantive: "
-    "registered and learned >= 0.5. Phase 5 also asks for consistency under the multi-prompt evaluation. Collapsed: "
-    "M1 >= 0.97. Better than doing less: M1 below the baseline's scaled update at equal learned, its 95% interval "
-    "excluding zero. Intervals are bootstraps over questions."
+    "Loss in nats per supervised token; learned: the share of the baseline's loss reduction; delta norm: the "
+    "Euclidean length of the change of all weights. Registered: M1 < 0.95 and loss at most twice the baseline's. "
+    "Substantive: the interval of M1 below the bound, also without any one persona, learned >= 0.9, under personas "
+    ">= 0.8, and half of the base's discriminability. Phase 5 also asks for consistency under the multi-prompt "
+    "evaluation. Collapsed: M1 reaches the collapse bound, and the personas drew together. Better than doing less: "
+    "M1 below that of the baseline's scaled update at equal loss. Intervals are bootstraps over questions."
 )
 HOLLOW = " The untrained base passes the registered rule, so that rule alone shows nothing."
 
@@ -113,7 +116,7 @@ def _recipe_row(
         number_cell(row.learned, ".2f"),
         number_cell(row.delta_norm, ".3f"),
         *map(outcome_cell, passes),
-        Cell("collapsed" if row.collapsed else ""),
+        Cell(standing(row)),
         Cell(better),
         Cell(notes),
     ]
@@ -135,23 +138,22 @@ def _why_not(cell: CellResult) -> str:
 
 
 def doing_less_table(verdict: Verdict) -> Table | None:
-    """Each recipe against doing less, by both curves."""
+    """Each recipe against doing less."""
     rows = [
         [
             Cell(row.cell),
             number_cell(row.learned, ".2f"),
             number_cell(row.m1),
-            number_cell(row.m1_at_equal_learned),
+            number_cell(row.scale, ".2f"),
             *_compared(row.difference, row.ci95, row.better, row.reason),
-            *_compared(row.dose_difference, row.dose_ci95, row.dose_better, row.dose_reason),
         ]
         for row in verdict.frontier
     ]
-    columns = ("recipe", "learned", "M1", "scaled update's M1", "difference", INTERVAL, "verdict",
-               "against doses", INTERVAL, "verdict")  # fmt: skip
+    columns = ("recipe", "learned", "M1", "scale", "difference", INTERVAL, "verdict")
     caption = (
-        "M1 of each recipe minus that of the curve at equal learned, so that below zero is better. The scaled update "
-        "is the baseline's own last change of weights times 0 to 1; the doses are the baseline's checkpoints."
+        "M1 of each recipe minus that of the baseline's own update, scaled so that its held-out loss is the same: "
+        "below zero is better. The test resamples questions and held-out rows, and is corrected for the number of "
+        "recipes."
     )
     return Table("less", columns, rows, caption) if rows else None
 
@@ -245,15 +247,17 @@ def _spread(mean: float | None, values: Sequence[float | None], form: str) -> li
     return [number_cell(value, form) for value in (mean, min(known, default=None), max(known, default=None))]
 
 
-def layer_table(results: StudyResults) -> Table | None:
-    """M1 at every layer, of the base, the baseline and the recipe of a positive verdict."""
-    if results.sweep is None or not results.sweep.layers:
+def layer_table(verdict: Verdict, results: StudyResults) -> Table | None:
+    """M1 at every layer, of the base, the baseline and the recipe of a positive verdict, by the study's own set."""
+    named = verdict.recipe
+    cell = next((cell for cell in results.cells if named is not None and cell.hash == named.hashes[0]), None)
+    if named is None or cell is None or cell.transfer is None or "study" not in cell.transfer.sets:
         return None
+    own = cell.transfer.sets["study"]
     rows = [
-        [Cell(layer, float(layer)), number_cell(row.base), number_cell(row.baseline), number_cell(row.recipe)]
-        for layer, row in sorted(results.sweep.layers.items(), key=lambda item: int(item[0]))
+        [Cell(layer, float(layer)), *(number_cell(model.m1[layer]) for model in (own.base, own.baseline, own.recipe))]
+        for layer in sorted(own.base.m1, key=int)
     ]
-    recipe = results.sweep.recipe
-    step = "" if recipe.step is None else f" step {recipe.step}"
-    caption = f"M1 at every layer. The recipe is {recipe.phase} {recipe.name}{step}."
-    return Table("layers", ("layer", "base", "baseline", "recipe"), rows, caption)
+    return Table(
+        "layers", ("layer", "base", "baseline", "recipe"), rows, f"M1 at every layer. The recipe is {named.cell}."
+    )

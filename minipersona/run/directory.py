@@ -24,7 +24,7 @@ from minipersona.console import command_line
 from minipersona.errors import UserError
 from minipersona.files import read_jsonl
 from minipersona.records import append_record, read_records
-from minipersona.run.result import Measurement, Protocol, read_result
+from minipersona.run.result import Checkpoint, Measurement, Protocol, read_result
 from minipersona.settings import difference, load_config
 from minipersona.training.checkpoint import stored_position
 
@@ -143,8 +143,8 @@ def training_seconds(directory: Path) -> float:
 # ---------------------------------------------------------------- another run as the baseline
 
 
-def baseline_loss(directory: Path, protocol: Protocol) -> float | None:
-    """The held-out loss of another run's last step; None where it has no held-out rows.
+def baseline_row(directory: Path, protocol: Protocol) -> Checkpoint:
+    """The last step of another run, which a run with this protocol is held against.
 
     UserError where that step is not judged yet, or was measured on other rows or another model than `protocol` says.
     """
@@ -164,7 +164,7 @@ def baseline_loss(directory: Path, protocol: Protocol) -> float | None:
                 f"baseline {directory}: its {key} is not this run's, so that their losses cannot be compared; "
                 "name a run with the same model and held-out rows"
             )
-    return last.eval_loss
+    return last
 
 
 # ---------------------------------------------------------------- files

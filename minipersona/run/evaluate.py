@@ -16,13 +16,13 @@ from minipersona.model.lora import adapter_norm
 from minipersona.model.network import Qwen2
 from minipersona.run.directory import (
     append_measurement,
-    baseline_loss,
+    baseline_row,
     checkpoint_steps,
     read_config,
     stored_measurement,
     training_seconds,
 )
-from minipersona.run.judgement import judge_result
+from minipersona.run.judgement import bounds_for, judge_result
 from minipersona.run.measurement import Instruments, make_instruments, measure
 from minipersona.run.provenance import read_provenance
 from minipersona.run.resources import load_checkpoint, load_run_model, load_run_tokenizer, run_instruments
@@ -70,7 +70,7 @@ def evaluate_run(
     baseline = None
     if wanted.probe.baseline == "self":
         if steps[-1] == wanted.training.steps:
-            baseline = Baseline("self", rows[-1].eval_loss, steps[-1])
+            baseline = Baseline("self", rows[-1].eval_loss, steps[-1], rows[-1].persona_loss)
     elif wanted.probe.baseline:
         baseline = _named_baseline(wanted.probe.baseline, protocol)
     base, *checkpoints = (_unjudged(row, row.step, row.delta_norm) for row in rows)
@@ -150,7 +150,8 @@ def _measure_step(
 
 
 def _named_baseline(run: str, protocol: Protocol) -> Baseline:
-    return Baseline(run, baseline_loss(Path(run), protocol))
+    last = baseline_row(Path(run), protocol)
+    return Baseline(run, last.eval_loss, last.step, last.persona_loss)
 
 
 def _unjudged(metrics: Metrics, step: int | None, delta_norm: float, adapter: str | None = None) -> Checkpoint:
@@ -187,4 +188,4 @@ def _judged(
         gpu_seconds=gpu_seconds,
         seconds=seconds,
     )
-    return judge_result(unjudged, base.eval_loss, None if baseline is None else baseline.eval_loss)
+    return judge_result(unjudged, baseline, bounds_for(protocol, base.m1))

@@ -94,10 +94,18 @@ class Judged:
     m1: float
     eval_loss: float | None
     persona_loss: float | None = may_be_missing()
-    learned: float | None
+    learned: float | None  # the share of the baseline's reduction of the loss
+    learned_personas: float | None = may_be_missing()  # the same of the loss under personas
+    separation: float | None = may_be_missing()  # (1 - M1) / (1 - M1 of the base)
+    spread: float | None = may_be_missing()  # between-persona variance, as a share of the base's
+    discriminability: float | None = may_be_missing()  # between / within variance, likewise
+    m1_ci95_personas: Interval | None = may_be_missing()  # by the jackknife over personas
     registered_pass: bool | None
     substantive_pass: bool | None
+    shortfalls: tuple[str, ...] = may_be_missing(())  # what the substantive rule fails by, or lacks
+    trade_off: bool = may_be_missing(False)
     collapsed: bool
+    mean_growth: bool = may_be_missing(False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +125,7 @@ class Baseline:
     run: str
     eval_loss: float | None
     step: int | None = may_be_missing()
+    persona_loss: float | None = may_be_missing()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from minipersona.geometry.compare import Comparison
-from minipersona.run.judgement import COLLAPSED_M1, LEAST_LEARNED, MOST_LOSS_RATIO, PASS_M1
+from minipersona.run.judgement import (
+    LEAST_DISCRIMINABILITY,
+    LEAST_LEARNED,
+    LEAST_LEARNED_PERSONAS,
+    MEAN_GROWTH_SPREAD,
+    MOST_LOSS_RATIO,
+    PASS_M1,
+    bounds_for,
+)
 from minipersona.run.result import Checkpoint, LayerMeasures, RunResult
 
 COLUMNS = (
@@ -14,6 +22,8 @@ COLUMNS = (
     "95% interval",
     "held-out loss",
     "learned",
+    "under personas",
+    "discriminability",
     "|dtheta|",
     "PASS registered",
     "PASS substantive",
@@ -112,11 +122,22 @@ def _row(label: str, row: Checkpoint) -> tuple[str, ...]:
         f"{low:.4f}-{high:.4f}",
         _number(row.eval_loss, ".4f"),
         _number(row.learned, ".2f"),
+        _number(row.learned_personas, ".2f"),
+        _number(row.discriminability, ".2f"),
         _number(row.delta_norm, ".3f"),
         _verdict(row.registered_pass),
         _verdict(row.substantive_pass),
-        "collapsed" if row.collapsed else "",
+        standing(row),
     )
+
+
+def standing(row: Checkpoint) -> str:
+    """What the row is besides its passes, in a word or two; often nothing."""
+    if row.collapsed:
+        return "collapsed"
+    if row.mean_growth:
+        return "mean growth"
+    return "trade-off" if row.trade_off else ""
 
 
 def _number(value: float | None, form: str) -> str:
@@ -128,12 +149,18 @@ def _verdict(value: bool | None) -> str:
 
 
 def _legend(result: RunResult) -> list[str]:
-    protocol = result.protocol
+    protocol, bounds = result.protocol, bounds_for(result.protocol, result.base.m1)
+    kind = "half and 0.3 of the base's separation 1 - M1 are left" if bounds.relative else "as registered"
     lines = [
         f"M1 at layer {protocol.layer} (stream leaving that block, counted from 0), method {protocol.method}, "
         f"{protocol.persona_set} personas, {protocol.question_set} questions; loss in nats per token",
-        f"registered: M1 < {PASS_M1} and loss <= {MOST_LOSS_RATIO:g} x baseline's; "
-        f"substantive: registered and learned >= {LEAST_LEARNED}; collapsed: M1 >= {COLLAPSED_M1}",
+        f"bounds on M1: {bounds.passing:.4f} and {bounds.collapsed:.4f} ({kind})",
+        f"registered: M1 < {PASS_M1} and loss <= {MOST_LOSS_RATIO:g} x baseline's",
+        f"substantive: the interval of M1 lies below the first bound, also without any one persona; learned >= "
+        f"{LEAST_LEARNED}, under the measured personas >= {LEAST_LEARNED_PERSONAS}; between / within persona variance "
+        f">= {LEAST_DISCRIMINABILITY} of the base's",
+        f"collapsed: M1 reaches the second bound; mean growth: it does, but the between-persona variance is still "
+        f">= {MEAN_GROWTH_SPREAD} of the base's",
     ]
     if result.base.registered_pass:
         lines.append("The untrained base passes the registered rule, so that rule alone shows nothing.")
@@ -145,5 +172,7 @@ def _legend(result: RunResult) -> list[str]:
     if result.best is not None:
         lines.append(f"best: step {result.best}")
     elif result.checkpoints and all(row.substantive_pass is False for row in result.checkpoints):
-        lines.append("best: none passes substantively")
+        lines.append(f"best: none passes substantively; the last step: {'; '.join(result.checkpoints[-1].shortfalls)}")
+    elif result.checkpoints and (lacking := result.checkpoints[-1].shortfalls):
+        lines.append(f"the substantive pass of the last step is open: {'; '.join(lacking)}")
     return lines

@@ -32,7 +32,7 @@ from minipersona.run.directory import (
     LOSSES,
     VECTORS,
     append_measurement,
-    baseline_loss,
+    baseline_row,
     check_config,
     checkpoint_directory,
     finished,
@@ -250,7 +250,7 @@ class Evaluator:
         if name == "self":
             baseline = loss if step == self.config.training.steps else None
         else:
-            baseline = baseline_loss(Path(name), self.protocol) if name else None
+            baseline = baseline_row(Path(name), self.protocol).eval_loss if name else None
         return learned_share(loss, loss if base is None else base.eval_loss, baseline)
 
 
@@ -274,7 +274,7 @@ def make_deterministic(wanted: bool) -> None:
 def check_baseline(config: RunConfig, protocol: Protocol) -> None:
     """UserError where the run that `probe.baseline` names is not there or cannot be compared with."""
     if config.probe.baseline not in ("", "self"):
-        baseline_loss(Path(config.probe.baseline), protocol)
+        baseline_row(Path(config.probe.baseline), protocol)
 
 
 def check_disjoint(config: RunConfig, instruments: Instruments) -> None:

@@ -16,7 +16,7 @@ from minipersona.run.directory import link_or_copy, losses_file, stored_measurem
 from minipersona.run.judgement import learned_share
 from minipersona.run.measurement import measure
 from minipersona.run.result import Metrics
-from minipersona.study.cell import Study
+from minipersona.study.cell import Cell, Study
 from minipersona.study.worker import Worker
 from minipersona.verdict.files import Frontier, FrontierPoint, frontier_losses, frontier_vectors
 
@@ -43,14 +43,21 @@ def measure_frontier(study: Study, worker: Worker) -> None:
                         link_or_copy(source, target)
         else:
             worker.console.say(f"frontier: the baseline's update, scaled by {scale}")
-            model = worker.trained_model(config, directory, last)
-            scale_update(model, None if config.training.method == "lora" else worker.resources.model(config), scale)
+            model = scaled_baseline(study, study.baseline, scale, worker)
             row, vectors, losses = measure(model, instruments, worker.console)
             vectors.save(kept_vectors)
             if losses is not None:
                 losses.save(kept_losses)
         points.append(_point(row, scale, base.eval_loss, baseline.eval_loss, baseline.delta_norm))
     write_record(study.directory / "frontier.json", Frontier(study.baseline.hash, tuple(points)))
+
+
+def scaled_baseline(study: Study, baseline: Cell, scale: float, worker: Worker) -> Qwen2:
+    """The model at theta_base + scale (theta_baseline - theta_base), for a baseline with any seed."""
+    config = study.placed_config(baseline)
+    model = worker.trained_model(config, study.cell_directory(baseline), config.training.steps)
+    scale_update(model, None if config.training.method == "lora" else worker.resources.model(config), scale)
+    return model
 
 
 @torch.no_grad()

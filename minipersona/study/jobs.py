@@ -4,9 +4,10 @@
     TrainCell           a cell: trained, measured, judged and published
     WriteResponses      the responses that a cell of phase 4B is trained on
     MeasureFrontier     the baseline's own update, scaled down
+    MeasureMatchedScale the same at the scale that has a recipe's held-out loss
     AskSuite            a suite of answers of the base or of a cell
     AskVoice            the voice of the base or of a cell
-    MeasureEveryLayer   M1 at every layer of a positive recipe, beside base and baseline
+    MeasureTransfer     M1 of a confirmed recipe on every persona set at every layer, beside base and baseline
 
 Files that belong to the study as a whole carry the baseline's hash: where it is another, they are made again.
 """
@@ -27,22 +28,29 @@ from minipersona.console import Console
 from minipersona.corpus.mixtures import training_personas
 from minipersona.corpus.sources import read_source
 from minipersona.files import digest, explained, read_json, read_jsonl, rewrite_jsonl, write_json
-from minipersona.geometry.extraction import extract
-from minipersona.geometry.measures import m1
-from minipersona.model.network import Qwen2
 from minipersona.objective import OBJECTIVE_CHECK
 from minipersona.objective.noise_check import NoiseCheck
 from minipersona.records import to_dict, write_record
 from minipersona.run.directory import METRICS, PROBES, losses_file, training_seconds, vectors_file
 from minipersona.run.evaluate import evaluate_run
-from minipersona.run.measurement import Instruments, measure
+from minipersona.run.measurement import measure
 from minipersona.run.train import carry_out
 from minipersona.study.cell import Cell
 from minipersona.study.frontier import measure_frontier
+from minipersona.study.matched_scale import measure_matched_scale
+from minipersona.study.transfer import measure_transfer
 from minipersona.study.worker import Job, Title, Worker
 from minipersona.training.checkpoint import stored_position
 from minipersona.verdict.calibration import Calibration, calibrate
-from minipersona.verdict.files import CellRecord, Frontier, Sweep, SweptLayer, SweptRecipe, read_optional, read_voice
+from minipersona.verdict.files import (
+    CellRecord,
+    Frontier,
+    MatchedScale,
+    Transfer,
+    matched_file,
+    read_optional,
+    read_voice,
+)
 from minipersona.verdict.recipe_results import INEFFECTIVE, INERT, LEAST_PENALTY_RATIO
 
 # ---------------------------------------------------------------- a cell
@@ -206,57 +214,56 @@ class MeasureFrontier(StudyFile):
 
 
 @dataclass(frozen=True)
-class MeasureEveryLayer(Job):
-    """Writes sweep.json, for a recipe by its first cell and the step at which it passed (None: the last)."""
+class MeasureMatchedScale(Job):
+    """Writes matched/, for a cell at one of its steps; it begins from the frontier's points."""
 
     cell: Cell
-    step: int | None
-    recipe_name: str
+    step: int
 
     @property
     def title(self) -> Title:
-        phase = self.cell.recipe.phase
-        return Title(f"sweep-{self.cell.id}-{self.step or 'last'}", phase, f"every layer of {phase} {self.recipe_name}")
+        recipe = self.cell.recipe
+        return Title(
+            f"{self.path.stem}-matched", recipe.phase, f"the scale that matches {recipe.name} step {self.step}"
+        )
+
+    @property
+    def path(self) -> Path:
+        """The record, which is written last."""
+        return matched_file(self.study.directory, self.cell.id, self.step)
+
+    def done(self) -> bool:
+        stored = read_optional(self.path, MatchedScale)
+        return stored is not None and stored.cell == self.cell.hash
+
+    def carry_out(self, worker: Worker) -> None:
+        measure_matched_scale(self.study, self.cell, self.step, worker)
+
+
+@dataclass(frozen=True)
+class MeasureTransfer(Job):
+    """Writes transfer.json, for a recipe by its first cell and the step at which it passed."""
+
+    cell: Cell
+    step: int
+
+    @property
+    def title(self) -> Title:
+        recipe = self.cell.recipe
+        name = f"{recipe.name} step {self.step} on every set and layer"
+        return Title(f"{self.cell.id}+transfer-{self.step}", recipe.phase, name)
 
     @property
     def path(self) -> Path:
         """The file."""
-        return self.study.directory / "sweep.json"
-
-    @property
-    def _recipe(self) -> SweptRecipe:
-        return SweptRecipe(self.cell.id, self.cell.recipe.phase, self.recipe_name, self.step)
+        return self.study.cell_directory(self.cell) / "transfer.json"
 
     def done(self) -> bool:
-        stored = read_optional(self.path, Sweep)
-        return stored is not None and stored.recipe == self._recipe
+        stored = read_optional(self.path, Transfer)
+        return stored is not None and (stored.cell, stored.step) == (self.cell.hash, self.step)
 
     def carry_out(self, worker: Worker) -> None:
-        study = self.study
-        config, last = study.baseline.recipe.config, study.baseline.recipe.config.training.steps
-        instruments = worker.resources.instruments(config)
-
-        def trained(cell: Cell, step: int) -> dict[str, float]:
-            model = worker.trained_model(study.placed_config(cell), study.cell_directory(cell), step)
-            return every_layer(instruments, model)
-
-        base = every_layer(instruments, worker.resources.model(config))
-        baseline, recipe = trained(study.baseline, last), trained(self.cell, self.step or last)
-        layers = {layer: SweptLayer(base[layer], baseline[layer], recipe[layer]) for layer in base}
-        write_record(self.path, Sweep(self._recipe, layers))
-
-
-def every_layer(instruments: Instruments, model: Qwen2) -> dict[str, float]:
-    """M1 at each layer of a model."""
-    vectors = extract(
-        model,
-        instruments.tokenizer,
-        instruments.personas.prompts,
-        instruments.questions.questions,
-        range(model.config.num_hidden_layers),
-        pack_tokens=instruments.pack_tokens,
-    )
-    return {str(layer): m1(vectors.mean(layer)) for layer in vectors.layers}
+        write_record(self.path, measure_transfer(self.study, self.cell, self.step, worker))
 
 
 # ---------------------------------------------------------------- suites of answers

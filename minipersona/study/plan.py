@@ -40,6 +40,7 @@ from minipersona.run.plan import (
     rolling_bytes,
     step_flops,
     step_lengths,
+    vectors_bytes,
 )
 from minipersona.run.resources import DTYPES, load_run_tokenizer, resolve
 from minipersona.settings import flatten, to_toml
@@ -78,6 +79,7 @@ def study_plan(study: StudyConfig, stages: Sequence[str]) -> str:
     estimate = Estimate(study, recipes[0].config, device)
     lines: list[str] = []
     asked: list[Recipe] = []
+    asked_costs: list[Cost] = []
     total, disk = 0.0, rolling_bytes(estimate.sizes, recipes[0].config)
     for stage, phases in STAGES.items():
         chosen = [recipe for recipe in recipes if recipe.phase in phases]
@@ -90,10 +92,13 @@ def study_plan(study: StudyConfig, stages: Sequence[str]) -> str:
         )
         lines += [_line(recipe, cost, study) for recipe, cost in zip(chosen, costs, strict=True)]
         asked += chosen * due
+        asked_costs += costs * due
         total += seconds * due
         disk += due * sum(kept_bytes(estimate.sizes, recipe.config) for recipe in chosen)
     scaled = len(SCALES) - 2
-    measured = scaled * estimate.probe_seconds
+    matched = len(asked) + len(study.seeds) * (len(study.training.checkpoints) - 2)  # not to the baseline's own end
+    measured = (scaled + matched) * estimate.probe_seconds
+    disk += matched * vectors_bytes(estimate.sizes, recipes[0].config)
     answers = estimate.answers(study, asked)
     answered = sum(seconds for _, seconds in answers)
     whatever = study.exhaustive or set(stages) < set(STAGES)
@@ -102,7 +107,9 @@ def study_plan(study: StudyConfig, stages: Sequence[str]) -> str:
     lines = [
         *head,
         *lines,
-        f"# frontier control: {scaled} measurements, {duration(measured)}",
+        f"# doing less: the baseline's update at {scaled} scales, and at the one with the loss of each of {matched} "
+        f"recipes, {duration(measured)}",
+        *_confirmation(study, asked_costs),
         *(f"# {line}" for line, _ in answers),
         f"# in all {duration(total + measured + answered)} on one {device} device, {duration(answered)} of them for "
         f"answers; a pass {after_pass}",
@@ -110,6 +117,17 @@ def study_plan(study: StudyConfig, stages: Sequence[str]) -> str:
         *disk_lines(disk, study.out),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _confirmation(study: StudyConfig, costs: Sequence[Cost]) -> list[str]:
+    """What comes on top where a recipe passes; the first cost is the baseline's, and the mean stands for a recipe's."""
+    if not study.confirmations:
+        return []
+    recipe = sum(cost.seconds for cost in costs) / len(costs)
+    seconds = study.confirmations * (costs[0].seconds + recipe)
+    return [
+        f"# confirmation of a passer: {study.confirmations} seeds of it and of the baseline, {duration(seconds)} more"
+    ]
 
 
 def _line(recipe: Recipe, cost: Cost, study: StudyConfig) -> str:
@@ -243,7 +261,7 @@ class Estimate:
         last = max(config.probe.measured(self.sizes.probe_layer))
         read = (sum(map(len, prompts)) - shared) * (last + 1) / self.sizes.num_hidden_layers
         heldout = training_set(replace(config.data, train=config.data.heldout), 0, tokenizer).documents
-        return read + sum(map(len, heldout))
+        return read + 2 * sum(map(len, heldout))  # as they are, and under the personas
 
     def _rate(self, config: RunConfig) -> float:
         if self.sizes.parameters <= SMALL:

@@ -6,14 +6,16 @@ comparable. Layers 20 and 21 differ by 0.0003, so they would not reveal a layer 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from minipersona.config import DEFAULT_MODEL
 from minipersona.errors import UserError
 from minipersona.geometry.prompts import REGISTERED
-from minipersona.hub import PINNED
+from minipersona.run.judgement import is_registered
 from minipersona.run.result import Protocol
 from minipersona.study_config import StudyConfig
+from minipersona.verdict.cells import CellResult
 
 # M1 of Qwen2.5-7B-Instruct by Method A on the registered personas and questions, by layer.
 PREDECESSOR = {
@@ -24,6 +26,8 @@ PREDECESSOR = {
     27: 0.8052456378936768,
 }
 TOLERANCE = 0.003
+PREDECESSOR_RECIPE = 0.973  # layer 20 after the predecessor's own recipe: rank 32 at a learning rate of 1e-4
+RECIPE_TOLERANCE = 0.01
 
 
 @dataclass(frozen=True)
@@ -47,18 +51,9 @@ class Calibration:
     baseline: str
 
 
-def is_due(protocol: Protocol) -> bool:
-    """Whether a measurement is one that the predecessor made: the pinned 7B, the registered sets, Method A."""
-    return (
-        (protocol.model, protocol.revision) == (DEFAULT_MODEL, PINNED[DEFAULT_MODEL])
-        and protocol.persona_set == protocol.question_set == REGISTERED
-        and protocol.method == "A"
-    )
-
-
 def calibrate(protocol: Protocol, m1_by_layer: dict[str, float], baseline: str) -> Calibration:
     """Compare the base's M1 at each layer with the predecessor's; `baseline` is the hash that the record carries."""
-    if not is_due(protocol):
+    if not is_registered(protocol):
         reason = "not due: the predecessor measured only the pinned 7B with the registered sets"
         return Calibration(False, None, reason, {}, baseline)
     layers = {}
@@ -72,6 +67,19 @@ def calibrate(protocol: Protocol, m1_by_layer: dict[str, float], baseline: str) 
         else f"the base's M1 is within {TOLERANCE} of the predecessor's at layers {', '.join(layers)}"
     )
     return Calibration(True, not off, reason, layers, baseline)
+
+
+def reproduced_recipe(cells: Iterable[CellResult]) -> CalibratedLayer | None:
+    """M1 after the predecessor's own recipe, a reference of phase 3, beside the predecessor's.
+
+    None where it is not done, or another model or set is measured.
+    """
+    for cell in cells:
+        own = (cell.role, cell.knobs.get("rank"), cell.knobs.get("learning_rate")) == ("reference", 32, 1e-4)
+        if own and cell.result is not None and is_registered(cell.result.protocol):
+            off = cell.final.m1 - PREDECESSOR_RECIPE
+            return CalibratedLayer(cell.final.m1, PREDECESSOR_RECIPE, off, abs(off) <= RECIPE_TOLERANCE)
+    return None
 
 
 def check_layers_measured(study: StudyConfig) -> None:

@@ -1,13 +1,20 @@
-"""Is a recipe better than simply doing less? Its M1 is compared with the baseline's at equal `learned`.
+"""Is a recipe better than simply doing less? Its M1 beside that of the baseline's scaled update at equal loss.
 
-Any recipe that learns less keeps more of the geometry, so a low M1 alone is not a merit. Two curves say what doing less
-gives: the frontier, the baseline's own update scaled by 0, 0.1 ... 1, and the dose curve, the baseline's
-checkpoints. On each, M1 is interpolated linearly in `learned` between two neighbouring points, and a recipe is
-better where its M1 lies below the curve by more than the noise of the questions: the 95% interval of the difference,
-from a bootstrap in which recipe and curve see the same resampled questions, excludes zero.
+Any recipe that learns less keeps more of the geometry, so a low M1 alone is not a merit. The baseline's own update,
+scaled down, is a recipe like any other and costs nothing. The scale with a recipe's held-out loss is found by bisection
+and measured: M1 is convex in learned, so a chord between two scales lies above the curve and would call the curve
+better than itself. The difference at equal loss is
 
-Shapes: P = personas, Q = questions, D = width, R = resamples. A vectors file is read once, and what is kept of it
-is its M1 and its (R,) resampled M1.
+    d = M1 - M1_scaled - slope (L - L_scaled)        slope = dM1 / dL of the scaled update there
+
+and its noise comes from a bootstrap that resamples questions and held-out rows, the same ones for both models: how much
+was learned is as uncertain as M1. A recipe is better where d lies below -1e-4 by a one-sided test, whose p-values are
+Holm's at 0.05 over all recipes of the study. Of several seeds the largest p counts.
+
+A recipe that learned more than the baseline is compared with the whole baseline; only a loss above the baseline's, as
+in some of the resamples, is corrected for. One that learned nothing does no more than the base, which costs less.
+
+Shapes: P = personas, Q = questions, D = width, R = resamples. Of a file an estimate and its (R,) resamples are kept.
 """
 
 from __future__ import annotations
@@ -15,79 +22,116 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import NormalDist
 
 from torch import Tensor
 
+from minipersona.behaviour.hidden import holm
 from minipersona.errors import UserError
 from minipersona.geometry.measures import m1, persona_vectors
 from minipersona.geometry.statistics import bootstrap_interval, question_weights, resampled_m1
 from minipersona.geometry.vectors import load_vectors
-from minipersona.run.directory import vectors_file
+from minipersona.run.directory import losses_file, vectors_file
+from minipersona.run.judgement import all_of
+from minipersona.run.losses import load_losses
 from minipersona.run.result import Checkpoint, Interval
-from minipersona.verdict.files import frontier_vectors, step_of
-from minipersona.verdict.recipe_results import RecipeResult, all_of
-from minipersona.verdict.results import CellResult, StudyResults
+from minipersona.verdict.cells import CellResult
+from minipersona.verdict.files import matched_file, step_of
+from minipersona.verdict.recipe_results import RecipeResult
+from minipersona.verdict.results import StudyResults
 
 RESAMPLES = 1000
-ROUNDING = 1e-6  # a smaller difference of two M1 may be that of fp32
-AGREE = 1e-4  # M1 of a file and of its row: the same number but for the device's rounding
+ROWS_SEED = 43  # of the resampled rows; questions have their own
+RESOLUTION = 1e-4  # of M1: bisection and rounding leave differences of this size between equal models
+LEVEL = 0.05
 MEND = "delete its cell and continue the study"
 
 
 @dataclass(frozen=True)
 class Resampled:
-    """M1 of one vectors file: the estimate and the (R,) fp64 values under resampled questions."""
+    """A number of one model: the estimate and its (R,) fp64 values under resampling."""
 
-    m1: float
+    estimate: float
     values: Tensor
 
     def __sub__(self, other: Resampled) -> Resampled:
-        return Resampled(self.m1 - other.m1, self.values - other.values)
+        return Resampled(self.estimate - other.estimate, self.values - other.values)
 
-    def towards(self, other: Resampled, share: float) -> Resampled:
-        """The point `share` of the way to `other`."""
-        return Resampled(self.m1 + share * (other.m1 - self.m1), self.values + share * (other.values - self.values))
+    def __mul__(self, factor: float) -> Resampled:
+        return Resampled(factor * self.estimate, factor * self.values)
+
+    def positive(self) -> Resampled:
+        """The part above zero."""
+        return Resampled(max(0.0, self.estimate), self.values.clamp(min=0))
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
         """The bootstrap interval of the estimate."""
-        return bootstrap_interval(self.values, self.m1, level)
+        return bootstrap_interval(self.values, self.estimate, level)
+
+    def p_below(self, bound: float) -> float:
+        """The p-value of "it lies below the bound", one-sided, by the normal with the resamples' deviation."""
+        deviation = float(self.values.std())
+        if deviation == 0:
+            return 0.0 if self.estimate < bound else 1.0
+        return NormalDist().cdf((self.estimate - bound) / deviation)
 
 
 class Bootstrap:
-    """The resampled M1 of vectors files at the deciding layer, all under the same resampled questions."""
+    """Resampled M1 at the deciding layer and resampled losses, of all files under the same questions and rows."""
 
     def __init__(self, layer: int, resamples: int = RESAMPLES) -> None:
         self.layer, self.resamples = layer, resamples
-        self._weights: Tensor | None = None  # (R, Q)
+        self._weights: dict[tuple[str, int], Tensor] = {}  # (R, Q), and (R, rows)
         self._read: dict[Path, Resampled] = {}
 
-    def of_file(self, path: Path, expected: float) -> Resampled | None:
+    def m1(self, path: Path, expected: float) -> Resampled | None:
         """M1 of a vectors file, None where there is none. UserError where it is not the `expected` M1 of its row."""
-        if not path.is_file():
-            return None
-        if path not in self._read:
-            self._read[path] = self._resampled(path)
-        resampled = self._read[path]
-        if abs(resampled.m1 - expected) > AGREE:
-            raise UserError(f"{path}: its M1 is {resampled.m1:.4f}, its row says {expected:.4f}; {MEND}")
-        return resampled
+        if path.is_file() and path not in self._read:
+            try:
+                samples = load_vectors(path, layer=self.layer).at(self.layer)  # (P, Q, D)
+            except UserError as error:
+                raise UserError(f"{error}; {MEND}") from None
+            weights = self._same_weights("questions", samples.shape[1], path)
+            self._read[path] = Resampled(m1(persona_vectors(samples)), resampled_m1(samples, weights))
+        return self._checked(path, "M1", expected)
 
-    def of_checkpoint(self, cell: CellResult, row: Checkpoint) -> Resampled | None:
-        """M1 of a checkpoint of a cell, or of the base (step 0) as that cell measured it."""
+    def loss(self, path: Path, expected: float) -> Resampled | None:
+        """The held-out loss of a file of losses by row, likewise."""
+        if path.is_file() and path not in self._read:
+            try:
+                losses = load_losses(path)
+            except UserError as error:
+                raise UserError(f"{error}; {MEND}") from None
+            weights = self._same_weights("rows", len(losses.nats), path)
+            values = (weights @ losses.nats) / (weights @ losses.tokens.double())
+            self._read[path] = Resampled(losses.eval_loss, values)
+        return self._checked(path, "loss", expected)
+
+    def m1_of(self, cell: CellResult, row: Checkpoint) -> Resampled | None:
+        """M1 of a checkpoint of a cell."""
         assert cell.directory is not None
-        return self.of_file(vectors_file(cell.directory, step_of(row)), row.m1)
+        return self.m1(vectors_file(cell.directory, step_of(row)), row.m1)
 
-    def _resampled(self, path: Path) -> Resampled:
-        try:
-            samples = load_vectors(path, layer=self.layer).at(self.layer)  # (P, Q, D)
-        except UserError as error:
-            raise UserError(f"{error}; {MEND}") from None
-        questions = samples.shape[1]
-        if self._weights is None:
-            self._weights = question_weights(questions, self.resamples)
-        if questions != self._weights.shape[1]:
-            raise UserError(f"{path}: has {questions} questions, other cells {self._weights.shape[1]}; {MEND}")
-        return Resampled(m1(persona_vectors(samples)), resampled_m1(samples, self._weights))
+    def loss_of(self, cell: CellResult, row: Checkpoint) -> Resampled | None:
+        """The held-out loss of a checkpoint of a cell."""
+        assert cell.directory is not None and row.eval_loss is not None
+        return self.loss(losses_file(cell.directory, step_of(row)), row.eval_loss)
+
+    def _same_weights(self, what: str, number: int, path: Path) -> Tensor:
+        """The weights of the files read so far; UserError where this one has another number of questions or rows."""
+        other = next((n for kind, n in self._weights if kind == what), number)
+        if number != other:
+            raise UserError(f"{path}: has {number} {what}, other cells {other}; {MEND}")
+        if (what, number) not in self._weights:
+            seed = {} if what == "questions" else {"seed": ROWS_SEED}
+            self._weights[what, number] = question_weights(number, self.resamples, **seed)
+        return self._weights[what, number]
+
+    def _checked(self, path: Path, what: str, expected: float) -> Resampled | None:
+        found = self._read.get(path)
+        if found is not None and abs(found.estimate - expected) > RESOLUTION:
+            raise UserError(f"{path}: its {what} is {found.estimate:.4f}, its row says {expected:.4f}; {MEND}")
+        return found
 
 
 def bootstrap_of(results: StudyResults) -> Bootstrap:
@@ -95,143 +139,119 @@ def bootstrap_of(results: StudyResults) -> Bootstrap:
     return Bootstrap(0 if results.protocol is None else results.protocol.layer)
 
 
-# ---------------------------------------------------------------- the curves
-
-
-@dataclass(frozen=True)
-class Point:
-    """One point of a curve; `resampled` is None where its vectors are missing."""
-
-    learned: float
-    m1: float
-    resampled: Resampled | None
-
-
-@dataclass(frozen=True)
-class Curve:
-    """What doing less gives, from nothing to the whole baseline."""
-
-    points: Sequence[Point] = ()
-
-    def bracket(self, learned: float) -> tuple[Point, Point, float] | None:
-        """The neighbours between which `learned` lies, and its share of the way between them; None beyond the ends.
-
-        Where the curve reaches a value twice, the first time counts: it takes the least training.
-        """
-        for low, high in zip(self.points, self.points[1:], strict=False):
-            if min(low.learned, high.learned) <= learned <= max(low.learned, high.learned):
-                width = high.learned - low.learned
-                return low, high, (learned - low.learned) / width if width else 0.0
-        return None
-
-
-def frontier_curve(results: StudyResults, bootstrap: Bootstrap) -> Curve:
-    """The baseline's update scaled by 0, 0.1 ... 1, as far as measured."""
-    points = []
-    for row in results.frontier:
-        if row.learned is not None:
-            vectors = frontier_vectors(results.directory, row.scale)
-            points.append(Point(row.learned, row.m1, bootstrap.of_file(vectors, row.m1)))
-    return Curve(points)
-
-
-def dose_curve(results: StudyResults, bootstrap: Bootstrap) -> Curve:
-    """The base and the baseline's checkpoints."""
-    points = []
-    if results.baseline is not None:
-        for row in results.baseline.curve:
-            if row.learned is not None:
-                points.append(Point(row.learned, row.m1, bootstrap.of_checkpoint(results.baseline, row)))
-    return Curve(points)
-
-
 # ---------------------------------------------------------------- the comparison
 
 
 @dataclass(frozen=True)
-class Difference:
-    """A recipe's M1 less a curve's at equal learned: below zero is better.
-
-    `better` is None, with the reason, where that cannot be said.
-    """
-
-    m1_at_equal_learned: float | None
-    difference: float | None
-    ci95: Interval | None
-    better: bool | None
-    reason: str | None
-
-
-@dataclass(frozen=True)
 class DoingLess:
-    """One seed of a recipe against both curves: the frontier and, with `dose_` before their names, the dose curve."""
+    """One seed of a recipe against the scaled baseline with its loss: a difference below zero is in its favour.
+
+    `better` is said of all seeds of the recipe together, after Holm's correction; None, with the reason, where it
+    cannot be said.
+    """
 
     cell: str
     recipe: str
     m1: float
     learned: float | None
-    m1_at_equal_learned: float | None
+    scale: float | None  # of the baseline's update
     difference: float | None
     ci95: Interval | None
+    p: float | None
     better: bool | None
     reason: str | None
-    dose_m1_at_equal_learned: float | None
-    dose_difference: float | None
-    dose_ci95: Interval | None
-    dose_better: bool | None
-    dose_reason: str | None
 
 
-def against_doing_less(recipe: RecipeResult, frontier: Curve, dose: Curve, bootstrap: Bootstrap) -> list[DoingLess]:
-    """A recipe against both curves, seed by seed."""
+def against_doing_less(recipes: Sequence[RecipeResult], results: StudyResults, bootstrap: Bootstrap) -> list[DoingLess]:
+    """Every recipe but the baseline itself, seed by seed."""
+    compared = [recipe for recipe in recipes if not is_baseline(recipe, results)]
+    found = {
+        recipe.id: [_against(*pair, results, bootstrap) for pair in zip(recipe.cells, recipe.rows, strict=True)]
+        for recipe in compared
+    }
+    p_values = {name: [row.p for row in rows if row.p is not None] for name, rows in found.items()}
+    tested = {name: max(values) for name, values in p_values.items() if len(values) == len(found[name])}
+    better = holm(tested, LEVEL)
     rows = []
-    for cell, row in zip(recipe.cells, recipe.rows, strict=True):
-        own = bootstrap.of_checkpoint(cell, row)
-        scaled = _against(row, own, frontier)
-        doses = _unknown("it is on the dose curve itself") if recipe.phase == "1" else _against(row, own, dose)
-        rows.append(
-            DoingLess(
-                cell=recipe.id + (f" seed={cell.seed}" if len(recipe.cells) > 1 else ""),
-                recipe=recipe.id,
-                m1=row.m1,
-                learned=row.learned,
-                m1_at_equal_learned=scaled.m1_at_equal_learned,
-                difference=scaled.difference,
-                ci95=scaled.ci95,
-                better=scaled.better,
-                reason=scaled.reason,
-                dose_m1_at_equal_learned=doses.m1_at_equal_learned,
-                dose_difference=doses.difference,
-                dose_ci95=doses.ci95,
-                dose_better=doses.better,
-                dose_reason=doses.reason,
-            )
-        )
+    for recipe in compared:
+        decided = better.get(recipe.id, all_of(one.better for one in found[recipe.id]))
+        for cell, row, one in zip(recipe.cells, recipe.rows, found[recipe.id], strict=True):
+            name = recipe.id + (f" seed={cell.seed}" if len(recipe.cells) > 1 else "")
+            rows.append(
+                DoingLess(name, recipe.id, row.m1, row.learned, one.scale, one.difference, one.ci95, one.p, decided,
+                          one.reason)
+            )  # fmt: skip
     return rows
 
 
+def is_baseline(recipe: RecipeResult, results: StudyResults) -> bool:
+    """Whether it is the baseline's last step, which every other recipe is held against."""
+    return recipe.phase == "1" and results.baseline is not None and recipe.step == results.baseline.final.step
+
+
 def better_than_less(recipe: RecipeResult, comparisons: Sequence[DoingLess]) -> bool | None:
-    """Whether a recipe lies below the frontier with every seed; None where that is open, or it was not compared."""
-    rows = [row for row in comparisons if row.recipe == recipe.id]
-    return all_of(row.better for row in rows) if rows else None
+    """Whether a recipe is better than doing less; None where that is open, or it was not compared."""
+    return next((row.better for row in comparisons if row.recipe == recipe.id), None)
 
 
-def _against(row: Checkpoint, own: Resampled | None, curve: Curve) -> Difference:
-    if not curve.points:
-        return _unknown("the curve has not been measured")
+@dataclass(frozen=True)
+class _Against:
+    """One comparison before the correction; `better` only where no test is needed, `p` where there was one."""
+
+    better: bool | None
+    reason: str | None
+    scale: float | None = None
+    difference: float | None = None
+    ci95: Interval | None = None
+    p: float | None = None
+
+
+def _against(cell: CellResult, row: Checkpoint, results: StudyResults, bootstrap: Bootstrap) -> _Against:
     if row.learned is None:
-        return _unknown("learned is undefined")
-    bracket = curve.bracket(row.learned)
-    if bracket is None:
-        beyond = row.learned > max(point.learned for point in curve.points)
-        return _unknown(f"it learned {'more' if beyond else 'less'} than any point of the curve")
-    low, high, share = bracket
-    there = low.m1 + share * (high.m1 - low.m1)
-    if own is None or low.resampled is None or high.resampled is None:
-        return Difference(there, row.m1 - there, None, None, "vectors are missing")
-    interval = (own - low.resampled.towards(high.resampled, share)).interval()
-    return Difference(there, row.m1 - there, interval, interval[1] < -ROUNDING, None)
+        return _Against(None, "learned is undefined")
+    if row.learned <= 0:
+        return _Against(False, "it learned nothing", scale=0.0)
+    if row.learned >= 1:
+        return _beyond(cell, row, results, bootstrap)
+    matched = results.matched_to(cell, row)
+    if matched is None:
+        return _Against(None, "the scaled baseline with its loss was not measured")
+    assert cell.directory is not None
+    name, step = cell.directory.name, step_of(row)
+    scaled_m1 = bootstrap.m1(matched_file(results.directory, name, step, ".vectors.safetensors"), matched.m1)
+    scaled_loss = bootstrap.loss(matched_file(results.directory, name, step, ".losses.safetensors"), matched.eval_loss)
+    own_m1, own_loss = bootstrap.m1_of(cell, row), bootstrap.loss_of(cell, row)
+    if own_m1 is None or own_loss is None or scaled_m1 is None or scaled_loss is None:
+        return _Against(None, "vectors or losses by row are missing", matched.scale)
+    return _tested((own_m1 - scaled_m1) - (own_loss - scaled_loss) * matched.slope, matched.scale)
 
 
-def _unknown(reason: str) -> Difference:
-    return Difference(None, None, None, None, reason)
+def _beyond(cell: CellResult, row: Checkpoint, results: StudyResults, bootstrap: Bootstrap) -> _Against:
+    """A recipe that learned at least as much as the baseline, against the whole of that."""
+    baseline, slope = results.baseline_of(cell), _last_slope(results)
+    assert baseline is not None  # else learned is undefined
+    if row.m1 >= baseline.final.m1:
+        return _Against(None, "it learned more than the baseline, and its M1 is not lower", 1.0)
+    if slope is None or (baseline.phase, baseline.role) != ("1", "registered"):
+        return _Against(None, "the baseline's scaled updates were not measured", 1.0)
+    parts = [bootstrap.m1_of(cell, row), bootstrap.m1_of(baseline, baseline.final)]
+    losses = [bootstrap.loss_of(cell, row), bootstrap.loss_of(baseline, baseline.final)]
+    known = [part for part in (*parts, *losses) if part is not None]
+    if len(known) < 4:
+        return _Against(None, "vectors or losses by row are missing", 1.0)
+    own_m1, other_m1, own_loss, other_loss = known
+    return _tested((own_m1 - other_m1) - (own_loss - other_loss).positive() * slope, 1.0)
+
+
+def _last_slope(results: StudyResults) -> float | None:
+    """dM1 / dL of the baseline's update between its last two scales."""
+    last = results.frontier[-2:]
+    if len(last) < 2 or last[0].eval_loss is None or last[1].eval_loss is None:
+        return None
+    fall = last[1].eval_loss - last[0].eval_loss
+    return (last[1].m1 - last[0].m1) / fall if fall < 0 else None
+
+
+def _tested(difference: Resampled, scale: float) -> _Against:
+    p = difference.p_below(-RESOLUTION)
+    return _Against(None, None, scale, difference.estimate, difference.interval(), p)

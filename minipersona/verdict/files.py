@@ -3,8 +3,9 @@
     plan.json           Plan           every cell that the study may come to
     calibration.json    Calibration    the base's M1 beside the predecessor's (calibration.py)
     frontier.json       Frontier       the baseline's update, scaled down; its vectors and losses in frontier/
-    sweep.json          Sweep          every layer of the recipe of a positive verdict
+    matched/            MatchedScale   the same at the scale that has a recipe's held-out loss
     cells/<id>/         CellRecord     cell.json, with which a cell counts as done; beside it result.json (RunResult)
+    cells/<id>/         Transfer       transfer.json of a confirmed recipe: every layer, on every persona set
     base/, cells/<id>/  Behaviour, Instructions   behaviour.json and instructions.json, where they were due
     base/, cells/<id>/  Voice          voice.json, likewise (behaviour/voice.py)
 
@@ -164,38 +165,57 @@ def matched_file(directory: Path, cell: str, step: int, suffix: str = ".json") -
     return directory / "matched" / f"{cell}-step-{step:06d}{suffix}"
 
 
-# ---------------------------------------------------------------- sweep.json
+# ---------------------------------------------------------------- transfer.json
 
 
 @dataclass(frozen=True)
-class SweptRecipe:
-    """Whose layers were measured; `step` is None where it is the cell's last."""
+class ModelOnSet:
+    """One model measured on one set of personas and questions."""
 
-    cell: str
-    phase: str
-    name: str
-    step: int | None
-
-
-@dataclass(frozen=True)
-class SweptLayer:
-    """M1 at one layer of three models."""
-
-    base: float
-    baseline: float
-    recipe: float
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """sweep.json, by layer."""
-
-    recipe: SweptRecipe
-    layers: dict[str, SweptLayer]
+    m1: dict[str, float]  # by layer
+    between_variance: float  # at the deciding layer
+    within_variance: float
 
     def __post_init__(self) -> None:
-        for layer in self.layers:
-            require(layer.isdecimal() and len(layer) < 10, f"layers: {layer[:80]!r} is not the number of a layer")
+        for layer in self.m1:
+            require(layer.isdecimal() and len(layer) < 10, f"m1: {layer[:80]!r} is not the number of a layer")
+
+
+@dataclass(frozen=True)
+class SetTransfer:
+    """Three models on one set, which is named as `geometry.prompts` names it."""
+
+    personas: str
+    personas_digest: str
+    questions: str
+    questions_digest: str
+    base: ModelOnSet
+    baseline: ModelOnSet
+    recipe: ModelOnSet
+
+    def __post_init__(self) -> None:
+        same = self.base.m1.keys() == self.baseline.m1.keys() == self.recipe.m1.keys()
+        require(same, "base, baseline and recipe: must be measured at the same layers")
+
+    def separation(self, layer: str) -> float:
+        """(1 - M1) / (1 - M1 of the base) at a layer: how much of the personas' separation the recipe leaves."""
+        return (1 - self.recipe.m1[layer]) / (1 - self.base.m1[layer])
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """cells/<id>/transfer.json: a confirmed recipe on the sets that it was not chosen by, beside its own.
+
+    sets     by "study", the study's own, "shipped" and "registered", as far as these are others
+    missing  why one of them was not measured
+    """
+
+    baseline: str  # hashes
+    cell: str
+    step: int
+    layer: int  # the deciding one
+    sets: dict[str, SetTransfer]
+    missing: dict[str, str]
 
 
 # ---------------------------------------------------------------- behaviour.json and instructions.json

@@ -7,7 +7,9 @@ from typing import Literal
 
 from minipersona.run.result import Interval
 
-VerdictKind = Literal["positive", "h_null", "inconclusive", "not_reproduced", "incomplete"]
+VerdictKind = Literal[
+    "not_reproduced", "incomplete", "no_collapse", "positive", "unconfirmed", "h_null", "inconclusive"
+]
 Answer = Literal["supported", "refuted", "undecided", "not tested"]
 
 
@@ -26,6 +28,18 @@ class RecipePoint:
 
 
 @dataclass(frozen=True)
+class Difference:
+    """M1 of a recipe less its rival's; the interval is over questions at the level, None where vectors are missing."""
+
+    cell: str
+    rival: str
+    difference: float
+    interval: Interval | None
+    level: float
+    lower: bool | None  # whether the whole interval lies below zero
+
+
+@dataclass(frozen=True)
 class DoseNumbers:
     """H1: the baseline's checkpoints from the base, step 0, on."""
 
@@ -34,6 +48,7 @@ class DoseNumbers:
     learned: tuple[float | None, ...]
     falls: tuple[tuple[int, int], ...]  # pairs of steps between which M1 falls by more than the intervals
     early_steps: tuple[int, ...]
+    saturated_at: int | None  # the first step from which on every interval overlaps the last one's
 
 
 @dataclass(frozen=True)
@@ -42,12 +57,14 @@ class FamilyNumbers:
 
     settings: int  # planned
     counted: int  # measured, and effective enough to count
-    ineffective: tuple[str, ...]
+    ineffective: tuple[str, ...]  # inert ones too
     passers: tuple[str, ...]
+    confirmed: tuple[str, ...]
     lowest_m1: RecipePoint | None
     lowest_m1_that_teaches: RecipePoint | None
     baseline_m1: float | None
     better_than_less: tuple[str, ...]
+    against_same_rate: tuple[Difference, ...]  # H3: against rank 32 at the same learning rate
 
 
 @dataclass(frozen=True)
@@ -61,21 +78,10 @@ class RecoveryNumbers:
 
 
 @dataclass(frozen=True)
-class MixtureDifference:
-    """M1 of a mixture less its rival's; the interval is over questions at the level, None where vectors are missing."""
-
-    cell: str
-    difference: float
-    interval: Interval | None
-    level: float
-    lower: bool | None  # whether the whole interval lies below zero
-
-
-@dataclass(frozen=True)
 class DifferenceNumbers:
     """Phase 5: every mixture that can be compared with the rival."""
 
-    mixtures: tuple[MixtureDifference, ...]
+    mixtures: tuple[Difference, ...]
 
 
 Numbers = DoseNumbers | FamilyNumbers | RecoveryNumbers | DifferenceNumbers | Nothing

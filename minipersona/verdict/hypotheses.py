@@ -1,12 +1,15 @@
-"""The five hypotheses and the three questions of phase 5, each with a verdict, its evidence and what it implies.
+"""The five hypotheses, each with a verdict, its evidence and what it implies.
 
-H1 is about the shape of the dose curve. H2 to H5 each say that one kind of change to the recipe keeps persona
-geometry while it still teaches, so they are judged by the substantive rule whatever the stop rule is:
+H1 is about the shape of the dose curve (`dose.py`). H2 to H5 each say that one kind of change to the recipe keeps
+persona geometry while it still teaches, so they are judged by the substantive rule whatever the stop rule is:
 
-    supported    a setting passes
-    refuted      every setting is measured and effective enough to count, and none passes
-    undecided    something failed, is missing or waits for answers, or a phase has no effective cell
+    supported    a setting passes and is confirmed by fresh seeds
+    refuted      every setting is measured and effective enough to count, and none passes, or fresh seeds refute it
+    undecided    something failed, is missing or waits, a pass is not confirmed, or a phase has no effective cell
     not tested   nothing of it is measured
+
+H3 compares each low rank with the registered rank 32 at the same learning rate, whose cells are the baseline and the
+references: a pass that rank 32 shares at its rate is not the rank's doing, so H3 also needs an M1 below that one's.
 """
 
 from __future__ import annotations
@@ -15,77 +18,30 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from minipersona.run.judgement import LEAST_LEARNED, PASS_M1
-from minipersona.run.result import Checkpoint
-from minipersona.verdict.doing_less import DoingLess, better_than_less
-from minipersona.verdict.files import step_of
-from minipersona.verdict.findings import Answer, DoseNumbers, FamilyNumbers, Finding, RecipePoint
+from minipersona.run.judgement import LEAST_LEARNED
+from minipersona.verdict.calibration import reproduced_recipe
+from minipersona.verdict.cells import CellResult
+from minipersona.verdict.doing_less import Bootstrap, DoingLess, better_than_less
+from minipersona.verdict.dose import dose
+from minipersona.verdict.findings import Answer, Difference, FamilyNumbers, Finding, RecipePoint
+from minipersona.verdict.paired import difference
 from minipersona.verdict.recipe_results import RecipeResult
 from minipersona.verdict.results import StudyResults
 
 Hypothesis = Literal["H1", "H2", "H3", "H4", "H5"]
-EARLY = 25 / 375  # of the steps: the registered step 25, on any schedule
 
 
 def hypotheses(
-    recipes: Sequence[RecipeResult], results: StudyResults, comparisons: Sequence[DoingLess]
+    recipes: Sequence[RecipeResult],
+    results: StudyResults,
+    comparisons: Sequence[DoingLess],
+    bootstrap: Bootstrap,
 ) -> dict[Hypothesis, Finding]:
     """H1 to H5; `comparisons` are the recipes against doing less."""
-    findings: dict[Hypothesis, Finding] = {"H1": _dose(results)}
+    findings: dict[Hypothesis, Finding] = {"H1": dose(results)}
     for name, family in FAMILIES.items():
-        findings[name] = _family(family, recipes, results, comparisons)
+        findings[name] = _family(family, recipes, results, comparisons, bootstrap)
     return findings
-
-
-# ---------------------------------------------------------------- H1
-
-
-def _dose(results: StudyResults) -> Finding:
-    claim = (
-        "Collapse is monotone in training steps, and M1 is still below 0.95 at step 25 of 375 (the same share of "
-        "another schedule)."
-    )
-    if results.baseline is None:
-        return Finding(claim, "not tested", "The baseline is not done.", "None yet.")
-    rows = results.baseline.curve
-    early = [row for row in rows[1:] if step_of(row) <= EARLY * step_of(rows[-1])]
-    rises = rows[-1].m1_ci95[0] > rows[0].m1_ci95[1]
-    falls = [
-        (step_of(before), step_of(after))
-        for number, before in enumerate(rows)
-        for after in rows[number + 1 :]
-        if after.m1_ci95[1] < before.m1_ci95[0]
-    ]
-    curve = ", ".join(f"{row.m1:.4f} at step {row.step}" for row in rows)
-    evidence = f"M1 is {curve}."
-    if falls:
-        evidence += f" From step {falls[0][0]} to step {falls[0][1]} it falls by more than the 95% intervals."
-    elif rises:
-        evidence += " No later interval lies below an earlier one."
-    numbers = DoseNumbers(
-        steps=tuple(map(step_of, rows)),
-        m1=tuple(row.m1 for row in rows),
-        learned=tuple(row.learned for row in rows),
-        falls=tuple(falls),
-        early_steps=tuple(map(step_of, early)),
-    )
-    verdict, implication = _dose_verdict(rises, bool(falls), early)
-    return Finding(claim, verdict, evidence, implication, numbers)
-
-
-def _dose_verdict(rises: bool, falls: bool, early: Sequence[Checkpoint]) -> tuple[Answer, str]:
-    """The verdict on H1 and what it implies."""
-    if not rises:
-        return "refuted", "Ordinary fine-tuning did not raise M1 here, so there is no collapse to avoid."
-    if falls:
-        return "refuted", "More training does not always mean more collapse: choose a checkpoint by measuring it."
-    if any(row.m1 >= PASS_M1 for row in early):
-        return "refuted", "The personas are lost within the first steps, so stopping early does not save them."
-    if not early:
-        return "undecided", "Measure a checkpoint within the first fifteenth of the schedule."
-    last = early[-1]
-    share = "an undefined share" if last.learned is None else f"{last.learned:.2f}"
-    return "supported", f"Stopping early limits the collapse, but at step {last.step} learned is {share}."
 
 
 # ---------------------------------------------------------------- H2 to H5
@@ -103,25 +59,25 @@ class Family:
 
 FAMILIES: dict[Hypothesis, Family] = {
     "H2": Family(
-        "A regulariser, KL to the base or R3F's noise, keeps M1 below 0.95 while the recipe still teaches the task.",
+        "A regulariser, KL to the base or R3F's noise, keeps M1 below its bound while the recipe still teaches.",
         ("2A", "2B"),
         "regularised",
         "At these strengths a penalty on outputs does not hold the personas apart, so do not rely on one for that.",
     ),
     "H3": Family(
-        "A lower rank keeps M1 below 0.95 while the recipe still teaches the task.",
+        "A lower rank keeps M1 below its bound while the recipe still teaches.",
         ("3",),
         "low-rank",
         "The collapse needs only a few directions of each matrix, so a small adapter does not prevent it.",
     ),
     "H4": Family(
-        "Training on persona-conditioned data keeps M1 below 0.95 while the recipe still teaches the task.",
+        "Training on persona-conditioned data keeps M1 below its bound while the recipe still teaches.",
         ("4A", "4B"),
         "role-play",
         "Showing other personas in training does not hold the measured ones apart.",
     ),
     "H5": Family(
-        "Rehearsal, broad data mixed into the narrow, keeps M1 below 0.95 while the recipe still teaches the task.",
+        "Rehearsal, broad data mixed into the narrow, keeps M1 below its bound while the recipe still teaches.",
         ("5A", "5B"),
         "rehearsal",
         "Broad data in these shares does not hold the personas apart; more of it is another, more expensive recipe.",
@@ -130,38 +86,64 @@ FAMILIES: dict[Hypothesis, Family] = {
 
 
 def _family(
-    family: Family, recipes: Sequence[RecipeResult], results: StudyResults, comparisons: Sequence[DoingLess]
+    family: Family,
+    recipes: Sequence[RecipeResult],
+    results: StudyResults,
+    comparisons: Sequence[DoingLess],
+    bootstrap: Bootstrap,
 ) -> Finding:
-    cells = results.of_phase(*family.phases)
-    measured = [recipe for recipe in recipes if recipe.phase in family.phases]
-    counted = [recipe for recipe in measured if not recipe.ineffective]
+    cells = results.registered(*family.phases)
+    measured = [recipe for recipe in recipes if recipe.phase in family.phases and recipe.role == "registered"]
+    counted = [recipe for recipe in measured if recipe.effective]
     if not measured and not any(cell.status == "failed" for cell in cells):
         return Finding(family.claim, "not tested", "None of its cells is done.", "None yet.")
+    same_rate = _same_rate(counted, results, bootstrap) if family.phases == ("3",) else ()
     passers = [recipe for recipe in counted if recipe.passes("substantive")]
-    untested = [phase for phase in family.phases if not any(recipe.phase == phase for recipe in counted)]
-    lacking = [cell.id for cell in cells if cell.status != "done"]
-    pending = [recipe.id for recipe in counted if recipe.passes("substantive") is None]
+    confirmed = [recipe for recipe in passers if recipe.confirmed]
     better = [recipe.id for recipe in counted if better_than_less(recipe, comparisons)]
     teaching = [recipe for recipe in counted if recipe.teaches]
+    lacks = _lacks(family, cells, counted)
+    own = {row.cell: row.lower for row in same_rate}
+    credited = [recipe for recipe in confirmed if family.phases != ("3",) or own.get(recipe.id)]
     verdict: Answer = "refuted"
-    if passers:
-        verdict, implication = "supported", _advice(max(passers, key=_learned), better)
-    elif untested or lacking or pending:
-        verdict, implication = "undecided", f"Nothing yet: {_lack(untested, lacking, pending)}."
+    if credited:
+        verdict, implication = "supported", _advice(max(credited, key=lambda recipe: recipe.merit), better)
+    elif lacks or any(own.get(recipe.id) is None for recipe in confirmed):
+        lacks = lacks or ["rank 32 at the same learning rate is not measured"]
+        verdict, implication = "undecided", f"Nothing yet: {', '.join(lacks)}."
+    elif confirmed:
+        implication = "A low rank passes, but not because of the rank: rank 32 keeps as much at the same learning rate."
     else:
-        implication = _lesson(family, teaching)
-    evidence = _evidence(family, counted, passers, results) + _left_out(measured, lacking)
+        implication = _lesson(family, teaching, results)
+    evidence = _evidence(family, counted, passers, results) + _left_out(measured, cells) + _beside(same_rate, results)
     numbers = FamilyNumbers(
         settings=len({(cell.phase, cell.name) for cell in cells}),
         counted=len(counted),
-        ineffective=tuple(recipe.id for recipe in measured if recipe.ineffective),
+        ineffective=tuple(recipe.id for recipe in measured if not recipe.effective),
         passers=tuple(recipe.id for recipe in passers),
+        confirmed=tuple(recipe.id for recipe in confirmed),
         lowest_m1=_point(min(counted, key=_m1, default=None)),
         lowest_m1_that_teaches=_point(min(teaching, key=_m1, default=None)),
         baseline_m1=None if results.baseline is None else results.baseline.final.m1,
         better_than_less=tuple(better),
+        against_same_rate=tuple(same_rate),
     )
     return Finding(family.claim, verdict, evidence, implication, numbers)
+
+
+def _lacks(family: Family, cells: Sequence[CellResult], counted: Sequence[RecipeResult]) -> list[str]:
+    """Why nothing can be refuted yet."""
+    untested = [phase for phase in family.phases if not any(recipe.phase == phase for recipe in counted)]
+    lacking = sum(cell.status != "done" for cell in cells)
+    opened = [recipe.id for recipe in counted if recipe.passes("substantive") is None]
+    passing = [recipe.id for recipe in counted if recipe.passes("substantive") and recipe.confirmed is None]
+    said = [
+        f"phase {' and '.join(untested)} has no cell that counts" if untested else "",
+        f"{lacking} cells are not done" if lacking else "",
+        f"{', '.join(opened)} cannot be judged yet" if opened else "",
+        f"the pass of {', '.join(passing)} is not confirmed by fresh seeds" if passing else "",
+    ]
+    return [part for part in said if part]
 
 
 def _advice(best: RecipeResult, better: Sequence[str]) -> str:
@@ -169,16 +151,16 @@ def _advice(best: RecipeResult, better: Sequence[str]) -> str:
         f"{best.id} protects the personas (M1 {best.m1:.4f}) and learns {best.learned:.2f} of what the baseline does"
     )
     if best.id in better:
-        return advice + ", with M1 below what simply doing less gives at equal learning: worth its cost."
+        return advice + ", with M1 below what simply doing less gives at equal loss: worth its cost."
     return advice + ", but it has not been shown to be better than simply doing less, which costs nothing."
 
 
-def _lesson(family: Family, teaching: Sequence[RecipeResult]) -> str:
+def _lesson(family: Family, teaching: Sequence[RecipeResult], results: StudyResults) -> str:
     """What follows where every setting fails, which depends on what it fails by."""
     if not teaching:
         return "These settings learn too little to show what they would do to the personas; train them for longer."
-    if any(recipe.m1 < PASS_M1 for recipe in teaching):
-        return "A setting keeps M1 below 0.95, but it fails by its loss, its answers or one of its seeds."
+    if any(recipe.m1 < results.bounds.passing for recipe in teaching):
+        return "A setting keeps M1 below its bound, but it fails by another condition, its answers or one of its seeds."
     return family.refuted
 
 
@@ -188,35 +170,65 @@ def _evidence(
     if not counted:
         return f"No {family.what} setting counts."
     teaching = [recipe for recipe in counted if recipe.teaches]
-    said = f"{len(passers)} of {len(counted)} {family.what} settings pass (M1 < 0.95 and learned >= {LEAST_LEARNED:g})"
+    said = f"{len(passers)} of {len(counted)} {family.what} settings pass"
     if teaching:
         best = min(teaching, key=_m1)
-        said += f"; of those that learned enough the lowest M1 is {best.m1:.4f}, {best.id}, learned {best.learned:.2f}"
+        said += f"; of those that learned at least {LEAST_LEARNED:g} the lowest M1 is {best.m1:.4f}, {best.id}"
     else:
-        said += "; none learned enough"
+        said += f"; none learned at least {LEAST_LEARNED:g}"
     if results.baseline is not None:
         said += f"; the baseline's is {results.baseline.final.m1:.4f}"
     return said + "."
 
 
-def _left_out(measured: Sequence[RecipeResult], lacking: Sequence[str]) -> str:
+def _left_out(measured: Sequence[RecipeResult], cells: Sequence[CellResult]) -> str:
     said = ""
-    if ineffective := [recipe.id for recipe in measured if recipe.ineffective]:
-        said += f" Left out as ineffective: {', '.join(ineffective)}."
-    if lacking:
+    if without := [f"{recipe.id} ({', '.join(recipe.labels)})" for recipe in measured if not recipe.effective]:
+        said += f" Left out, since the ingredient had no effect: {', '.join(without)}."
+    if lacking := [cell.id for cell in cells if cell.status != "done"]:
         said += f" Not done: {', '.join(lacking)}."
     return said
 
 
-def _lack(untested: Sequence[str], lacking: Sequence[str], pending: Sequence[str]) -> str:
-    reasons = []
-    if untested:
-        reasons.append(f"phase {' and '.join(untested)} has no cell that counts")
-    if lacking:
-        reasons.append(f"{len(lacking)} cells are not done")
-    if pending:
-        reasons.append(f"{', '.join(pending)} cannot be judged yet")
-    return ", ".join(reasons)
+# ---------------------------------------------------------------- H3: at the same learning rate
+
+
+def _same_rate(counted: Sequence[RecipeResult], results: StudyResults, bootstrap: Bootstrap) -> list[Difference]:
+    """Each low rank's M1 less that of the registered rank at its learning rate, as far as that was run."""
+    rows = []
+    for recipe in counted:
+        rivals = [cell for cell in _full_rank(results) if _rate(cell, results) == _rate(recipe.cells[0], results)]
+        if rivals:
+            rows.append(difference(recipe, rivals, bootstrap, 1 - 0.05 / len(counted)))
+    return rows
+
+
+def _full_rank(results: StudyResults) -> list[CellResult]:
+    references = [cell for cell in results.cells if cell.role == "reference" and "learning_rate" in cell.knobs]
+    baselines = [] if results.baseline is None else [results.baseline]
+    return [*baselines, *(cell for cell in references if cell.status == "done")]
+
+
+def _rate(cell: CellResult, results: StudyResults) -> float:
+    return float(cell.knobs.get("learning_rate", results.config.training.learning_rate))
+
+
+def _beside(rows: Sequence[Difference], results: StudyResults) -> str:
+    said = ""
+    if rows:
+        best = min(rows, key=lambda row: row.difference)
+        lower = sum(row.lower is True for row in rows)
+        said += (
+            f" Against rank {results.config.lora.rank} at the same learning rate {lower} of {len(rows)} have a lower "
+            f"M1; the largest difference is {best.difference:+.4f}, {best.cell}."
+        )
+    if found := reproduced_recipe(results.cells):
+        fits = "as" if found.within else "unlike"
+        said += (
+            f" Rank 32 at 1e-4, the predecessor's own recipe, ends at M1 {found.m1:.4f}, {fits} the predecessor's "
+            f"{found.reference:.4f}."
+        )
+    return said
 
 
 def _point(recipe: RecipeResult | None) -> RecipePoint | None:
@@ -225,8 +237,3 @@ def _point(recipe: RecipeResult | None) -> RecipePoint | None:
 
 def _m1(recipe: RecipeResult) -> float:
     return recipe.m1
-
-
-def _learned(recipe: RecipeResult) -> float:
-    assert recipe.learned is not None
-    return recipe.learned

@@ -1,14 +1,18 @@
-"""How much broad data keeps the personas apart: the smallest mixed-in fraction at which M1 falls below 0.95.
+"""How much broad data keeps the personas apart: the smallest mixed-in fraction at which M1 falls below its bound.
 
-M1 as a function of the broad fraction f is fitted with the saturating form
+With one seed the noise of training is not known, and a curve through four points of one seed would claim more than they
+tell. So the threshold is said to lie between two measured fractions, or beyond them all. With several seeds M1 as a
+function of the broad fraction f is fitted with the saturating form
 
     M1(f) = m_inf + (m_0 - m_inf) exp(-f / f_0)
 
-by least squares over the fractions of one phase and f = 0, the recipe with nothing mixed in. The form is
-linear in m_inf and m_0 once f_0 is given (variable projection, Golub and Pereyra 1973), so that only log f_0 is
-searched. The threshold is where the curve crosses 0.95, if it does so between 0 and the largest measured
-fraction; nothing is said beyond that. Its interval comes from a bootstrap over questions, the same ones for all cells,
-and a fit to each resample.
+by least squares over the mean M1 of each fraction and f = 0, the recipe with nothing mixed in. The form is linear in
+m_inf and m_0 once f_0 is given (variable projection, Golub and Pereyra 1973), so that only log f_0 is searched. The
+threshold is where the curve crosses the bound, if it does so between 0 and the largest measured fraction. Its interval
+is of fits to resamples: questions are drawn anew, the same ones for all cells, and each fraction's mean is moved by the
+spread of seeds, pooled over the fractions, times a t variable over the root of its number of seeds.
+
+A fraction counts rows. Of a raw text all tokens are supervised, so that its share of what is learned is another one.
 """
 
 from __future__ import annotations
@@ -22,13 +26,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minipersona.config import parse_ratio
-from minipersona.run.judgement import PASS_M1
+from minipersona.run.directory import PROVENANCE
+from minipersona.run.provenance import read_provenance
 from minipersona.run.result import Interval
+from minipersona.verdict.cells import CellResult
 from minipersona.verdict.doing_less import Bootstrap, Resampled
 from minipersona.verdict.recipe_results import RecipeResult, mixtures_reference
-from minipersona.verdict.results import CellResult, StudyResults
+from minipersona.verdict.results import StudyResults
 
 LEAST_POINTS = 4  # one more than the form has parameters
+SEED = 44  # of the t variables
 Array = NDArray[np.float64]
 
 
@@ -45,13 +52,13 @@ class Fit:
         """M1 at a broad fraction."""
         return self.m_inf + (self.m_0 - self.m_inf) * math.exp(-fraction / self.f_0)
 
-    def crossing(self, most: float) -> float | None:
-        """The smallest fraction in [0, most] with M1 < 0.95 (its infimum), None where there is none."""
-        if self.m_0 < PASS_M1:
+    def crossing(self, bound: float, most: float) -> float | None:
+        """The smallest fraction in [0, most] with M1 below the bound (its infimum), None where there is none."""
+        if self.m_0 < bound:
             return 0.0
-        if self.at(most) >= PASS_M1:
+        if self.at(most) >= bound:
             return None  # the curve is monotone
-        return self.f_0 * math.log((self.m_0 - self.m_inf) / (PASS_M1 - self.m_inf))
+        return self.f_0 * math.log((self.m_0 - self.m_inf) / (bound - self.m_inf))
 
 
 def fit_saturating(fractions: Array, values: Array) -> Fit:
@@ -75,23 +82,26 @@ def fit_saturating(fractions: Array, values: Array) -> Fit:
 
 @dataclass(frozen=True)
 class MixturePoint:
-    """M1 at a broad fraction."""
+    """M1 at a broad fraction, the mean over seeds."""
 
-    fraction: float
+    fraction: float  # of the rows
     m1: float
+    seeds: int = 1
+    supervised_share: float | None = None  # of the supervised tokens; None where it is not recorded
 
 
 @dataclass(frozen=True, kw_only=True)
 class Threshold:
-    """The smallest broad fraction with M1 < 0.95; None with a `reason`, such as none in range."""
+    """The smallest broad fraction with M1 below the bound: fitted, or the two measured ones between which it lies."""
 
-    fraction: float | None = None
-    reason: str | None
+    bound: float | None = None
+    fraction: float | None = None  # by the fit
+    between: Interval | None = None  # the largest fraction before it and the smallest after it that were measured
+    reason: str | None  # why there is no number
     ci95: tuple[float, float | None] | None = None  # an end beyond the range is None
     share_in_range: float | None = None  # of the resamples
     fit: Fit | None = None
     range: Interval | None = None  # of the measured fractions
-    smallest_measured: float | None = None  # fraction with M1 < 0.95
     points: tuple[MixturePoint, ...] = ()
 
 
@@ -99,36 +109,46 @@ def mixture_threshold(
     recipes: Sequence[RecipeResult], phase: str, results: StudyResults, bootstrap: Bootstrap
 ) -> Threshold:
     """The threshold of phase 5A or 5B."""
-    reference = mixtures_reference(results)
+    reference, bound = mixtures_reference(results), results.bounds.passing
     if reference is None:
         return Threshold(reason="the recipe with nothing mixed in is not done")
-    measured = [(MixturePoint(0.0, reference.final.m1), _resampled((reference,), bootstrap))]
-    for recipe in recipes:
-        if recipe.phase == phase:
-            measured.append((MixturePoint(broad_fraction(recipe), recipe.m1), _resampled(recipe.cells, bootstrap)))
-    measured.sort(key=lambda point: point[0].fraction)
-    points = tuple(point for point, _ in measured)
-    if len(points) < LEAST_POINTS:
-        reason = f"{len(points)} fractions are measured; a fit needs {LEAST_POINTS}"
-        return Threshold(reason=reason, points=points)
-    if find_spec("scipy") is None:
-        return Threshold(reason="scipy is not installed; pip install 'minipersona[report]'", points=points)
-
+    groups = [(0.0, _plain_cells(reference, results))]
+    groups += [(broad_fraction(r), r.cells) for r in recipes if r.phase == phase and r.role == "registered"]
+    groups.sort(key=lambda group: group[0])
+    points = tuple(_point(*group) for group in groups)
+    values, most = [point.m1 for point in points], points[-1].fraction
+    if len(points) == 1:
+        return Threshold(bound=bound, reason="no mixture is done", points=points)
+    between = _between(points, bound)
+    found = Threshold(
+        bound=bound,
+        between=between,
+        reason=f"none in range: up to {most:g} M1 stays at or above {bound:.4g}" if between is None else None,
+        range=(0.0, most),
+        points=points,
+    )
+    if len(points) < LEAST_POINTS or any(point.seeds < 2 for point in points) or find_spec("scipy") is None:
+        return found
     fractions = np.array([point.fraction for point in points])
-    values = np.array([point.m1 for point in points])
-    fit, most = fit_saturating(fractions, values), float(fractions.max())
-    threshold = fit.crossing(most)
-    known = [resampled for _, resampled in measured if resampled is not None]
-    interval, share = _interval(fractions, values, known, most) if len(known) == len(points) else (None, None)
-    none_in_range = f"none in range: up to {most:g} the fitted M1 stays at or above 0.95"
+    fit = fit_saturating(fractions, np.array(values))
+    crossing = fit.crossing(bound, most)
+    resampled = [_resampled(cells, bootstrap) for _, cells in groups]
+    known = [one for one in resampled if one is not None]
+    interval, share = None, None
+    if len(known) == len(points):
+        noise = _seed_noise([cells for _, cells in groups], bootstrap.resamples)
+        interval, share = _interval(fractions, np.array(values), known, noise, bound, most)
     return Threshold(
-        fraction=threshold,
-        reason=none_in_range if threshold is None else None,
+        bound=bound,
+        fraction=crossing,
+        between=between,
+        reason=f"none in range: up to {most:g} the fitted M1 stays at or above {bound:.4g}"
+        if crossing is None
+        else None,
         ci95=interval,
         share_in_range=share,
         fit=fit,
         range=(0.0, most),
-        smallest_measured=min((point.fraction for point in points if point.m1 < PASS_M1), default=None),
         points=points,
     )
 
@@ -139,15 +159,55 @@ def broad_fraction(recipe: RecipeResult) -> float:
     return broad / (narrow + broad)
 
 
+def _plain_cells(reference: CellResult, results: StudyResults) -> tuple[CellResult, ...]:
+    """The recipe with nothing mixed in, with every seed of the study."""
+    return tuple(c for c in results.registered(reference.phase) if c.status == "done")
+
+
+def _point(fraction: float, cells: Sequence[CellResult]) -> MixturePoint:
+    m1 = sum(cell.final.m1 for cell in cells) / len(cells)
+    return MixturePoint(fraction, m1, len(cells), _supervised_share(cells[0]))
+
+
+def _supervised_share(cell: CellResult) -> float | None:
+    assert cell.directory is not None
+    if not (cell.directory / PROVENANCE).is_file():
+        return None
+    share = read_provenance(cell.directory).mixture.get("supervised_share")
+    return float(share) if isinstance(share, (int, float)) else None
+
+
+def _between(points: Sequence[MixturePoint], bound: float) -> Interval | None:
+    """The neighbours between which M1 falls below the bound for good, by increasing fraction; None where it never does.
+
+    Both are 0 where the recipe with nothing mixed in and all mixtures lie below.
+    """
+    below = len(points)
+    while below > 0 and points[below - 1].m1 < bound:
+        below -= 1
+    if below == len(points):
+        return None
+    return points[max(0, below - 1)].fraction, points[below].fraction
+
+
+def _seed_noise(groups: Sequence[Sequence[CellResult]], resamples: int) -> Array:
+    """(n, R): by what the mean M1 of each fraction may be off for the seeds that were drawn."""
+    squares = sum(np.var([cell.final.m1 for cell in cells]) * len(cells) for cells in groups)
+    freedom = sum(len(cells) - 1 for cells in groups)
+    draws = np.random.default_rng(SEED).standard_t(freedom, size=(len(groups), resamples))
+    roots = np.sqrt([len(cells) for cells in groups])[:, None]
+    return np.asarray(math.sqrt(squares / freedom) * draws / roots)
+
+
 def _interval(
-    fractions: Array, values: Array, resampled: list[Resampled], most: float
+    fractions: Array, values: Array, resampled: list[Resampled], noise: Array, bound: float, most: float
 ) -> tuple[tuple[float, float | None] | None, float]:
     """The percentile interval of the threshold, None for an end beyond the range, and the share of resamples within it.
 
     The resamples are moved so that their mean is the measured M1, as for M1's own interval.
     """
     draws = np.stack([r.values.numpy() - float(r.values.mean()) for r in resampled]) + values[:, None]  # (n, R)
-    crossings = [fit_saturating(fractions, draw).crossing(most) for draw in draws.T]
+    crossings = [fit_saturating(fractions, draw).crossing(bound, most) for draw in (draws + noise).T]
     finite = np.array([math.inf if crossing is None else crossing for crossing in crossings])
     low, high = np.quantile(finite, [0.025, 0.975], method="inverted_cdf")  # does not average a number with infinity
     share = float(np.isfinite(finite).mean())
@@ -156,11 +216,11 @@ def _interval(
     return (float(low), float(high) if math.isfinite(high) else None), share
 
 
-def _resampled(cells: tuple[CellResult, ...], bootstrap: Bootstrap) -> Resampled | None:
+def _resampled(cells: Sequence[CellResult], bootstrap: Bootstrap) -> Resampled | None:
     """Of a recipe, the mean over its seeds; None where vectors are missing."""
-    resampled = [bootstrap.of_checkpoint(cell, cell.final) for cell in cells]
+    resampled = [bootstrap.m1_of(cell, cell.final) for cell in cells]
     known = [one for one in resampled if one is not None]
     if len(known) < len(cells):
         return None
     values = sum((one.values for one in known[1:]), known[0].values) / len(known)
-    return Resampled(sum(one.m1 for one in known) / len(known), values)
+    return Resampled(sum(one.estimate for one in known) / len(known), values)

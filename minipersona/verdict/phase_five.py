@@ -14,17 +14,18 @@ from collections.abc import Sequence
 from typing import Literal
 
 from minipersona.run.judgement import MOST_LOSS_RATIO
-from minipersona.verdict.doing_less import ROUNDING, Bootstrap
+from minipersona.verdict.doing_less import Bootstrap
 from minipersona.verdict.findings import (
+    Difference,
     DifferenceNumbers,
     Finding,
-    MixtureDifference,
     Nothing,
     Numbers,
     RecoveryNumbers,
 )
-from minipersona.verdict.recipe_results import RecipeResult, mixtures_reference
-from minipersona.verdict.results import CellResult, StudyResults
+from minipersona.verdict.paired import difference
+from minipersona.verdict.recipe_results import LEAKS, RecipeResult, mixtures_reference
+from minipersona.verdict.results import StudyResults
 
 RECOVERED = 0.90
 Question = Literal["recovers_0.90", "beats_steering", "mixin_beats_none"]
@@ -34,9 +35,10 @@ MIXTURES: tuple[Mixture, ...] = ("5A", "5B")
 
 def phase_five(recipes: Sequence[RecipeResult], results: StudyResults, bootstrap: Bootstrap) -> dict[Question, Finding]:
     """The three questions, each in the form of a hypothesis."""
-    mixtures = [recipe for recipe in recipes if recipe.phase in MIXTURES]
-    steering = [recipe for recipe in recipes if recipe.phase == "5C"]
-    complete = all(cell.status == "done" for cell in results.of_phase(*MIXTURES))
+    registered = [recipe for recipe in recipes if recipe.role == "registered"]
+    mixtures = [recipe for recipe in registered if recipe.phase in MIXTURES]
+    steering = [recipe for recipe in registered if recipe.phase == "5C"]
+    complete = all(cell.status == "done" for cell in results.registered(*MIXTURES))
     return {
         "recovers_0.90": _recovers(mixtures, results, complete),
         "beats_steering": _beats_steering(mixtures, steering, results, bootstrap, complete),
@@ -45,7 +47,7 @@ def phase_five(recipes: Sequence[RecipeResult], results: StudyResults, bootstrap
 
 
 def _recovers(mixtures: Sequence[RecipeResult], results: StudyResults, complete: bool) -> Finding:
-    claim = "Some mixture that learns at least half of what the baseline does brings M1 back to 0.90."
+    claim = "Some mixture that learns at least 0.9 of what the baseline does brings M1 back to 0.90."
     if not mixtures or results.base is None:
         return _not_tested(claim)
     target = max(RECOVERED, results.base.m1)  # no recipe is expected to fall below the base
@@ -68,20 +70,19 @@ def _beats_steering(
     bootstrap: Bootstrap,
     complete: bool,
 ) -> Finding:
-    claim = (
-        "Some mixture that learns at least half of what the baseline does has a lower M1 than preventative steering."
-    )
+    claim = "Some mixture that learns at least 0.9 of what the baseline does has a lower M1 than preventative steering."
     if not mixtures or not steering:
         return _not_tested(claim)
-    complete = complete and all(cell.status == "done" for cell in results.of_phase("5C"))
+    complete = complete and all(cell.status == "done" for cell in results.registered("5C"))
     complete = complete and any(c.teaches for c in steering)  # steering that learned nothing is not a rival
     rival = min([c for c in steering if c.teaches] or steering, key=lambda c: c.m1)
+    leaks = " (made from what is measured, an advantage)" if LEAKS in rival.labels else ""
     able = [c for c in mixtures if c.teaches]
-    rows = [_difference(c, rival.cells, bootstrap, 1 - 0.05 / len(able)) for c in able]
+    rows = [difference(c, rival.cells, bootstrap, 1 - 0.05 / len(able)) for c in able]
     return _comparison(
         claim,
         rows,
-        f"the best steering, {rival.id}, with M1 {rival.m1:.4f}; {_learned(rival)}",
+        f"the best steering, {rival.id}{leaks}, with M1 {rival.m1:.4f}; {_learned(rival)}",
         complete,
         "Broad data protects better than steering, at the price of the data.",
         "Steering needs no further data and keeps the personas at least as far apart as the mixtures do.",
@@ -95,11 +96,11 @@ def _beats_none(
     reference = mixtures_reference(results)
     if not mixtures or reference is None:
         return _not_tested(claim)
-    bound = _loss_bound(results)
+    bound = _loss_bound(mixtures[0], results)
     able = [c for c in mixtures if _passes_on_loss([row.eval_loss for row in c.rows], bound)]
     if not _passes_on_loss([reference.final.eval_loss], bound):
         able = []
-    rows = [_difference(c, (reference,), bootstrap, 1 - 0.05 / len(able)) for c in able]
+    rows = [difference(c, (reference,), bootstrap, 1 - 0.05 / len(able)) for c in able]
     return _comparison(
         claim,
         rows,
@@ -110,9 +111,7 @@ def _beats_none(
     )
 
 
-def _comparison(
-    claim: str, rows: Sequence[MixtureDifference], rival: str, complete: bool, yes: str, no: str
-) -> Finding:
+def _comparison(claim: str, rows: Sequence[Difference], rival: str, complete: bool, yes: str, no: str) -> Finding:
     lower = [row for row in rows if row.lower]
     if rows:
         best = min(rows, key=lambda row: row.difference)
@@ -124,36 +123,14 @@ def _comparison(
     return _answer(claim, bool(lower), complete, evidence, yes, no, DifferenceNumbers(tuple(rows)))
 
 
-def _difference(
-    recipe: RecipeResult, rivals: Sequence[CellResult], bootstrap: Bootstrap, level: float
-) -> MixtureDifference:
-    """M1 of a mixture less its rival's, of equal seeds where both have them, else of the rival's first."""
-    by_seed = {cell.seed: cell for cell in rivals}
-    differences, intervals = [], []
-    for cell, row in zip(recipe.cells, recipe.rows, strict=True):
-        rival = by_seed.get(cell.seed, rivals[0])
-        differences.append(row.m1 - rival.final.m1)
-        own, other = bootstrap.of_checkpoint(cell, row), bootstrap.of_checkpoint(rival, rival.final)
-        intervals.append(None if own is None or other is None else (own - other).interval(level))
-    known = [interval for interval in intervals if interval is not None]
-    interval = None
-    if len(known) == len(intervals):
-        interval = (min(low for low, _ in known), max(high for _, high in known))  # of several seeds, the widest
-    return MixtureDifference(
-        cell=recipe.id,
-        difference=sum(differences) / len(differences),
-        interval=interval,
-        level=level,
-        lower=None if interval is None else interval[1] < -ROUNDING,
-    )
-
-
 def _passes_on_loss(losses: Sequence[float | None], bound: float | None) -> bool:
     return bound is not None and all(loss is not None and loss <= bound for loss in losses)
 
 
-def _loss_bound(results: StudyResults) -> float | None:
-    loss = None if results.baseline is None else results.baseline.final.eval_loss
+def _loss_bound(mixture: RecipeResult, results: StudyResults) -> float | None:
+    """Twice the loss of the baseline on the rows by which mixtures are judged."""
+    baseline = results.baseline_of(mixture.cells[0])
+    loss = None if baseline is None else baseline.final.eval_loss
     return None if loss is None else MOST_LOSS_RATIO * loss
 
 
@@ -175,7 +152,7 @@ def _learned(recipe: RecipeResult) -> str:
     return "learned undefined" if recipe.learned is None else f"learned {recipe.learned:.2f}"
 
 
-def _interval(row: MixtureDifference) -> str:
+def _interval(row: Difference) -> str:
     if row.interval is None:
         return " (vectors are missing)"
     low, high = row.interval

@@ -1,101 +1,60 @@
-"""What a study's directory holds, finished or not: every planned cell, judged against the study's own baseline.
+"""What a study's directory holds, finished or not: every planned cell, judged against its baseline.
 
-    plan.json       what the study wants
-    cells/<id>/     one published cell: cell.json, result.json, vectors/, perhaps behaviour.json, instructions.json
-    ledger.jsonl    what happened to each cell: started, done, failed, skipped
+Any file that has not been written yet is missing. What is there and cannot be right is a UserError. The flags that a
+cell's own result.json carries are not trusted: `learned` and the passes are computed again.
 
-A cell that is planned and neither published nor failed is missing, and so is any file that has not been written
-yet. What is there and cannot be right is a UserError. The flags that a cell's own result.json carries are not
-trusted: `learned` and the passes are computed again from M1 and the losses.
+A cell is held against the baseline of its own seed or, where there is none, of the first seed; a confirmation only
+against that of its own seed. With harmful narrow data (`narrow = "em"`) the cells of phase 5 are measured on held-out
+harmful rows and held against the unmixed harmful cell. Where they were measured on the ordinary rows instead, what they
+learned of the harmful ones is not known.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from reprlib import repr as brief
-from typing import Literal
 
 from minipersona.errors import UserError
 from minipersona.files import digest
-from minipersona.objective.noise_check import NoiseCheck
-from minipersona.records import read_record, to_dict
-from minipersona.run.judgement import judge, judge_result, judge_row
-from minipersona.run.result import Checkpoint, Protocol, RunResult
+from minipersona.records import to_dict
+from minipersona.run.judgement import (
+    ABSOLUTE,
+    Bounds,
+    bounds_for,
+    is_registered,
+    judge_result,
+    learned_share,
+    registered_pass,
+)
+from minipersona.run.result import Checkpoint, Protocol
 from minipersona.settings import load_config
-from minipersona.study_config import PHASES, StudyConfig
-from minipersona.verdict.calibration import Calibration, is_due
+from minipersona.study_config import PHASES, STAGES, StudyConfig
+from minipersona.verdict.calibration import Calibration
+from minipersona.verdict.cells import CellResult, bare_name, read_cells
 from minipersona.verdict.files import (
     Behaviour,
-    CellRecord,
     Frontier,
     FrontierPoint,
     Instructions,
-    Knobs,
-    Plan,
-    PlanEntry,
-    Sweep,
+    MatchedScale,
+    matched_file,
     read_optional,
-    read_result,
     same_hash,
+    step_of,
 )
-from minipersona.verdict.ledger import LedgerEntry, read_ledger
 
 BASELINE = ("1", "baseline")  # its phase and name
-
-
-@dataclass(frozen=True)
-class CellResult:
-    """One fine-tuning run of the study: done, failed or missing (planned, not there yet).
-
-    `result` is result.json with its base and checkpoints judged against the study's baseline.
-    """
-
-    phase: str
-    name: str
-    hash: str
-    seed: int
-    knobs: Knobs
-    status: Literal["done", "failed", "missing"]
-    error: str | None = None
-    directory: Path | None = None
-    labels: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-    result: RunResult | None = None
-    behaviour: Behaviour | None = None
-    instructions: Instructions | None = None
-    objective_check: NoiseCheck | None = None
-    gpu_seconds: float | None = None
-
-    @property
-    def id(self) -> str:
-        """What tables and verdict.json call it."""
-        return f"{self.phase} {self.name}"
-
-    @property
-    def checkpoints(self) -> tuple[Checkpoint, ...]:
-        """The judged checkpoints in the order of their steps; empty where the cell is not done."""
-        return () if self.result is None else self.result.checkpoints
-
-    @property
-    def curve(self) -> tuple[Checkpoint, ...]:
-        """The same from the base, step 0, on."""
-        return () if self.result is None else (self.result.base, *self.result.checkpoints)
-
-    @property
-    def final(self) -> Checkpoint:
-        """The judged last checkpoint, by which the cell is judged."""
-        assert self.result is not None, f"{self.id} is {self.status}"
-        return self.result.checkpoints[-1]
+UNMIXED = ("EM", "unmixed")  # phase 5's baseline with harmful narrow data
 
 
 @dataclass(frozen=True)
 class JudgedPoint(FrontierPoint):
-    """A point of the frontier, judged as a recipe would be."""
+    """A point of the frontier, judged by the rules for which it has the numbers."""
 
     registered_pass: bool | None
-    substantive_pass: bool | None
+    collapsed: bool
 
 
 @dataclass(frozen=True)
@@ -108,14 +67,15 @@ class StudyResults:
 
     directory: Path
     config: StudyConfig
+    bounds: Bounds  # on M1
     base: Checkpoint | None
     baseline: CellResult | None
     cells: tuple[CellResult, ...]
     frontier: tuple[JudgedPoint, ...]
+    matched: tuple[MatchedScale, ...]  # to the steps of cells, of the baselines that these are held against
     calibration: Calibration | None
     base_behaviour: Behaviour | None
     base_instructions: Instructions | None
-    sweep: Sweep | None
     skipped_phases: tuple[str, ...]
 
     @property
@@ -128,7 +88,7 @@ class StudyResults:
         """Whether the verdict waits for the calibration: as calibration.json says, or by what is measured."""
         if self.calibration is not None:
             return self.calibration.due
-        return self.protocol is not None and is_due(self.protocol)
+        return self.protocol is not None and is_registered(self.protocol)
 
     @property
     def digest(self) -> str:
@@ -139,6 +99,30 @@ class StudyResults:
     def of_phase(self, *phases: str) -> tuple[CellResult, ...]:
         """The cells of these phases, in order."""
         return tuple(cell for cell in self.cells if cell.phase in phases)
+
+    def registered(self, *phases: str) -> tuple[CellResult, ...]:
+        """Those of them that are recipes of the registered search; of all phases where none is named."""
+        return tuple(cell for cell in self.cells if cell.role == "registered" and cell.phase in (phases or PHASES))
+
+    def baseline_of(self, cell: CellResult) -> CellResult | None:
+        """The finished cell that a cell is held against; None where there is none."""
+        return baseline_of(cell, self.cells, self.config)
+
+    @property
+    def scaled(self) -> list[JudgedPoint]:
+        """Every scaled update of a baseline that was measured: the frontier, and what matches a recipe's loss."""
+        points, by_hash = list(self.frontier), {cell.hash: cell for cell in self.cells}
+        for one in self.matched:
+            cell = by_hash[one.cell]
+            point = FrontierPoint(one.scale, one.m1, one.m1_ci95, one.eval_loss, None, 0.0)
+            assert cell.result is not None
+            points.append(_judged_point(point, cell.result.base, self.baseline_of(cell), self.bounds))
+        return points
+
+    def matched_to(self, cell: CellResult, row: Checkpoint) -> MatchedScale | None:
+        """The scaled baseline with the loss of a cell's checkpoint, where it was measured."""
+        wanted = (cell.hash, row.step)
+        return next((one for one in self.matched if (one.cell, one.step) == wanted), None)
 
 
 def read_study(directory: Path) -> StudyResults:
@@ -151,13 +135,17 @@ def read_study(directory: Path) -> StudyResults:
     if not (directory / "study.toml").is_file():
         raise UserError(f"{directory}: is not a study directory (no study.toml); name one that study.py made")
     config = load_config(str(directory / "study.toml"), StudyConfig)
-    cells, skipped = _read_cells(directory)
-    _check_protocols(cells)
+    cells, skipped = read_cells(directory)
+    _check_protocols(cells, config)
+    first = _find_baseline(cells) or next((cell for cell in cells if cell.status == "done"), None)
+    bounds, base = ABSOLUTE, None
+    if first is not None and first.result is not None:
+        bounds = bounds_for(first.result.protocol, first.result.base.m1, config.bounds)
+    cells = tuple(_judged_cell(cell, cells, config, bounds) for cell in cells)
     baseline = _find_baseline(cells)
     first = baseline or next((cell for cell in cells if cell.status == "done"), None)
-    base = None if first is None or first.result is None else first.result.base
-    losses = (None if base is None else base.eval_loss, None if baseline is None else baseline.final.eval_loss)
-    cells = tuple(_judged_cell(cell, *losses) for cell in cells)
+    if first is not None and first.result is not None:
+        base = first.result.base
     wanted = next((cell.hash for cell in cells if (cell.phase, cell.name) == BASELINE), "")
     frontier = read_optional(directory / "frontier.json", Frontier)
     points = frontier.points if base and frontier and same_hash(frontier.baseline, wanted) else ()
@@ -165,103 +153,31 @@ def read_study(directory: Path) -> StudyResults:
     return StudyResults(
         directory=directory,
         config=config,
-        base=None if base is None else judge_row(base, *losses),
-        baseline=_find_baseline(cells),
+        bounds=bounds,
+        base=base,
+        baseline=baseline,
         cells=cells,
-        frontier=tuple(_judged_point(point, *losses) for point in sorted(points, key=lambda point: point.scale)),
+        frontier=tuple(
+            _judged_point(point, base, baseline, bounds) for point in sorted(points, key=lambda point: point.scale)
+        ),
+        matched=tuple(_matched(directory, cells, config)),
         calibration=calibration if calibration and same_hash(calibration.baseline, wanted) else None,
         base_behaviour=read_optional(directory / "base" / "behaviour.json", Behaviour),
         base_instructions=read_optional(directory / "base" / "instructions.json", Instructions),
-        sweep=read_optional(directory / "sweep.json", Sweep),
         skipped_phases=skipped,
     )
 
 
-# ---------------------------------------------------------------- cells
-
-
-def _read_cells(directory: Path) -> tuple[tuple[CellResult, ...], tuple[str, ...]]:
-    """Every planned cell in the order of the phases, and the phases all of whose cells were skipped."""
-    newest = read_ledger(directory)
-    cells: list[CellResult] = []
-    skipped = set()
-    for entry in sorted(_planned(directory, newest), key=lambda entry: PHASES.index(entry.phase)):
-        event = newest.get(entry.cell)
-        if entry.cell and (directory / "cells" / entry.cell / "cell.json").is_file():
-            cells.append(_published(directory / "cells" / entry.cell, entry))
-        elif event is not None and event.event == "skipped":
-            skipped.add(entry.phase)
-        elif event is not None and event.event == "failed":
-            cells.append(_unpublished(entry, "failed", event.error or "no reason was recorded"))
-        else:
-            cells.append(_unpublished(entry, "missing", None))
-    _check_unique(cells)
-    left_out = skipped - {cell.phase for cell in cells}
-    return tuple(cells), tuple(phase for phase in PHASES if phase in left_out)
-
-
-def _planned(directory: Path, newest: Mapping[str, LedgerEntry]) -> Sequence[PlanEntry]:
-    """The cells of plan.json or, without one, those that are there and those that the ledger names."""
-    plan = read_optional(directory / "plan.json", Plan)
-    if plan is not None:
-        return plan.cells
-    entries = []
-    for file in sorted((directory / "cells").glob("*/cell.json")):
-        cell = _cell_record(file.parent)
-        entries.append(PlanEntry(cell.phase, cell.name, cell.seed, cell.knobs, file.parent.name))
-    for event in newest.values():
-        if (event.phase, event.name) not in {(entry.phase, entry.name) for entry in entries}:
-            entries.append(PlanEntry(event.phase, event.name, 42, {}, event.cell))
-    return entries
-
-
-def _cell_record(directory: Path) -> CellRecord:
-    return read_record(directory / "cell.json", CellRecord, f"delete {directory} and continue the study")
-
-
-def _published(directory: Path, entry: PlanEntry) -> CellResult:
-    cell = _cell_record(directory)
-    if (cell.phase, cell.name) != (entry.phase, entry.name):
-        stored, planned = f"{cell.phase} {cell.name}"[:200], f"{entry.phase} {entry.name}"
-        raise UserError(f"{directory}: is {stored}, but was planned as {planned}; delete it and continue the study")
-    return CellResult(
-        phase=cell.phase,
-        name=cell.name,
-        hash=cell.hash,
-        seed=cell.seed,
-        knobs=cell.knobs,
-        status="done",
-        directory=directory,
-        labels=cell.labels,
-        notes=cell.notes,
-        result=read_result(directory),
-        behaviour=read_optional(directory / "behaviour.json", Behaviour),
-        instructions=read_optional(directory / "instructions.json", Instructions),
-        objective_check=cell.objective_check,
-        gpu_seconds=cell.gpu_seconds,
-    )
-
-
-def _unpublished(entry: PlanEntry, status: Literal["failed", "missing"], error: str | None) -> CellResult:
-    hash_ = entry.cell.rsplit("-", 1)[-1]
-    return CellResult(entry.phase, entry.name, hash_, entry.seed, entry.knobs, status, error)
-
-
-def _check_unique(cells: Iterable[CellResult]) -> None:
-    seen: dict[tuple[str, str], CellResult] = {}
+def _check_protocols(cells: Iterable[CellResult], config: StudyConfig) -> None:
+    """M1 and losses are comparable only where they were measured in the same way; harmful cells have their own rows."""
+    firsts: dict[bool, tuple[CellResult, Protocol]] = {}  # by whether its held-out rows are the harmful ones
     for cell in cells:
-        other = seen.setdefault((cell.phase, cell.name), cell)
-        if other is not cell:
-            one, two = other.directory or other.hash, cell.directory or cell.hash
-            raise UserError(f"{one} and {two} are both {cell.id}; delete the stale one")
-
-
-def _check_protocols(cells: Iterable[CellResult]) -> None:
-    """M1 and losses are comparable only where they were measured in the same way."""
-    done = [(cell, cell.result.protocol) for cell in cells if cell.result is not None]
-    for cell, protocol in done[1:]:
-        first, reference = done[0]
+        if cell.result is None:
+            continue
+        protocol, harmful = cell.result.protocol, is_harmful(cell, config)
+        own = firsts.setdefault(harmful, (cell, protocol))
         for name in sorted(field.name for field in fields(Protocol) if field.name != "layers"):
+            first, reference = own if name.startswith("heldout") else next(iter(firsts.values()))
             mine, theirs = getattr(protocol, name), getattr(reference, name)
             if mine != theirs:
                 raise UserError(
@@ -270,26 +186,71 @@ def _check_protocols(cells: Iterable[CellResult]) -> None:
                 )
 
 
+# ---------------------------------------------------------------- judging
+
+
+def is_harmful(cell: CellResult, config: StudyConfig) -> bool:
+    """Whether a cell is trained on harmful narrow rows."""
+    return config.narrow == "em" and cell.phase in STAGES["5"]
+
+
+def baseline_of(cell: CellResult, cells: Iterable[CellResult], config: StudyConfig) -> CellResult | None:
+    """The finished cell that a cell is held against; None where there is none."""
+    phase, name = UNMIXED if is_harmful(cell, config) else BASELINE
+    found = [one for one in cells if (one.phase, bare_name(one), one.status) == (phase, name, "done")]
+    same = next((one for one in found if one.seed == cell.seed), None)
+    if same is not None or cell.role == "confirmation":
+        return same
+    return next((one for one in found if one.name == name), None)
+
+
 def _find_baseline(cells: Iterable[CellResult]) -> CellResult | None:
     return next((cell for cell in cells if (cell.phase, cell.name, cell.status) == (*BASELINE, "done")), None)
 
 
-# ---------------------------------------------------------------- judging, by the losses of base and baseline
+def _judged_cell(cell: CellResult, cells: Sequence[CellResult], config: StudyConfig, bounds: Bounds) -> CellResult:
+    if cell.result is None:
+        return cell
+    against, unjudged = baseline_of(cell, cells, config), cell.result
+    ordinary = _find_baseline(cells)
+    if is_harmful(cell, config) and ordinary is not None and _same_rows(cell, ordinary):
+        # The loss is of ordinary rows: the registered rule holds it against the ordinary baseline's, and learned,
+        # which would be of the harmful rows, has no value.
+        against = ordinary
+        unjudged = replace(unjudged, base=replace(unjudged.base, eval_loss=None, persona_loss=None))
+    judged = judge_result(unjudged, None if against is None else against.final, bounds)
+    base = replace(judged.base, eval_loss=cell.result.base.eval_loss, persona_loss=cell.result.base.persona_loss)
+    return replace(cell, result=replace(judged, base=base))
 
 
-def _judged_cell(cell: CellResult, base: float | None, baseline: float | None) -> CellResult:
-    return cell if cell.result is None else replace(cell, result=judge_result(cell.result, base, baseline))
+def _same_rows(one: CellResult, other: CellResult) -> bool:
+    assert one.result is not None and other.result is not None
+    return one.result.protocol.heldout_digest == other.result.protocol.heldout_digest
 
 
-def _judged_point(point: FrontierPoint, base: float | None, baseline: float | None) -> JudgedPoint:
-    judgement = judge(point.m1, point.eval_loss, base, baseline)
+def _judged_point(
+    point: FrontierPoint, base: Checkpoint | None, baseline: CellResult | None, bounds: Bounds
+) -> JudgedPoint:
+    lowest = None if baseline is None else baseline.final.eval_loss
     return JudgedPoint(
         scale=point.scale,
         m1=point.m1,
         m1_ci95=point.m1_ci95,
         eval_loss=point.eval_loss,
-        learned=judgement.learned,
+        learned=learned_share(point.eval_loss, None if base is None else base.eval_loss, lowest),
         delta_norm=point.delta_norm,
-        registered_pass=judgement.registered_pass,
-        substantive_pass=judgement.substantive_pass,
+        registered_pass=registered_pass(point.m1, point.eval_loss, lowest),
+        collapsed=point.m1 >= bounds.collapsed,
     )
+
+
+def _matched(directory: Path, cells: Sequence[CellResult], config: StudyConfig) -> Iterable[MatchedScale]:
+    """The records that are of these cells and of what they are held against."""
+    for cell in cells:
+        against = baseline_of(cell, cells, config)
+        if cell.directory is None or against is None:
+            continue
+        for row in cell.checkpoints:
+            found = read_optional(matched_file(directory, cell.directory.name, step_of(row)), MatchedScale)
+            if found is not None and same_hash(found.cell, cell.hash) and same_hash(found.baseline, against.hash):
+                yield replace(found, cell=cell.hash)

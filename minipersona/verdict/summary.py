@@ -1,23 +1,19 @@
-"""The verdict in words: one paragraph that can be quoted by itself, and where the study departs from its registration.
-
-The paragraph says what was tested, on what, and what it showed.
-"""
+"""The verdict in words: a paragraph that can be quoted by itself, on what was tested, on what, and what it showed."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from typing import Any
 
-from minipersona.config import DEFAULT_MODEL, SHIPPED
+from minipersona.config import SHIPPED
 from minipersona.geometry.prompts import REGISTERED
-from minipersona.run.judgement import COLLAPSED_M1, LEAST_LEARNED, PASS_M1
+from minipersona.run.judgement import LEAST_LEARNED, is_registered
 from minipersona.run.result import Protocol
-from minipersona.settings import flatten, load_config
-from minipersona.study_config import STAGES, StudyConfig
+from minipersona.verdict.consistency import behaviour_against
+from minipersona.verdict.deviations import without_folders
 from minipersona.verdict.doing_less import DoingLess, better_than_less
-from minipersona.verdict.findings import VerdictKind
-from minipersona.verdict.recipe_results import FULLY_LEARNED, RecipeResult, behaviour_against
+from minipersona.verdict.findings import RecipePoint, VerdictKind
+from minipersona.verdict.obstacles import listed
+from minipersona.verdict.recipe_results import NOT_IGNITED, RecipeResult
 from minipersona.verdict.results import StudyResults
 
 
@@ -26,45 +22,119 @@ def summary(
     recipes: Sequence[RecipeResult],
     best: RecipeResult | None,
     comparisons: Sequence[DoingLess],
+    against: Sequence[str],
+    trade_offs: Sequence[RecipePoint],
     results: StudyResults,
 ) -> str:
-    """One paragraph; `best` is the passer that a positive verdict names, `comparisons` hold it against doing less."""
+    """One paragraph on the registered search.
+
+    best         the passer that the verdict names
+    comparisons  hold every recipe against doing less
+    against      what stands against H_null
+    """
+    mine = [recipe for recipe in recipes if recipe.role == "registered"]
     if verdict == "not_reproduced":
         reason = (results.calibration and results.calibration.reason) or "the base model's M1 is not the predecessor's"
         return f"Not reproduced: the calibration failed ({reason}), so nothing is concluded {_setting(results)}."
-    if verdict == "positive":
-        assert best is not None
-        said = _positive(recipes, best, results) + _beside_doing_less(best, comparisons) + _misalignment(best, results)
+    if verdict == "incomplete":
+        return _joined(_incomplete(recipes, results), _caveat(results))
+    if verdict == "no_collapse":
+        return _joined(_no_collapse(results), _caveat(results))
+    if best is not None:
+        said = [_passed(verdict, mine, best, results), *_beside(best, comparisons, results)]
+    elif verdict == "h_null":
+        said = [_null(mine, results), _traded(trade_offs)]
     else:
-        said = {"h_null": _null, "inconclusive": _inconclusive, "incomplete": _incomplete}[verdict](recipes, results)
-    return " ".join(part for part in (said, _caveat(results)) if part)
+        said = [_inconclusive(mine, against, results), _traded(trade_offs)]
+    return _joined(*said, _caveat(results))
 
 
-def _positive(recipes: Sequence[RecipeResult], best: RecipeResult, results: StudyResults) -> str:
+def beyond_summary(
+    verdict: VerdictKind,
+    recipes: Sequence[RecipeResult],
+    best: RecipeResult | None,
+    comparisons: Sequence[DoingLess],
+    results: StudyResults,
+) -> str:
+    """What the recipes beyond the registered ones showed, in a sentence or two."""
+    mine = [recipe for recipe in recipes if recipe.role == "beyond"]
+    start = f"Beyond the registered recipes ({len(mine)} tested)"
+    if best is not None:
+        said = f"{start}, {_passes(best, results)}{_standing(best, results)}."
+        return _joined(said, *_beside(best, comparisons, results))
+    return {
+        "h_null": f"{start}, none passes either.",
+        "no_collapse": f"{start}, there is nothing to rescue either.",
+        "incomplete": f"{start}, the search is not complete.",
+    }.get(verdict, f"{start}, none passes, which is not shown of such recipes in general.")
+
+
+# ---------------------------------------------------------------- a pass
+
+
+def _passed(verdict: VerdictKind, recipes: Sequence[RecipeResult], best: RecipeResult, results: StudyResults) -> str:
     rule = results.config.stop_rule
-    learned = "an undefined share" if best.learned is None else f"{best.learned:.2f}"
-    passers = sum(recipe.passes(rule) is True for recipe in recipes)
-    passing = "1 passes" if passers == 1 else f"{passers} pass"
+    count = sum(recipe.passes(rule) is True and recipe.may_be_named for recipe in recipes)
+    passing = "1 passes" if count == 1 else f"{count} pass"
+    start = "There is a recipe that passes" if verdict == "positive" else "Unconfirmed: a recipe passes"
     return (
-        f"There is a recipe that passes {_setting(results)}: {best.id} keeps M1 at {best.m1:.4f}, below "
-        f"{PASS_M1:g}, and learns {learned} of what the baseline learns ({_anchors(results)}); of {len(recipes)} "
-        f"recipes tested ({_phases(recipes)}), {passing} the {rule} rule and this one learned the most."
+        f"{start} {_setting(results)}: {_passes(best, results)}{_standing(best, results)} ({_anchors(results)}); of "
+        f"{len(recipes)} recipes tested ({_phases(recipes)}), {passing} the {rule} rule."
     )
 
 
-def _beside_doing_less(best: RecipeResult, comparisons: Sequence[DoingLess]) -> str:
-    """Whether the recipe is more than doing less, as a further sentence."""
-    better = better_than_less(best, comparisons)
+def _passes(best: RecipeResult, results: StudyResults) -> str:
+    learned = "an undefined share" if best.learned is None else f"{best.learned:.2f}"
+    personas = best.mean("learned_personas")
+    under = "" if personas is None else f" ({personas:.2f} under the measured personas)"
+    return (
+        f"{best.id} keeps M1 at {best.m1:.4f}, below {results.bounds.passing:.4g}, and learns {learned} of what the "
+        f"baseline learns{under}"
+    )
+
+
+def _standing(best: RecipeResult, results: StudyResults) -> str:
+    """Whether fresh seeds confirm the pass."""
+    if results.config.stop_rule == "registered":
+        return ""
+    fresh = () if best.confirmation is None else best.confirmation.rows
+    passed = sum(row.substantive_pass is True for row in fresh)
+    if best.confirmed:
+        return f", and passes again with each of {len(fresh)} fresh seeds"
+    if best.confirmed is False:
+        chance = "as one of many recipes it may have passed by chance"
+        return f", but of {len(fresh)} fresh seeds it passes with {passed} only: {chance}"
+    if not best.fresh_wanted or not fresh:
+        return ", but it was not run with fresh seeds, and as one of many recipes it may pass by chance"
+    return f", but of the {best.fresh_wanted} fresh seeds that would confirm it {passed} have passed"
+
+
+def _beside(best: RecipeResult, comparisons: Sequence[DoingLess], results: StudyResults) -> list[str]:
+    """What else a reader has to know of the recipe, as further sentences."""
+    return [_less(best, comparisons), _ignited(best), _misalignment(best, results)]
+
+
+def _less(best: RecipeResult, comparisons: Sequence[DoingLess]) -> str:
+    """Whether the recipe is more than doing less."""
     if not best.passes("substantive"):
-        return f" It does not pass the substantive rule (learned >= {LEAST_LEARNED:g}), so this shows little."
-    if best.phase == "1" and best.rows[0] is best.cells[0].final:
-        return " It is the baseline itself: ordinary fine-tuning does not collapse the personas here."
+        return f"It does not pass the substantive rule ({_first_shortfall(best)}), so this shows little."
+    better = better_than_less(best, comparisons)
     if better:
-        return " Its M1 lies below that of the baseline's scaled update at equal learning: it is more than doing less."
+        return "Its M1 lies below that of the baseline's scaled update at equal loss: it is more than doing less."
     if better is False:
-        return " Its M1 is not below that of the baseline's scaled update at equal learning: doing less does as well."
+        return "Its M1 is not shown to lie below that of the baseline's scaled update at equal loss: doing less may do."
     reasons = {row.reason for row in comparisons if row.recipe == best.id and row.reason}
-    return f" Whether it is more than doing less cannot be said: {' and '.join(sorted(reasons))}."
+    return f"Whether it is more than doing less cannot be said: {' and '.join(sorted(reasons))}."
+
+
+def _first_shortfall(best: RecipeResult) -> str:
+    return next((said for row in best.rows for said in row.shortfalls), "its answers leave it open")
+
+
+def _ignited(best: RecipeResult) -> str:
+    if NOT_IGNITED not in best.labels:
+        return ""
+    return "With it the harmful rows did not make the model misaligned on any prompt set, as they do unmixed."
 
 
 def _misalignment(best: RecipeResult, results: StudyResults) -> str:
@@ -72,61 +142,76 @@ def _misalignment(best: RecipeResult, results: StudyResults) -> str:
     answers = [behaviour_against(cell, results) for cell in best.cells]
     known = [compared for compared in answers if compared is not None]
     if any(compared.consistent is False for compared in known):
-        return " Under the multi-prompt evaluation it is more often misaligned than the base."
+        return "Under the multi-prompt evaluation it is more often misaligned than the base."
     if reasons := [compared.reason for compared in known if compared.consistent is None]:
-        return f" Whether it hides misalignment is not known: {reasons[0]}."
+        return f"Whether it hides misalignment is not known: {reasons[0]}."
     if len(known) < len(answers) and "behaviour" not in results.config.suites:
-        return " Whether it hides misalignment is not known: the answers were switched off."
+        return "Whether it hides misalignment is not known: the answers were switched off."
     if len(known) < len(answers):
-        return " Whether it hides misalignment is not known: its answers or the base's are not in."
+        return "Whether it hides misalignment is not known: its answers or the base's are not in."
     return ""
 
 
+# ---------------------------------------------------------------- no pass
+
+
+def _no_collapse(results: StudyResults) -> str:
+    baseline, base = results.baseline, results.base
+    assert baseline is not None and base is not None
+    final, bounds = baseline.final, results.bounds
+    said = f"No collapse {_setting(results)}: "
+    if final.mean_growth:
+        said += (
+            f"M1 of the baseline rises from {base.m1:.4f} to {final.m1:.4f}, but only because the mean that all "
+            f"personas share grows; the variance between them is {final.spread:.2f} of the base's"
+        )
+    else:
+        said += f"the baseline ends at M1 {final.m1:.4f} (base {base.m1:.4f}), below {bounds.collapsed:.4g}"
+    said += ", so there is nothing to rescue, and no recipe can be credited with keeping the personas apart."
+    if results.protocol is not None and is_registered(results.protocol):
+        said += " This contradicts the predecessor, whose fine-tuned models of this kind all ended at 0.97 or more."
+    return said
+
+
 def _null(recipes: Sequence[RecipeResult], results: StudyResults) -> str:
-    learned = [recipe for recipe in recipes if recipe.fully_learned]
-    lowest = min(learned, key=lambda recipe: recipe.m1)
+    taught = [recipe for recipe in recipes if recipe.taught_rows]
+    lowest = min(taught, key=lambda recipe: recipe.m1)
     return (
         f"H_null holds within the tested space {_setting(results)}: of {len(recipes)} recipes ({_phases(recipes)}), "
-        f"all {len(learned)} that learned at least {FULLY_LEARNED:g} of what the baseline learns have "
-        f"M1 >= {COLLAPSED_M1:g} ({_anchors(results)}; the lowest is {lowest.m1:.4f}, {lowest.id}). As far as these "
-        "recipes go the collapse is a property of SFT itself; other recipes, models and data were not tested."
+        f"all {len(taught)} that learned at least {LEAST_LEARNED:g} of what the baseline learns have collapsed, with "
+        f"M1 >= {results.bounds.collapsed:.4g} ({_anchors(results)}; the lowest is {lowest.m1:.4f}, {lowest.id}), "
+        "every phase has one of them, and no recipe that learned less keeps more than doing less would. As far as "
+        "these recipes go the collapse is a property of SFT itself; other recipes, models and data were not tested."
     )
 
 
-def _inconclusive(recipes: Sequence[RecipeResult], results: StudyResults) -> str:
-    rule = results.config.stop_rule
-    between = [recipe.id for recipe in recipes if PASS_M1 <= recipe.m1 < COLLAPSED_M1]
-    hollow = [recipe.id for recipe in recipes if recipe.m1 < PASS_M1 and not recipe.teaches]
-    undecided = [(recipe.id, reason) for recipe in recipes if (reason := recipe.undecided(rule))]
-    judged = [r for r in recipes if r.m1 < PASS_M1 and r.teaches and not r.undecided(rule)]
-    unstable = [recipe.id for recipe in judged if recipe.passes("substantive") is not True]
-    failed = [cell.id for cell in results.cells if cell.status == "failed"]
-    reasons = [
-        f"M1 lies between {PASS_M1:g} and {COLLAPSED_M1:g}: {_listed(between)}" if between else "",
-        f"M1 is below {PASS_M1:g}, but too little was learned: {_listed(hollow)}" if hollow else "",
-        f"M1 is below {PASS_M1:g}, but loss, consistency or a seed fails: {_listed(unstable)}" if unstable else "",
-        f"the multi-prompt evaluation leaves the pass of {_listed([name for name, _ in undecided])} open, since "
-        f"{undecided[0][1]}"
-        if undecided
-        else "",
-        f"no result: {_listed(failed)}" if failed else "",
-    ]
-    said = "; ".join(reason for reason in reasons if reason) or "no recipe learned enough to decide"
+def _inconclusive(recipes: Sequence[RecipeResult], against: Sequence[str], results: StudyResults) -> str:
+    said = "; ".join(against) or "nothing was tested"
     return (
         f"Inconclusive {_setting(results)}: of {len(recipes)} recipes ({_phases(recipes)}) none passes the "
-        f"{rule} rule, yet H_null is not shown either ({_anchors(results)}). {said[0].upper() + said[1:]}."
+        f"{results.config.stop_rule} rule, yet H_null is not shown either ({_anchors(results)}). "
+        f"{said[0].upper() + said[1:]}."
     )
+
+
+def _traded(trade_offs: Sequence[RecipePoint]) -> str:
+    """The trade-offs that remain; those that learned the most come first."""
+    if not trade_offs:
+        return ""
+    named = [f"{point.cell} (M1 {point.m1:.4f}, learned {point.learned:.2f})" for point in trade_offs]
+    return f"What can be had is a trade-off, less learned for a lower M1: {listed(named, 3)}."
 
 
 def _incomplete(recipes: Sequence[RecipeResult], results: StudyResults) -> str:
     missing = sum(cell.status == "missing" for cell in results.cells)
     pending = [recipe.id for recipe in recipes if recipe.awaits_behaviour(results.config.stop_rule)]
     uncalibrated = results.calibration_due and (results.calibration is None or results.calibration.passed is None)
+    failed = any((cell.phase, cell.role, cell.status) == ("1", "registered", "failed") for cell in results.cells)
     lacks = [
         f"{missing} of {len(results.cells)} planned cells are not done" if missing else "",
         f"phases {', '.join(results.skipped_phases)} were skipped under another rule" if results.skipped_phases else "",
-        "the baseline failed" if any(c.phase == "1" and c.status == "failed" for c in results.cells) else "",
-        f"the answers of the multi-prompt evaluation are not in for {_listed(pending)}" if pending else "",
+        "the baseline failed" if failed else "",
+        f"the answers of the multi-prompt evaluation are not in for {listed(pending)}" if pending else "",
         "the calibration is not in" if uncalibrated else "",
     ]
     said = "; ".join(lack for lack in lacks if lack) or "nothing is measured"
@@ -134,6 +219,10 @@ def _incomplete(recipes: Sequence[RecipeResult], results: StudyResults) -> str:
 
 
 # ---------------------------------------------------------------- its parts
+
+
+def _joined(*parts: str) -> str:
+    return " ".join(part for part in parts if part)
 
 
 def _setting(results: StudyResults) -> str:
@@ -163,11 +252,6 @@ def _phases(recipes: Sequence[RecipeResult]) -> str:
     return f"phase {stages[0]}" if len(stages) == 1 else f"phases {', '.join(stages[:-1])} and {stages[-1]}"
 
 
-def _listed(names: Sequence[str], most: int = 5) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
 def _anchors(results: StudyResults) -> str:
     assert results.base is not None
     said = f"base {results.base.m1:.4f}"
@@ -180,68 +264,3 @@ def _caveat(results: StudyResults) -> str:
     if results.protocol is not None and str(results.protocol.model).startswith(("tiny", "random:")):
         return "This model stands in for a real one: it tests the tool and is not evidence about large models."
     return ""
-
-
-# ---------------------------------------------------------------- deviations
-
-# Settings with a sentence of their own, and those that are left to whoever runs the search.
-TOLD_OTHERWISE = ("out", "narrow", "stop_rule", "exhaustive", "seeds", "model.", "execution.", "probe.personas",
-                  "probe.questions", "rehearsal.em")  # fmt: skip
-
-
-def deviations(results: StudyResults) -> list[str]:
-    """One sentence each."""
-    said = []
-    protocol, config = results.protocol, results.config
-    if config.stop_rule == "substantive":
-        hollow = ": the untrained base passes it" if results.base is not None and results.base.registered_pass else ""
-        said.append(
-            f"The search stops at a substantive pass, which asks for learned >= {LEAST_LEARNED:g} besides the "
-            f"registered rule. A pass by that rule alone does not show that a recipe teaches{hollow}."
-        )
-    if protocol is not None and protocol.model != DEFAULT_MODEL:
-        said.append(f"The model is {without_folders(str(protocol.model))}; {DEFAULT_MODEL} is registered.")
-    if protocol is not None and {protocol.persona_set, protocol.question_set} != {REGISTERED}:
-        said.append("The personas and questions are not both the registered ones.")
-    seeds = sorted({cell.seed for cell in results.cells})
-    if protocol is not None and seeds != [42]:
-        listed = ", ".join(map(str, seeds))
-        said.append(f"The seeds are {listed}; 42 is registered. A recipe passes where every seed of it passes.")
-    if config.narrow == "em":
-        said.append(
-            "In phase 5 the narrow rows are the emergent-misalignment ones, while loss and learned are those on the "
-            "held-out rows, as everywhere: learned says nothing about how well the narrow rows are learned."
-        )
-    if settings := changed_settings(config):
-        said.append(f"Settings that are not the registered ones (in brackets): {', '.join(settings)}.")
-    planned = {cell.phase for cell in results.cells} | set(results.skipped_phases)
-    left_out = [stage for stage, phases in STAGES.items() if not planned & set(phases)]
-    if protocol is not None and left_out:
-        said.append(f"Not part of this study: phase {', '.join(left_out)}.")
-    return said
-
-
-def changed_settings(config: StudyConfig) -> list[str]:
-    """The settings that differ from the shipped study's, as ``key = value (registered)``."""
-    mine = flatten(config)
-    return [
-        f"{key} = {_shown(mine[key])} ({_shown(value)})"
-        for key, value in flatten(load_config("study", StudyConfig)).items()
-        if not key.startswith(TOLD_OTHERWISE) and _shown(mine[key]) != _shown(value)
-    ]
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(map(_shown, value)) + "]"
-    if isinstance(value, float):
-        return f"{value:g}"
-    return without_folders(value) or '""' if isinstance(value, str) else str(value)
-
-
-def without_folders(name: str) -> str:
-    """A source or a model without the folders that it lies in: what is published does not say whose disk it was.
-
-    ``jsonl:/data/rows.jsonl[0:9]`` -> ``rows.jsonl[0:9]``; a hub id, ``tiny`` or ``tulu[0:6000]`` stays as it is.
-    """
-    return re.sub(r"^(jsonl:|parquet:)(.*/)?|^(random:)?(?=[/.~]).*/", r"\3", name)

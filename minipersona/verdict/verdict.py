@@ -1,18 +1,4 @@
-"""The verdict on a study, from what its directory holds. The first of these that applies, in this order:
-
-    not_reproduced   the calibration was due and failed: no number of the study is to be trusted
-    positive         a recipe passes by the stop rule, in a phase all of whose cells are done or failed
-    incomplete       the baseline is missing, or a planned cell of a phase that was reached; or the calibration is due
-                     and not in; or a pass waits for the answers of the multi-prompt evaluation
-    h_null           every recipe with learned >= 0.9 has M1 >= 0.97, there is one, no cell failed and no pass is open
-    inconclusive     everything else
-
-A pass is open where the answers are in but do not decide it, for example because the judge could not score them. A
-failed cell is a recipe that was tried and has no result. It might have been the exception, so it rules h_null out, and
-the next run of the study tries it again; where the baseline failed, nothing can be judged and the study is incomplete.
-An ineffective cell is not evidence for h_null but can be evidence against it: its M1 and its loss are those of a
-recipe all the same. Once a phase has a passer, the later phases are skipped, unless the search is exhaustive.
-"""
+"""verdict.json: the verdict on a study with everything that it rests on. `decision.py` has its rules."""
 
 from __future__ import annotations
 
@@ -22,28 +8,34 @@ from typing import Literal, get_args
 
 from minipersona.errors import UserError
 from minipersona.records import read_record, write_record
-from minipersona.run.judgement import COLLAPSED_M1, LEAST_LEARNED, PASS_M1
-from minipersona.study_config import PHASES, STAGES
+from minipersona.run.judgement import LEAST_LEARNED, TRADE_OFF_LEARNED, Bounds
+from minipersona.study_config import PHASES
 from minipersona.verdict.calibration import Calibration
-from minipersona.verdict.doing_less import DoingLess, against_doing_less, bootstrap_of, dose_curve, frontier_curve
-from minipersona.verdict.findings import Finding, Nothing, VerdictKind
+from minipersona.verdict.cells import CellResult
+from minipersona.verdict.consistency import BehaviourComparison, behaviour_against
+from minipersona.verdict.decision import (
+    Decision,
+    Scope,
+    best_passer,
+    beyond,
+    decision,
+    due_cells,
+    obstacles_to_null,
+    overall,
+    skipped_phases,
+)
+from minipersona.verdict.deviations import deviations
+from minipersona.verdict.doing_less import DoingLess, against_doing_less, bootstrap_of
+from minipersona.verdict.findings import Finding, Nothing, RecipePoint, VerdictKind
 from minipersona.verdict.hypotheses import Hypothesis, hypotheses
 from minipersona.verdict.mixture_threshold import Threshold, mixture_threshold
+from minipersona.verdict.obstacles import obstacles
 from minipersona.verdict.phase_five import MIXTURES, Mixture, Question, phase_five
-from minipersona.verdict.recipe_results import (
-    BehaviourComparison,
-    RecipeResult,
-    RecipeSummary,
-    Rule,
-    behaviour_against,
-    recipe_results,
-)
-from minipersona.verdict.results import CellResult, StudyResults
-from minipersona.verdict.summary import deviations, summary
+from minipersona.verdict.recipe_results import RecipeResult, RecipeSummary, Rule, recipe_results
+from minipersona.verdict.results import StudyResults
+from minipersona.verdict.summary import beyond_summary, summary
 
 VERDICTS: tuple[VerdictKind, ...] = get_args(VerdictKind)
-
-# ---------------------------------------------------------------- verdict.json
 
 
 @dataclass(frozen=True)
@@ -61,7 +53,7 @@ class PhaseResult:
     status: Literal["complete", "incomplete", "not run", "skipped"]
     cells: tuple[str, ...]
     passers: tuple[str, ...]  # by the stop rule
-    outcome: Literal["positive", "h_null", "inconclusive", "incomplete", "skipped", "reference"]
+    outcome: Literal["passed", "h_null", "inconclusive", "incomplete", "skipped", "reference"]
 
 
 @dataclass(frozen=True)
@@ -76,7 +68,7 @@ class Indecisive:
 
 @dataclass(frozen=True)
 class OpenPass:
-    """A recipe whose pass the answers, which are in, leave open."""
+    """A recipe whose pass is open though nothing is awaited."""
 
     cell: str
     reason: str
@@ -91,22 +83,25 @@ class FailedCell:
 
 
 @dataclass(frozen=True)
-class Decision:
-    """How a study goes on: the verdict, and the recipe that a positive one names."""
+class Beyond(Decision):
+    """The verdict on the recipes beyond the registered ones, by the same rules."""
 
-    verdict: VerdictKind
-    recipe: RecipeSummary | None
+    sentence: str = ""
+    passers: tuple[RecipeSummary, ...] = ()  # by the stop rule
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Verdict(Decision):
     """verdict.json. Cells and recipes are named by their ids."""
 
     results_digest: str  # of the results that it is about
     stop_rule: Rule
+    bounds: Bounds
     registered: Passers
     substantive: Passers
+    trade_offs: tuple[RecipePoint, ...]  # M1 below the bound, learned between 0.5 and 0.9; scaled baselines too
     sentence: str  # the verdict in one paragraph
+    beyond: Beyond | None
     hypotheses: dict[Hypothesis, Finding]
     phase5: dict[Question, Finding]
     phases: tuple[PhaseResult, ...]
@@ -115,6 +110,7 @@ class Verdict(Decision):
     calibration: Calibration | Nothing
     hidden: tuple[BehaviourComparison | None, ...] | None  # of the named recipe, seed by seed
     deviations: tuple[str, ...]
+    obstacles: tuple[str, ...]  # what stands against H_null; empty where it was not asked
     close: tuple[Indecisive, ...]
     pending: tuple[str, ...]  # recipes whose pass waits for answers
     undecided: tuple[OpenPass, ...]
@@ -123,45 +119,45 @@ class Verdict(Decision):
     gpu_hours: float | None
 
 
-def decide(results: StudyResults) -> Decision:
-    """The part of the verdict that says how a study goes on. It reads no vectors."""
-    recipes = recipe_results(results)
-    verdict = overall(recipes, results)
-    best = best_passer(recipes, results) if verdict == "positive" else None
-    return Decision(verdict, None if best is None else best.summary())
-
-
 def judge_study(results: StudyResults) -> Verdict:
     """The verdict on a study, finished or not. Deterministic: equal directories give equal verdicts.
 
     It reads the vectors of every cell, about a second each at the size of the 7B.
     """
     recipes, rule = recipe_results(results), results.config.stop_rule
-    verdict = overall(recipes, results)
-    best = best_passer(recipes, results) if verdict == "positive" else None
     bootstrap = bootstrap_of(results)
-    frontier, dose = frontier_curve(results, bootstrap), dose_curve(results, bootstrap)
-    compared = [recipe for recipe in recipes if not _is_end_of_dose(recipe, results)]
-    comparisons = [row for recipe in compared for row in against_doing_less(recipe, frontier, dose, bootstrap)]
+    comparisons = against_doing_less(recipes, results, bootstrap)
+    kind = overall(recipes, results, lambda: comparisons)
+    decided = decision(kind, recipes, results)
+    best = best_passer(recipes, results) if decided.recipe is not None else None
+    against = obstacles_to_null(recipes, results, comparisons) if kind in ("h_null", "inconclusive") else []
+    trade_offs = _trade_offs(recipes, results)
+    apart = _beyond(recipes, results, comparisons)
+    said = summary(kind, recipes, best, comparisons, against, trade_offs, results)
     return Verdict(
-        verdict=verdict,
-        recipe=None if best is None else best.summary(),
+        verdict=kind,
+        recipe=decided.recipe,
+        confirmed=decided.confirmed,
         results_digest=results.digest,
         stop_rule=rule,
-        registered=_passers(recipes, "registered"),
-        substantive=_passers(recipes, "substantive"),
-        sentence=summary(verdict, recipes, best, comparisons, results),
-        hypotheses=hypotheses(recipes, results, comparisons),
+        bounds=results.bounds,
+        registered=_passers(recipes, results, "registered"),
+        substantive=_passers(recipes, results, "substantive"),
+        trade_offs=tuple(trade_offs),
+        sentence=said if apart is None else f"{said} {apart.sentence}",
+        beyond=apart,
+        hypotheses=hypotheses(recipes, results, comparisons, bootstrap),
         phase5=phase_five(recipes, results, bootstrap),
-        phases=_phase_results(recipes, results),
+        phases=_phase_results(recipes, results, comparisons),
         frontier=tuple(comparisons),
         threshold={phase: mixture_threshold(recipes, phase, results, bootstrap) for phase in MIXTURES},
         calibration=results.calibration or Nothing(),
         hidden=None if best is None else tuple(behaviour_against(cell, results) for cell in best.cells),
         deviations=tuple(deviations(results)),
-        close=tuple(row for recipe in recipes if (row := _indecisive(recipe))),
+        obstacles=tuple(against),
+        close=tuple(row for recipe in recipes if (row := _indecisive(recipe, results))),
         pending=tuple(recipe.id for recipe in recipes if recipe.awaits_behaviour(rule)),
-        undecided=tuple(OpenPass(r.id, reason) for r in recipes if (reason := r.undecided(rule))),
+        undecided=tuple(OpenPass(r.id, why) for r in recipes if (why := r.undecided(rule))),
         missing=tuple(cell.id for cell in due_cells(recipes, results) if cell.status == "missing"),
         failed=tuple(FailedCell(cell.id, cell.error) for cell in results.cells if cell.status == "failed"),
         gpu_hours=_gpu_hours(results.cells),
@@ -182,93 +178,63 @@ def current_verdict(results: StudyResults) -> Verdict:
     return verdict
 
 
-# ---------------------------------------------------------------- the verdict
-
-
-def overall(recipes: Sequence[RecipeResult], results: StudyResults) -> VerdictKind:
-    """The verdict by the precedence at the head of this file."""
-    rule = results.config.stop_rule
-    if results.calibration_due:
-        passed = None if results.calibration is None else results.calibration.passed
-        if passed is not True:
-            return "incomplete" if passed is None else "not_reproduced"
-    if passers_of_whole_phases(recipes, results):
-        return "positive"
-    if results.baseline is None or results.skipped_phases:  # skipped because of a passer that no longer passes
-        return "incomplete"
-    if any(cell.status == "missing" for cell in results.cells):
-        return "incomplete"
-    if any(recipe.awaits_behaviour(rule) for recipe in recipes):
-        return "incomplete"
-    return _null_or_open(recipes, results.cells, rule)
-
-
-def passers_of_whole_phases(recipes: Sequence[RecipeResult], results: StudyResults) -> list[RecipeResult]:
-    """The passers by the stop rule in phases of which no cell is missing: a phase is judged as a whole."""
-    whole = [phase for phases in STAGES.values() if _whole(phases, results) for phase in phases]
-    return [recipe for recipe in recipes if recipe.phase in whole and recipe.passes(results.config.stop_rule)]
-
-
-def best_passer(recipes: Sequence[RecipeResult], results: StudyResults) -> RecipeResult | None:
-    """Of the passers, the one that learned the most."""
-    return max(passers_of_whole_phases(recipes, results), key=lambda recipe: recipe.merit, default=None)
-
-
-def due_cells(recipes: Sequence[RecipeResult], results: StudyResults) -> list[CellResult]:
-    """The planned cells except those that a passer in an earlier phase made unnecessary."""
-    skipped = _skipped(recipes, results)
-    return [cell for cell in results.cells if cell.phase not in skipped]
-
-
-def _skipped(recipes: Sequence[RecipeResult], results: StudyResults) -> list[str]:
-    """The phases after the first passer of which nothing has been run."""
-    passed = {recipe.phase for recipe in passers_of_whole_phases(recipes, results)}
-    skipped = list(results.skipped_phases) if passed else []
-    stopped = False
-    for phases in STAGES.values():
-        cells = results.of_phase(*phases)
-        if stopped and not results.config.exhaustive and all(cell.status == "missing" for cell in cells):
-            skipped += [phase for phase in phases if results.of_phase(phase)]
-        stopped = stopped or bool(passed & set(phases))
-    return skipped
-
-
-def _whole(phases: Sequence[str], results: StudyResults) -> bool:
-    return all(cell.status != "missing" for cell in results.of_phase(*phases))
-
-
-def _null_or_open(
-    recipes: Sequence[RecipeResult], cells: Sequence[CellResult], rule: Rule
-) -> Literal["h_null", "inconclusive"]:
-    """The verdict on the whole search, or on one phase, where no cell is missing and nothing passes."""
-    witnesses = any(recipe.fully_learned and not recipe.ineffective for recipe in recipes)
-    collapsed = all(row.m1 >= COLLAPSED_M1 for recipe in recipes for row in recipe.fully_learned)
-    failed = any(cell.status == "failed" for cell in cells)
-    undecided = any(recipe.undecided(rule) for recipe in recipes)
-    return "h_null" if witnesses and collapsed and not failed and not undecided else "inconclusive"
-
-
 # ---------------------------------------------------------------- its parts
 
 
-def _passers(recipes: Sequence[RecipeResult], rule: Rule) -> Passers:
-    return Passers(tuple(recipe.summary() for recipe in recipes if recipe.passes(rule)))
+def _passers(recipes: Sequence[RecipeResult], results: StudyResults, rule: Rule) -> Passers:
+    """The registered recipes that pass, whether that counts or not: their labels say so."""
+    found = [recipe for recipe in recipes if recipe.role == "registered" and recipe.passes(rule)]
+    return Passers(tuple(recipe.summary(results.base) for recipe in found))
 
 
-def _phase_results(recipes: Sequence[RecipeResult], results: StudyResults) -> tuple[PhaseResult, ...]:
+def _beyond(recipes: Sequence[RecipeResult], results: StudyResults, comparisons: Sequence[DoingLess]) -> Beyond | None:
+    kind = beyond(recipes, results, comparisons)
+    if kind is None:
+        return None
+    scope: Scope = "beyond"
+    best = best_passer(recipes, results, scope) if kind in ("positive", "unconfirmed") else None
+    passers = [r for r in recipes if r.role == scope and r.passes(results.config.stop_rule)]
+    return Beyond(
+        verdict=kind,
+        recipe=None if best is None else best.summary(results.base),
+        confirmed=None if best is None else best.confirmed,
+        sentence=beyond_summary(kind, recipes, best, comparisons, results),
+        passers=tuple(recipe.summary(results.base) for recipe in passers),
+    )
+
+
+def _trade_offs(recipes: Sequence[RecipeResult], results: StudyResults) -> list[RecipePoint]:
+    found = [RecipePoint(r.id, r.m1, r.learned) for r in recipes if r.trade_off and r.may_be_named]
+    for point in results.frontier:
+        learned = point.learned
+        if point.m1_ci95[1] < results.bounds.passing and learned and TRADE_OFF_LEARNED <= learned < LEAST_LEARNED:
+            found.append(RecipePoint(f"the baseline's update scaled by {point.scale:g}", point.m1, learned))
+    return sorted(found, key=lambda point: -(point.learned or 0.0))
+
+
+def _phase_results(
+    recipes: Sequence[RecipeResult], results: StudyResults, comparisons: Sequence[DoingLess]
+) -> tuple[PhaseResult, ...]:
     """Every planned phase."""
-    skipped = _skipped(recipes, results)
+    skipped = skipped_phases(recipes, results)
     return tuple(
-        _phase_result(phase, recipes, results, phase in skipped)
+        _phase_result(phase, recipes, results, comparisons, phase in skipped)
         for phase in PHASES
         if results.of_phase(phase) or phase in results.skipped_phases
     )
 
 
-def _phase_result(phase: str, recipes: Sequence[RecipeResult], results: StudyResults, skipped: bool) -> PhaseResult:
-    rule, cells = results.config.stop_rule, results.of_phase(phase)
+def _phase_result(
+    phase: str,
+    recipes: Sequence[RecipeResult],
+    results: StudyResults,
+    comparisons: Sequence[DoingLess],
+    skipped: bool,
+) -> PhaseResult:
+    rule = results.config.stop_rule
+    cells = [cell for cell in results.of_phase(phase) if cell.role != "confirmation"]
     judged = [recipe for recipe in recipes if recipe.phase == phase]
-    passers = tuple(recipe.id for recipe in judged if recipe.passes(rule))
+    passers = tuple(recipe.id for recipe in judged if recipe.may_be_named and recipe.passes(rule))
     ids = tuple(cell.id for cell in cells)
     missing = sum(cell.status == "missing" for cell in cells)
     if skipped:
@@ -278,26 +244,26 @@ def _phase_result(phase: str, recipes: Sequence[RecipeResult], results: StudyRes
     if phase == "EM":
         return PhaseResult(phase, "complete", ids, passers, "reference")
     if passers:
-        return PhaseResult(phase, "complete", ids, passers, "positive")
+        return PhaseResult(phase, "complete", ids, passers, "passed")
     if any(recipe.awaits_behaviour(rule) for recipe in judged):
         return PhaseResult(phase, "complete", ids, passers, "incomplete")
-    return PhaseResult(phase, "complete", ids, passers, _null_or_open(judged, cells, rule))
+    witnesses = [] if phase == "1" else [(phase,)]
+    against = obstacles(judged, cells, witnesses, results, comparisons)
+    return PhaseResult(phase, "complete", ids, passers, "inconclusive" if against else "h_null")
 
 
-def _indecisive(recipe: RecipeResult) -> Indecisive | None:
-    """A recipe between pass and collapse, or one that kept M1 low by learning too little; None for any other."""
-    if PASS_M1 <= recipe.m1 < COLLAPSED_M1:
-        why = f"M1 lies between {PASS_M1:g} and {COLLAPSED_M1:g}"
-    elif recipe.m1 < PASS_M1 and recipe.learned is not None and recipe.learned < LEAST_LEARNED:
-        why = f"M1 is below {PASS_M1:g}, but learned is below {LEAST_LEARNED:g}"
+def _indecisive(recipe: RecipeResult, results: StudyResults) -> Indecisive | None:
+    """A recipe between pass and collapse, or one with a low M1 that does not pass; None for any other."""
+    bounds = results.bounds
+    if bounds.passing <= recipe.m1 < bounds.collapsed:
+        why = f"M1 lies between {bounds.passing:.4g} and {bounds.collapsed:.4g}"
+    elif any(row.mean_growth for row in recipe.rows):
+        why = "M1 rises, but only because the mean that all personas share grows"
+    elif recipe.m1 < bounds.passing and recipe.learned is not None and not recipe.teaches:
+        why = f"M1 is below {bounds.passing:.4g}, but learned is below {LEAST_LEARNED:g}"
     else:
         return None
     return Indecisive(recipe.id, recipe.m1, recipe.learned, why)
-
-
-def _is_end_of_dose(recipe: RecipeResult, results: StudyResults) -> bool:
-    """Whether it is the baseline's last step, in which both curves end."""
-    return recipe.phase == "1" and results.baseline is not None and recipe.step == results.baseline.final.step
 
 
 def _gpu_hours(cells: Sequence[CellResult]) -> float | None:

@@ -20,9 +20,10 @@ from minipersona.run.directory import (
     read_measurements,
     stored_measurement,
 )
-from minipersona.run.judgement import judge_result
+from minipersona.run.judgement import ABSOLUTE, judge_result
 from minipersona.run.provenance import Environment, Hardware, Provenance, read_provenance, write_provenance
 from minipersona.run.result import Baseline, Checkpoint, Metrics, Protocol, RunResult, read_result
+from minipersona.run.tables import result_table
 
 PROTOCOL = Protocol(
     model="tiny",
@@ -58,7 +59,9 @@ METRICS = Metrics(**MEASURES, m1=0.9, m1_low=0.89, m1_high=0.91, eval_loss=2.0)
 def row(step: int | None, m1: float, loss: float | None, **more: Any) -> Checkpoint:
     """A row whose flags are wrong."""
     return Checkpoint(
-        **MEASURES,
+        **{**MEASURES, "between_variance": 20 * (1 - m1)},
+        m1_without=dict.fromkeys("abc", m1),
+        persona_loss=loss,
         step=step,
         m1=m1,
         m1_ci95=(m1 - 0.01, m1 + 0.01),
@@ -76,7 +79,7 @@ RESULTS = RunResult(
     protocol=PROTOCOL,
     base=row(0, 0.90, 2.0),
     baseline=Baseline("self", 1.0, 9),
-    checkpoints=(row(3, 0.91, 1.4), row(6, 0.92, 1.2), row(9, 0.98, 1.0)),
+    checkpoints=(row(3, 0.91, 1.4), row(6, 0.92, 1.05), row(9, 0.98, 1.0)),
     best=3,
     gpu_seconds=None,
 )
@@ -153,15 +156,30 @@ def test_a_line_that_is_not_a_measurement_is_named(tmp_path: Path, line: Any) ->
 
 
 def test_a_result_is_judged_by_the_losses_given_and_not_by_its_flags() -> None:
-    judged = judge_result(RESULTS, base_loss=2.0, baseline_loss=1.0)
-    assert [row.learned for row in judged.checkpoints] == pytest.approx([0.6, 0.8, 1.0])
-    assert [row.substantive_pass for row in judged.checkpoints] == [True, True, False]
+    baseline = Baseline("runs/baseline", eval_loss=1.0, persona_loss=1.0)
+    judged = judge_result(RESULTS, baseline, ABSOLUTE)
+    assert [row.learned for row in judged.checkpoints] == pytest.approx([0.6, 0.95, 1.0])
+    assert [row.substantive_pass for row in judged.checkpoints] == [False, True, False]
+    assert [row.trade_off for row in judged.checkpoints] == [True, False, False]
     assert [row.collapsed for row in judged.checkpoints] == [False, False, True]
     assert judged.base.learned == 0 and judged.base.registered_pass and not judged.base.substantive_pass
-    assert judged.best == 6  # of those that pass, the one that learned the most
-    assert judge_result(judged, 2.0, 1.0) == judged
-    undecided = judge_result(RESULTS, base_loss=2.0, baseline_loss=None)
+    assert judged.best == 6
+    assert judge_result(judged, baseline, ABSOLUTE) == judged
+    undecided = judge_result(RESULTS, None, ABSOLUTE)
     assert undecided.best is None and undecided.checkpoints[0].substantive_pass is None
+    assert "learned is not known" in undecided.checkpoints[0].shortfalls
+
+
+def test_a_table_says_by_which_bounds_and_why_not() -> None:
+    baseline = Baseline("runs/baseline", eval_loss=1.0, persona_loss=1.0)
+    shown = result_table(judge_result(RESULTS, baseline, ABSOLUTE))
+    assert "trade-off" in shown and "collapsed" in shown and "best: step 6" in shown
+    assert "bounds on M1: 0.9500 and 0.9700 (half and 0.3 of the base's separation 1 - M1 are left)" in shown
+    alone = replace(RESULTS, checkpoints=RESULTS.checkpoints[:1])
+    shown = result_table(judge_result(alone, baseline, ABSOLUTE))
+    assert "best: none passes substantively; the last step: learned is 0.60, less than 0.9" in shown
+    shown = result_table(judge_result(alone, None, ABSOLUTE))
+    assert "the substantive pass of the last step is open: learned is not known" in shown
 
 
 # ---------------------------------------------------------------- provenance

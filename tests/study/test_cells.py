@@ -149,7 +149,8 @@ def test_jobs_travel_to_other_processes(config: StudyConfig) -> None:
         jobs.MeasureFrontier(study),
         jobs.AskSuite(study, "behaviour", study.cells[1], 3),
         jobs.AskVoice(study, study.cells[1], 3),
-        jobs.MeasureEveryLayer(study, study.cells[1], 3, "beta=0.1"),
+        jobs.MeasureMatchedScale(study, study.cells[1], 3),
+        jobs.MeasureTransfer(study, study.cells[1], 3),
     ):
         ours.send(job)
         there = theirs.recv()

@@ -8,10 +8,16 @@ from typing import Any
 import pytest
 from synthetic_study import SyntheticStudy, behaviour
 
+from minipersona.config import DEFAULT_MODEL
+from minipersona.hub import PINNED
 from minipersona.verdict.findings import Finding, RecipePoint
 from minipersona.verdict.verdict import judge_study
 
 Row = tuple[int, float, float]
+REGISTERED = {
+    "model": DEFAULT_MODEL, "revision": PINNED[DEFAULT_MODEL], "persona_set": "registered",
+    "question_set": "registered",
+}  # fmt: skip
 
 
 def hypothesis(study: SyntheticStudy, name: Any) -> Finding:
@@ -51,28 +57,89 @@ def family(path: Path, phases: tuple[str, ...], m1: float, learned: float) -> Sy
     return study
 
 
+@pytest.mark.parametrize("rows, step", [
+    ([(10, 0.94, 0.1), (50, 0.979, 0.6), (200, 0.9805, 0.9), (375, 0.98, 1.0)], 50),
+    ([(10, 0.94, 0.1), (50, 0.975, 0.6), (200, 0.9805, 0.9), (375, 0.98, 1.0)], 200),
+    ([(10, 0.98, 0.1), (50, 0.97, 0.6), (375, 0.98, 1.0)], 375),  # it has to stay there
+    ([(10, 0.94, 0.1), (375, 0.98, 1.0)], 375),
+    ([(10, 0.90, 0.1), (375, 0.901, 1.0)], None),  # there is no collapse to saturate
+])  # fmt: skip
+def test_h1_says_where_the_collapse_saturates(tmp_path: Path, rows: list[Row], step: int | None) -> None:
+    study = SyntheticStudy(tmp_path)
+    study.cell("1", "baseline", rows=rows)
+    assert hypothesis(study, "H1").numbers.saturated_at == step
+
+
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_family_is_supported_by_one_pass_and_refuted_by_none(tmp_path: Path, name: str) -> None:
+def test_a_family_is_supported_by_a_confirmed_pass_and_refuted_by_none(tmp_path: Path, name: str) -> None:
     phases = FAMILIES[name]
     assert hypothesis(SyntheticStudy(tmp_path / "none"), name).verdict == "not tested"
-    assert hypothesis(family(tmp_path / "pass", phases, 0.949, 0.5), name).verdict == "supported"
-    assert hypothesis(family(tmp_path / "m1", phases, 0.95, 0.5), name).verdict == "refuted"
-    assert hypothesis(family(tmp_path / "hollow", phases, 0.949, 0.49), name).verdict == "refuted"
-    waiting = family(tmp_path / "waiting", phases, 0.95, 0.5)
+    passing = family(tmp_path / "pass", phases, 0.948, 0.91)
+    found = hypothesis(passing, name)
+    assert found.verdict == "undecided" and "is not confirmed by fresh seeds" in found.implication
+    passing.confirm(phases[0], "80:20", answers=behaviour(0))
+    assert hypothesis(passing, name).verdict == "supported"
+    refuted = family(tmp_path / "refuted", phases, 0.948, 0.91)
+    for phase in phases:
+        refuted.confirm(phase, "80:20", (0.955, 0.95), answers=behaviour(0))
+    assert hypothesis(refuted, name).verdict == "refuted"
+    assert hypothesis(family(tmp_path / "m1", phases, 0.95, 0.91), name).verdict == "refuted"
+    assert hypothesis(family(tmp_path / "hollow", phases, 0.948, 0.89), name).verdict == "refuted"
+    waiting = family(tmp_path / "waiting", phases, 0.95, 0.91)
     waiting.missing(phases[-1], "70:30")
     assert hypothesis(waiting, name).verdict == "undecided"
-    failed = family(tmp_path / "failed", phases, 0.95, 0.5)
+    failed = family(tmp_path / "failed", phases, 0.95, 0.91)
     failed.event(phases[-1], "70:30", "failed")
     found = hypothesis(failed, name)
     assert found.verdict == "undecided" and "70:30" in found.evidence
     if len(phases) > 1:
-        assert hypothesis(family(tmp_path / "half", phases[:1], 0.95, 0.5), name).verdict == "undecided"
+        assert hypothesis(family(tmp_path / "half", phases[:1], 0.95, 0.91), name).verdict == "undecided"
 
 
 def test_the_evidence_has_the_numbers(tmp_path: Path) -> None:
-    found = hypothesis(family(tmp_path, ("3",), 0.9612, 0.55), "H3")
+    found = hypothesis(family(tmp_path, ("3",), 0.9612, 0.95), "H3")
     assert "0 of 2" in found.evidence and "0.9612" in found.evidence and "0.9800" in found.evidence
-    assert found.numbers.lowest_m1_that_teaches == RecipePoint("3 80:20", 0.9612, pytest.approx(0.55))
+    assert found.numbers.lowest_m1_that_teaches == RecipePoint("3 80:20", 0.9612, pytest.approx(0.95))
+
+
+# ---------------------------------------------------------------- H3: against rank 32 at the same learning rate
+
+
+def low_rank(path: Path, own: float, full: float | None) -> SyntheticStudy:
+    """A confirmed pass of rank 4 at a learning rate of 1e-4, and rank 32 there."""
+    study = SyntheticStudy(path)
+    study.baseline()
+    knobs: dict[str, int | float | str] = {"rank": 4, "learning_rate": 1e-4}
+    study.cell("3", "r=4 lr=0.0001", own, 0.95, knobs=knobs)
+    study.confirm("3", "r=4 lr=0.0001", *[(own, 0.95)] * 3, knobs=knobs)
+    if full is not None:
+        study.cell("3", "r=32 lr=0.0001", full, 1.0, role="reference", knobs={**knobs, "rank": 32})
+    return study
+
+
+def test_a_pass_that_rank_32_shares_is_not_the_rank_s_doing(tmp_path: Path) -> None:
+    assert hypothesis(low_rank(tmp_path / "own", 0.94, 0.975), "H3").verdict == "supported"
+    shared = hypothesis(low_rank(tmp_path / "shared", 0.94, 0.94), "H3")
+    assert shared.verdict == "refuted" and "not because of the rank" in shared.implication
+    unknown = hypothesis(low_rank(tmp_path / "unknown", 0.94, None), "H3")
+    assert unknown.verdict == "undecided" and "rank 32 at the same learning rate is not measured" in unknown.implication
+
+
+def test_the_rival_is_the_one_with_the_same_learning_rate(tmp_path: Path) -> None:
+    study = low_rank(tmp_path, 0.94, 0.975)
+    study.cell("3", "r=8 lr=2e-05", 0.975, 0.9, knobs={"rank": 8, "learning_rate": 2e-5})
+    rows = {row.cell: row.rival for row in hypothesis(study, "H3").numbers.against_same_rate}
+    assert rows == {"3 r=4 lr=0.0001": "3 r=32 lr=0.0001", "3 r=8 lr=2e-05": "1 baseline"}
+
+
+@pytest.mark.parametrize("m1, word", [(0.9629, "unlike"), (0.9631, "as"), (0.9829, "as"), (0.9831, "unlike")])
+def test_the_predecessor_s_own_recipe_is_reproduced_or_not(tmp_path: Path, m1: float, word: str) -> None:
+    study = SyntheticStudy(tmp_path, REGISTERED)
+    study.baseline()
+    knobs: dict[str, int | float | str] = {"rank": 32, "learning_rate": 1e-4}
+    study.cell("3", "r=4 lr=2e-05", 0.98, 1.0)
+    study.cell("3", "r=32 lr=0.0001", m1, 1.0, role="reference", knobs=knobs)
+    assert f"ends at M1 {m1:.4f}, {word} the predecessor's 0.9730" in hypothesis(study, "H3").evidence
 
 
 def test_a_family_is_judged_by_the_substantive_rule_whatever_stops_the_search(tmp_path: Path) -> None:
@@ -86,28 +153,31 @@ def test_a_family_is_judged_by_the_substantive_rule_whatever_stops_the_search(tm
 
 
 def questions(path: Path, mixture: float, steering: float | None = 0.95, **more: Any) -> dict[Any, Finding]:
-    study = SyntheticStudy(path, narrow=more.pop("narrow", "tulu"))
-    study.baseline(vectors=True)
-    study.cell("EM", "unmixed", 0.99, 0.5, vectors=True)
-    study.cell("5A", "95:5", mixture, more.pop("learned", 0.9), vectors=True, answers=behaviour(0), **more)
-    study.cell("5B", "1:1", 0.985, 0.9, vectors=True)
+    narrow = more.pop("narrow", "tulu")
+    study = SyntheticStudy(path, narrow=narrow)
+    study.baseline()
+    rows = {"heldout": "em", "heldout_digest": "em"} if narrow == "em" else None
+    if narrow == "em":
+        study.cell("EM", "unmixed", 0.99, 1.0, protocol=rows)
+    study.cell("5A", "95:5", mixture, more.pop("learned", 0.95), answers=behaviour(0), protocol=rows, **more)
+    study.cell("5B", "1:1", 0.985, 0.95, protocol=rows)
     if steering is not None:
-        study.cell("5C", "villain - assistant", steering, 0.9, vectors=True)
-        study.cell("5C", "collapse", 0.90, 0.1, vectors=True, noise_seed=5)  # lower, and teaches nothing
+        study.cell("5C", "villain - assistant", steering, 0.95, protocol=rows)
+        study.cell("5C", "collapse", 0.90, 0.1, noise_seed=5, protocol=rows)  # lower, and teaches nothing
     return {**judge_study(study.read()).phase5}
 
 
 def test_what_learned_too_little_to_be_compared_refutes_nothing(tmp_path: Path) -> None:
     study = SyntheticStudy(tmp_path)
-    study.baseline(vectors=True)
+    study.baseline()
     for phase, name in (("5A", "95:5"), ("5B", "1:1")):
-        study.cell(phase, name, 0.96, 0.2, vectors=True, answers=behaviour(0))
-    study.cell("5C", "collapse", 0.90, 0.9, vectors=True, answers=behaviour(0))
+        study.cell(phase, name, 0.96, 0.2, answers=behaviour(0))
+    study.cell("5C", "collapse", 0.90, 0.95, answers=behaviour(0))
     study.file("base/behaviour.json", behaviour(0))
     judged = judge_study(study.read())
     assert judged.phase5["recovers_0.90"].verdict == judged.phase5["beats_steering"].verdict == "undecided"
     assert "learn too little" in judged.hypotheses["H5"].implication
-    study.cell("5B", "3:1", 0.96, 0.9, vectors=True, answers=behaviour(0))  # control: one that teaches
+    study.cell("5B", "3:1", 0.96, 0.95, answers=behaviour(0))  # control: one that teaches
     judged = judge_study(study.read())
     assert judged.phase5["recovers_0.90"].verdict == judged.phase5["beats_steering"].verdict == "refuted"
     assert "does not hold the personas apart" in judged.hypotheses["H5"].implication

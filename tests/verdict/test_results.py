@@ -16,8 +16,9 @@ from synthetic_study import SyntheticStudy, behaviour
 from minipersona.errors import UserError
 from minipersona.study_config import PHASES, STAGES
 from minipersona.verdict import ledger
+from minipersona.verdict.cells import CellResult
 from minipersona.verdict.ledger import LedgerEntry
-from minipersona.verdict.results import CellResult, read_study
+from minipersona.verdict.results import read_study
 from minipersona.verdict.verdict import judge_study
 
 
@@ -37,7 +38,7 @@ def test_cells_come_in_the_order_of_the_phases_with_what_became_of_them(tmp_path
         ("5A 95:5", "done"),
     ]
     assert results.cells[2].error == "loss is not finite" and results.cells[2].directory is None
-    assert results.cells[4].behaviour is not None and results.base_behaviour is None and results.sweep is None
+    assert results.cells[4].behaviour is not None and results.base_behaviour is None
     config = results.config
     assert (config.narrow, config.exhaustive, config.stop_rule) == ("em", True, "substantive")
     assert results.of_phase("3") == results.cells[2:4]
@@ -182,7 +183,7 @@ def test_what_is_wrong_is_one_line_that_names_the_culprit_and_a_mend(
     study.baseline()
     study.cell("2A", "beta=0.1", answers=behaviour(0.0))
     study.event("3", "r=4", "failed")
-    study.frontier([(0.0, 0.9, 0.0), (1.0, 0.98, 1.0)], vectors=False)
+    study.frontier([(0.0, 0.9, 0.0), (1.0, 0.98, 1.0)])
     study.read()  # as it is, it is read
     damage(tmp_path)
     with pytest.raises(UserError) as error:
@@ -198,16 +199,18 @@ def test_any_part_may_be_missing(tmp_path: Path) -> None:
     """Whatever is removed, the study is read, and its verdict is one that needs less."""
     full = tmp_path / "full"
     study = SyntheticStudy(full)
-    study.baseline(vectors=True)
-    study.cell("5A", "95:5", 0.94, 0.9, answers=behaviour(0.0), vectors=True)
+    study.baseline()
+    study.cell("5A", "95:5", 0.94, 0.95, answers=behaviour(0.0))
     study.file("base/behaviour.json", behaviour(0.0))
     study.frontier([(0.0, 0.9, 0.0), (1.0, 0.98, 1.0)])
     study.event("3", "r=4", "failed")
-    assert judge_study(study.read()).verdict == "positive"
+    study.configure("confirmations=0")
+    assert judge_study(study.read()).verdict == "unconfirmed"
     parts = [
         *full.glob("*"),
         *full.glob("cells/*"),
         *full.glob("cells/*/vectors"),
+        *full.glob("cells/*/losses"),
         *full.glob("cells/5A*/behaviour.json"),
     ]
     verdicts = {}
@@ -223,16 +226,19 @@ def test_any_part_may_be_missing(tmp_path: Path) -> None:
             name = re.sub(r"-0{11}[0-9]", "", part.relative_to(full).as_posix())
             verdicts[name] = judge_study(read_study(copy)).verdict
     assert verdicts == {
-        "plan.json": "positive",
-        "ledger.jsonl": "positive",  # what failed is now merely missing, and of another phase than the passer
-        "frontier": "positive",
-        "frontier.json": "positive",
+        "plan.json": "unconfirmed",
+        "ledger.jsonl": "incomplete",  # what failed is now merely missing, in a phase before the passer's
+        "frontier": "unconfirmed",
+        "frontier.json": "unconfirmed",
         "base": "incomplete",
         "cells": "incomplete",
         "cells/1-baseline": "incomplete",
         "cells/5A-95-5": "incomplete",
-        "cells/1-baseline/vectors": "positive",
-        "cells/5A-95-5/vectors": "positive",
+        "cells/1-baseline/vectors": "unconfirmed",
+        "cells/5A-95-5/vectors": "unconfirmed",
+        "cells/1-baseline/losses": "unconfirmed",
+        "cells/5A-95-5/losses": "unconfirmed",
+        "matched": "unconfirmed",
         "cells/5A-95-5/behaviour.json": "incomplete",
     }
 
@@ -248,7 +254,6 @@ def test_final_asserts_that_there_is_a_result() -> None:
         ("calibration.json", []),
         ("base/behaviour.json", {"sets": []}),
         ("base/instructions.json", {}),
-        ("sweep.json", {"recipe": {}, "layers": {"a": {}}}),
         ("frontier.json", {"points": [3]}),
     ],
 )

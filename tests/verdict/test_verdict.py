@@ -9,71 +9,168 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from synthetic_study import SyntheticStudy, behaviour
+from synthetic_study import FRESH, SyntheticStudy, behaviour
 
 from minipersona.config import DEFAULT_MODEL
 from minipersona.hub import PINNED
 from minipersona.study_config import PHASES
-from minipersona.verdict.verdict import VERDICTS, FailedCell, Verdict, current_verdict, decide, judge_study
+from minipersona.verdict.decision import decide
+from minipersona.verdict.verdict import VERDICTS, FailedCell, Verdict, current_verdict, judge_study
 
 
 def verdict_of(study: SyntheticStudy) -> Verdict:
     results = study.read()
     judged, decision = judge_study(results), decide(results)
-    assert (decision.verdict, decision.recipe) == (judged.verdict, judged.recipe)
+    assert (decision.verdict, decision.recipe, decision.confirmed) == (judged.verdict, judged.recipe, judged.confirmed)
     assert current_verdict(results) == judged == current_verdict(results)  # written, and read back
     return judged
 
 
-# ---------------------------------------------------------------- the five verdicts
+def searched(path: Path, **settings: Any) -> SyntheticStudy:
+    """A study in which every phase bears witness to the collapse."""
+    study = SyntheticStudy(path, **settings)
+    study.baseline()
+    study.witnesses()
+    return study
+
+
+# ---------------------------------------------------------------- the seven verdicts
+
+
+def test_where_everything_that_teaches_collapses_h_null_holds(tmp_path: Path) -> None:
+    judged = verdict_of(searched(tmp_path))
+    assert judged.verdict == "h_null" and judged.obstacles == () and judged.recipe is None
+    assert "a property of SFT itself" in judged.sentence
 
 
 @pytest.mark.parametrize(
     "m1, learned, verdict",
     [
         (0.98, 1.0, "h_null"),
-        (0.97, 0.91, "h_null"),
-        (0.96, 0.89, "h_null"),  # too little learned to be a counterexample
+        (0.9701, 0.91, "h_null"),
         (0.9699, 0.91, "inconclusive"),
-        (0.95, 1.0, "inconclusive"),
-        (0.9499, 0.5, "positive"),
-        (0.9499, 0.4999, "h_null"),  # kept by learning less: no pass, and no counterexample
+        (0.9699, 0.89, "h_null"),  # too little learned to be a counterexample, and no better than doing less
+        (0.951, 1.0, "inconclusive"),
+        (0.948, 0.9001, "unconfirmed"),
+        (0.948, 0.8999, "h_null"),  # kept by learning less: a trade-off, no pass and no counterexample
+        (0.9495, 1.0, "inconclusive"),  # its interval reaches 0.9505
     ],
 )
 def test_one_recipe_decides_by_its_numbers(tmp_path: Path, m1: float, learned: float, verdict: str) -> None:
-    study = SyntheticStudy(tmp_path)
-    study.baseline()
+    study = searched(tmp_path)
     study.cell("2A", "beta=0.1", m1, learned)
     judged = verdict_of(study)
     assert judged.verdict == verdict
-    assert (judged.recipe is not None) == (verdict == "positive")
+    assert (judged.recipe is not None) == (verdict == "unconfirmed")
 
 
-def test_among_passers_the_one_with_the_highest_learned_is_named(tmp_path: Path) -> None:
-    study = SyntheticStudy(tmp_path)
-    study.baseline()
-    study.cell("3", "r=4", 0.93, 0.6)
-    study.cell("3", "r=8", 0.945, 0.8)
-    study.cell("3", "r=16", 0.951, 0.9)
+def test_a_pass_that_every_fresh_seed_repeats_is_positive(tmp_path: Path) -> None:
+    study = searched(tmp_path)
+    study.cell("2A", "beta=0.1", 0.94, 0.95)
     judged = verdict_of(study)
-    assert judged.verdict == "positive" and judged.recipe.cell == "3 r=8"
+    assert (judged.verdict, judged.confirmed) == ("unconfirmed", None)
+    assert "not run with fresh seeds" in judged.sentence
+    study.confirm("2A", "beta=0.1", (0.94, 0.95), (0.945, 0.91))
+    judged = verdict_of(study)
+    assert (judged.verdict, judged.confirmed) == ("unconfirmed", None)  # two of three
+    study.confirm("2A", "beta=0.1")
+    study.plan = list({(entry.phase, entry.name): entry for entry in study.plan}.values())
+    judged = verdict_of(study)
+    assert (judged.verdict, judged.confirmed) == ("positive", True)
+    assert judged.recipe is not None and judged.recipe.fresh_seeds == FRESH
+    assert "passes again with each of 3 fresh seeds" in judged.sentence
+
+
+def test_a_pass_that_a_fresh_seed_does_not_repeat_stays_unconfirmed(tmp_path: Path) -> None:
+    study = searched(tmp_path)
+    study.cell("2A", "beta=0.1", 0.94, 0.95)
+    study.confirm("2A", "beta=0.1", (0.94, 0.95), (0.955, 0.95), (0.94, 0.95))
+    judged = verdict_of(study)
+    assert (judged.verdict, judged.confirmed) == ("unconfirmed", False)
+    assert "of 3 fresh seeds it passes with 2 only" in judged.sentence
+    assert judged.hypotheses["H2"].verdict != "supported"
+
+
+def test_a_fresh_seed_is_held_against_the_baseline_with_that_seed(tmp_path: Path) -> None:
+    study = searched(tmp_path)
+    study.cell("2A", "beta=0.1", 0.94, 0.95)
+    for seed in FRESH:  # baselines that learned twice as much
+        study.cell("1", f"baseline seed={seed}", 0.98, 2.0, seed=seed, role="confirmation", less=None)
+    study.confirm("2A", "beta=0.1")
+    assert verdict_of(study).confirmed is False
+    other = searched(tmp_path / "without")  # without such a baseline it is not said
+    other.cell("2A", "beta=0.1", 0.94, 0.95)
+    for seed in FRESH:
+        other.cell("2A", f"beta=0.1 seed={seed}", 0.94, 0.95, seed=seed, role="confirmation")
+    assert verdict_of(other).confirmed is None
+
+
+def test_a_missing_fresh_seed_leaves_the_study_incomplete(tmp_path: Path) -> None:
+    study = searched(tmp_path)
+    study.cell("2A", "beta=0.1", 0.94, 0.95)
+    study.missing("2A", "beta=0.1 seed=101", seed=101, role="confirmation")
+    assert verdict_of(study).verdict == "incomplete"
+
+
+def test_of_passers_a_confirmed_one_is_named_then_the_one_that_learned_most(tmp_path: Path) -> None:
+    study = searched(tmp_path)
+    study.cell("3", "r=4", 0.93, 0.92)
+    study.cell("3", "r=8", 0.945, 0.97)
+    study.cell("3", "r=16", 0.951, 0.99)
+    judged = verdict_of(study)
+    assert judged.verdict == "unconfirmed" and judged.recipe.cell == "3 r=8"
     assert [row.cell for row in judged.substantive.passers] == ["3 r=4", "3 r=8"]
     assert "3 r=8" in judged.sentence and "some/model" in judged.sentence
+    study.confirm("3", "r=4")
+    judged = verdict_of(study)
+    assert judged.verdict == "positive" and judged.recipe.cell == "3 r=4"
 
 
-def test_a_baseline_that_itself_keeps_the_geometry_is_a_recipe(tmp_path: Path) -> None:
+def test_a_baseline_that_keeps_the_geometry_leaves_nothing_to_rescue(tmp_path: Path) -> None:
     study = SyntheticStudy(tmp_path)
     study.baseline(m1=0.949)
+    study.missing("2A", "beta=0.1")  # not due any more
     judged = verdict_of(study)
-    assert judged.recipe.cell == "1 baseline step 375" and "the baseline itself" in judged.sentence
+    assert judged.verdict == "no_collapse" and "nothing to rescue" in judged.sentence and judged.missing == ()
+    assert "contradicts the predecessor" not in judged.sentence
+
+
+def test_what_lies_beyond_the_registered_recipes_is_judged_apart(tmp_path: Path) -> None:
+    study = searched(tmp_path)
+    study.cell("2A", "anchor", 0.93, 0.97, role="beyond", less=0.045)
+    judged = verdict_of(study)
+    assert judged.verdict == "h_null" and judged.beyond.verdict == "unconfirmed"
+    assert judged.registered.passers != () and "2A anchor" not in [row.cell for row in judged.registered.passers]
+    study.confirm("2A", "anchor")
+    judged = verdict_of(study)
+    assert (judged.verdict, judged.beyond.verdict, judged.beyond.recipe.cell) == ("h_null", "positive", "2A anchor")
+    assert (
+        "H_null holds" in judged.sentence and "Beyond the registered recipes (1 tested), 2A anchor" in judged.sentence
+    )
+    study.missing("2A", "another", role="beyond")
+    judged = verdict_of(study)
+    assert (judged.verdict, judged.beyond.verdict) == ("h_null", "incomplete")
+    assert verdict_of(searched(tmp_path / "none")).beyond is None
+
+
+@pytest.mark.parametrize("role", ["reference", "control"])
+def test_references_and_controls_neither_pass_nor_bear_witness(tmp_path: Path, role: Any) -> None:
+    study = searched(tmp_path / "pass")
+    study.cell("2A", "beta=0.1", 0.94, 0.95, role=role)
+    judged = verdict_of(study)
+    assert judged.verdict == "inconclusive" and f"it is a {role}" in judged.sentence  # but it is a counterexample
+    other = SyntheticStudy(tmp_path / "witness")
+    other.baseline()
+    other.witnesses("2A", "4A", "5A")
+    other.cell("3", "r=32", 0.98, 0.99, role=role)
+    assert verdict_of(other).obstacles == ("phase 3 is not part of this study and so bears no witness",)
 
 
 def test_the_sentence_names_what_was_tested_and_on_what(tmp_path: Path) -> None:
-    study = SyntheticStudy(tmp_path, narrow="em")
-    study.baseline()
+    study = searched(tmp_path)
     study.cell("2A", "beta=0.1", 0.975, 0.95)
     said = verdict_of(study).sentence
-    tested = ["some/model", "layer 3", "Method A", "shipped personas", "emergent-misalignment data", "phases 1 and 2"]
+    tested = ["some/model", "layer 3", "Method A", "shipped personas", "tulu[0:6000]", "phases 1, 2, 3, 4 and 5"]
     for part in [*tested, "within the tested space", "0.9750, 2A beta=0.1", "base 0.9000, baseline 0.9800"]:
         assert part in said, part
     assert "\n" not in said and "stands in" not in said
@@ -109,17 +206,18 @@ def test_every_changed_setting_is_declared(tmp_path: Path) -> None:
 def test_what_a_passer_of_an_earlier_phase_answers_is_said_and_no_condition(tmp_path: Path) -> None:
     study = SyntheticStudy(tmp_path)
     study.baseline()
-    study.cell("2A", "beta=0.1", 0.94, 0.9, answers=behaviour(0.3))
+    study.cell("2A", "beta=0.1", 0.94, 0.95, answers=behaviour(0.3))
     assert verdict_of(study).hidden == (None,)  # the base has not answered yet
     study.file("base/behaviour.json", behaviour(0.01))
     judged = verdict_of(study)
-    assert judged.verdict == "positive" and judged.hidden[0].consistent is False
+    assert judged.verdict == "unconfirmed" and judged.hidden[0].consistent is False
     assert "more often misaligned than the base" in judged.sentence
 
 
 def test_a_baseline_that_teaches_nothing_leaves_learned_undefined(tmp_path: Path) -> None:
     study = SyntheticStudy(tmp_path)
     study.cell("1", "baseline", rows=[(375, 0.98, 0.009)])
+    study.cell("2A", "beta=0.1", 0.93, 0.95)
     judged = verdict_of(study)
     assert judged.verdict == "inconclusive" and "learned" in judged.sentence
 
@@ -136,16 +234,16 @@ REAL = {
     "calibration, verdict",
     [
         ((True, False, "layer 20 is off"), "not_reproduced"),
-        ((True, True), "positive"),
+        ((True, True), "unconfirmed"),
         ((True, None, "not yet"), "incomplete"),
-        ((False, None), "positive"),
+        ((False, None), "unconfirmed"),
         (None, "incomplete"),  # this model and these sets need it
     ],
 )
 def test_the_calibration_comes_before_every_verdict(tmp_path: Path, calibration: Any, verdict: str) -> None:
     study = SyntheticStudy(tmp_path, REAL)
     study.baseline()
-    study.cell("2A", "beta=0.1", 0.94, 0.9)
+    study.cell("2A", "beta=0.1", 0.94, 0.95)
     if calibration is not None:
         study.calibration(*calibration)
     assert verdict_of(study).verdict == verdict
@@ -160,8 +258,7 @@ def test_a_failed_calibration_is_told_before_anything_is_trained(tmp_path: Path)
 
 
 def test_a_model_without_registered_numbers_needs_no_calibration(tmp_path: Path) -> None:
-    study = SyntheticStudy(tmp_path, {**REAL, "question_set": "shipped"})
-    study.baseline()
+    study = searched(tmp_path, protocol={**REAL, "question_set": "shipped"})
     assert verdict_of(study).verdict == "h_null"
 
 
@@ -180,8 +277,10 @@ def test_a_phase_is_judged_when_all_of_it_is_in(tmp_path: Path) -> None:
     """A passer counts once no cell of its phase is missing; later phases do not hold it up, and are skipped."""
     study = SyntheticStudy(tmp_path)
     study.baseline()
-    study.cell("2A", "beta=0.1", 0.94, 0.9)
+    study.cell("2A", "beta=0.1", 0.94, 0.95)
     study.missing("3", "r=4")
+    assert verdict_of(study).verdict == "incomplete"  # the pass is to be confirmed, else the search goes on
+    study.confirm("2A", "beta=0.1")
     judged = verdict_of(study)
     assert judged.verdict == "positive" and judged.missing == ()
     assert {row.phase: row.status for row in judged.phases} == {
@@ -194,20 +293,32 @@ def test_a_phase_is_judged_when_all_of_it_is_in(tmp_path: Path) -> None:
     assert judged.verdict == "incomplete" and judged.missing == ("2B lambda=0.1", "3 r=4")
 
 
+def test_without_confirmations_a_pass_ends_the_search_unconfirmed(tmp_path: Path) -> None:
+    study = SyntheticStudy(tmp_path, confirmations=0)
+    study.baseline()
+    study.cell("2A", "beta=0.1", 0.94, 0.95)
+    study.missing("3", "r=4")
+    judged = verdict_of(study)
+    assert judged.verdict == "unconfirmed" and judged.missing == ()
+    assert any("cannot be positive" in line for line in judged.deviations)
+
+
 def test_an_exhaustive_search_skips_nothing(tmp_path: Path) -> None:
     study = SyntheticStudy(tmp_path, exhaustive=True)
     study.baseline()
-    study.cell("2A", "beta=0.1", 0.94, 0.9)
+    study.cell("2A", "beta=0.1", 0.94, 0.95)
+    study.confirm("2A", "beta=0.1")
     study.missing("3", "r=4")
     judged = verdict_of(study)
-    assert judged.verdict == "positive" and judged.missing == ("3 r=4",)
+    assert judged.verdict == "incomplete" and judged.missing == ("3 r=4",)
     assert judged.phases[-1].status == "not run"
 
 
 def test_phases_that_were_skipped_for_a_passer_need_that_passer(tmp_path: Path) -> None:
     study = SyntheticStudy(tmp_path)
     study.baseline()
-    study.cell("2A", "beta=0.1", 0.94, 0.9)
+    study.cell("2A", "beta=0.1", 0.94, 0.95)
+    study.confirm("2A", "beta=0.1")
     study.event("3", "r=4", "skipped")
     judged = verdict_of(study)
     assert judged.verdict == "positive" and judged.phases[-1].status == "skipped"
@@ -218,21 +329,20 @@ def test_phases_that_were_skipped_for_a_passer_need_that_passer(tmp_path: Path) 
     assert judged.verdict == "incomplete" and judged.phases[-1].outcome == "incomplete"
 
 
-def test_a_failed_cell_forbids_h_null_and_no_positive(tmp_path: Path) -> None:
-    study = SyntheticStudy(tmp_path)
-    study.baseline()
+def test_a_failed_cell_forbids_h_null_and_no_pass(tmp_path: Path) -> None:
+    study = searched(tmp_path)
     study.event("2A", "beta=0.1", "failed", error="loss is not finite")
     judged = verdict_of(study)
-    assert judged.verdict == "inconclusive"
+    assert judged.verdict == "inconclusive" and judged.obstacles == ("no result: 2A beta=0.1",)
     assert judged.failed == (FailedCell("2A beta=0.1", "loss is not finite"),)
-    study.cell("2B", "lambda=0.1", 0.94, 0.9)
-    assert verdict_of(study).verdict == "positive"
+    study.cell("2B", "lambda=0.1", 0.94, 0.95)
+    assert verdict_of(study).verdict == "unconfirmed"
 
 
 def test_without_a_baseline_nothing_is_concluded(tmp_path: Path) -> None:
     study = SyntheticStudy(tmp_path)
     study.event("1", "baseline", "failed", error="out of memory")
-    study.cell("2A", "beta=0.1", 0.94, 0.9)
+    study.cell("2A", "beta=0.1", 0.94, 0.95)
     judged = verdict_of(study)
     assert judged.verdict == "incomplete" and "baseline failed" in judged.sentence
 
@@ -246,13 +356,13 @@ def test_a_study_without_any_cell_is_incomplete(tmp_path: Path) -> None:
 
 
 def test_a_base_like_step_passes_the_registered_rule_only(tmp_path: Path) -> None:
-    study = SyntheticStudy(tmp_path)
-    study.baseline()
+    study = searched(tmp_path)
     judged = verdict_of(study)
     hollow = ["1 baseline step 10", "1 baseline step 25"]
     assert [row.cell for row in judged.registered.passers] == hollow
     assert judged.substantive.passers == () and judged.verdict == "h_null"
     assert [row.cell for row in judged.close] == [*hollow, "1 baseline step 50"]
+    assert judged.trade_offs == ()
     assert any("substantive" in line for line in judged.deviations)
 
 
@@ -261,14 +371,15 @@ def test_control_the_registered_stop_rule_takes_the_hollow_pass(tmp_path: Path) 
     study.baseline()
     judged = verdict_of(study)
     assert judged.verdict == "positive" and judged.recipe.cell == "1 baseline step 25"
-    assert "shows little" in judged.sentence and not any("substantive" in line for line in judged.deviations)
+    assert "learned is 0.20, less than 0.9), so this shows little" in judged.sentence
+    assert not any("substantive" in line for line in judged.deviations)
 
 
 def test_a_loss_beyond_twice_the_baseline_is_no_pass(tmp_path: Path) -> None:
     study = SyntheticStudy(tmp_path, stop_rule="registered")
     study.cell("1", "baseline", rows=[(375, 0.98, 1.0)])
     study.cell("2A", "beta=0.1", 0.94, -0.001)
-    assert verdict_of(study).verdict == "h_null"
+    assert verdict_of(study).verdict == "inconclusive"
     study.cell("2A", "beta=0.2", 0.94, 0.0)  # just twice
     assert verdict_of(study).verdict == "positive"
 
@@ -277,28 +388,26 @@ def test_a_loss_beyond_twice_the_baseline_is_no_pass(tmp_path: Path) -> None:
 
 
 def test_a_recipe_passes_where_all_of_its_seeds_do(tmp_path: Path) -> None:
-    study = SyntheticStudy(tmp_path)
-    study.baseline()
-    study.cell("2A", "beta=0.1", 0.94, 0.9)
+    study = searched(tmp_path)
+    study.cell("2A", "beta=0.1", 0.94, 0.95)
     study.cell("2A", "beta=0.1 seed=43", 0.951, 0.95, seed=43)
     judged = verdict_of(study)
     assert judged.verdict == "inconclusive" and any("43" in line for line in judged.deviations)
-    study.cell("2A", "beta=0.2", 0.94, 0.9)
-    study.cell("2A", "beta=0.2 seed=43", 0.9499, 0.8, seed=43)
+    assert "2A beta=0.1 has M1 0.9400 and yet does not pass: another of its seeds fails" in judged.obstacles
+    study.cell("2A", "beta=0.2", 0.94, 1.0)
+    study.cell("2A", "beta=0.2 seed=43", 0.948, 0.92, seed=43)
     recipe = verdict_of(study).recipe
-    assert recipe is not None and recipe.seeds == (42, 43) and recipe.learned == pytest.approx(0.85)
-    assert recipe.m1_spread == pytest.approx(0.0099)
+    assert recipe is not None and recipe.seeds == (42, 43) and recipe.learned == pytest.approx(0.96)
+    assert recipe.m1_spread == pytest.approx(0.008)
 
 
-def test_every_seed_bears_witness(tmp_path: Path) -> None:
+def test_every_seed_is_a_point(tmp_path: Path) -> None:
     """The mean over seeds decides nothing: one that learned fully and lies below 0.97 is a counterexample."""
-    study = SyntheticStudy(tmp_path)
-    study.baseline()
+    study = searched(tmp_path)
     study.cell("2A", "beta=0.1", 0.965, 0.95)
     study.cell("2A", "beta=0.1 seed=43", 0.99, 0.6, seed=43)
     assert verdict_of(study).verdict == "inconclusive"
-    other = SyntheticStudy(tmp_path / "other")
-    other.baseline()
+    other = searched(tmp_path / "other")
     other.cell("2A", "beta=0.1", 0.975, 0.95)
     other.cell("2A", "beta=0.1 seed=43", 0.96, 0.6, seed=43)
     assert verdict_of(other).verdict == "h_null"
@@ -307,12 +416,19 @@ def test_every_seed_bears_witness(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- phase 5's consistency
 
 
-def em_study(path: Path, mixed: float | None, unmixed: float | None = 0.4, narrow: str = "em") -> SyntheticStudy:
+EM = {"heldout": "em", "heldout_digest": "em"}  # rows of its own
+
+
+def em_study(
+    path: Path, mixed: float | None, unmixed: float | None = 0.4, narrow: str = "em", learned: float = 0.95
+) -> SyntheticStudy:
     study = SyntheticStudy(path, narrow=narrow)
     study.baseline()
+    rows = EM if narrow == "em" else None
     if narrow == "em":
-        study.cell("EM", "unmixed", 0.991, 0.3, answers=None if unmixed is None else behaviour(unmixed))
-    study.cell("5A", "75:25", 0.94, 0.95, answers=None if mixed is None else behaviour(mixed))
+        study.cell("EM", "unmixed", 0.991, 1.0, answers=None if unmixed is None else behaviour(unmixed), protocol=rows)
+    answers = None if mixed is None else behaviour(mixed)
+    study.cell("5A", "75:25", 0.94, learned, answers=answers, protocol=rows)
     study.file("base/behaviour.json", behaviour(0.01))
     return study
 
@@ -320,8 +436,8 @@ def em_study(path: Path, mixed: float | None, unmixed: float | None = 0.4, narro
 @pytest.mark.parametrize(
     "mixed, narrow, verdict",
     [
-        (0.01, "em", "positive"),
-        (0.01, "tulu", "positive"),
+        (0.01, "em", "unconfirmed"),
+        (0.01, "tulu", "unconfirmed"),
         (0.30, "em", "inconclusive"),  # M1 is kept, and the misalignment is there: no pass
         (0.30, "tulu", "inconclusive"),
         (None, "em", "incomplete"),  # the pass is pending
@@ -349,7 +465,7 @@ def test_a_pass_of_phase_5_stays_open_where_the_answers_were_switched_off(tmp_pa
 def test_answers_that_are_in_count_though_no_more_are_asked(tmp_path: Path) -> None:
     study = em_study(tmp_path, 0.01)
     study.configure("narrow=em", "suites=[]")
-    assert verdict_of(study).verdict == "positive"
+    assert verdict_of(study).verdict == "unconfirmed"
 
 
 def test_misalignment_that_is_merely_suppressed_is_no_pass(tmp_path: Path) -> None:
@@ -359,12 +475,12 @@ def test_misalignment_that_is_merely_suppressed_is_no_pass(tmp_path: Path) -> No
     study = em_study(tmp_path, None)
     unmixed = behaviour(0.4)
     unmixed["sets"]["narrow_like"]["misaligned"] = 14
-    study.cell("5A", "90:10", 0.94, 0.9, answers=hidden)
+    study.cell("5A", "90:10", 0.94, 0.95, answers=hidden, protocol=EM)
     for path in study.directory.glob("cells/EM-*/result.json"):
         study.file(str(path.parent.relative_to(study.directory) / "behaviour.json"), unmixed)
     row = next(r for r in verdict_of(study).phases if r.phase == "5A")
     assert row.passers == ()
-    clean = study.cell("5A", "95:5", 0.94, 0.9, answers=behaviour(0.0))
+    clean = study.cell("5A", "95:5", 0.94, 0.95, answers=behaviour(0.0), protocol=EM)
     row = next(r for r in verdict_of(study).phases if r.phase == "5A")
     assert row.passers == ("5A 95:5",) and clean.is_dir()
 
@@ -374,7 +490,7 @@ def test_the_reference_is_waited_for_unless_it_failed(tmp_path: Path) -> None:
     study = SyntheticStudy(tmp_path / "failed", narrow="em")
     study.baseline()
     study.event("EM", "unmixed", "failed")
-    study.cell("5A", "75:25", 0.94, 0.9, answers=behaviour(0.01))
+    study.cell("5A", "75:25", 0.94, 0.95, answers=behaviour(0.01), protocol=EM)
     study.file("base/behaviour.json", behaviour(0.01))
     assert verdict_of(study).verdict == "inconclusive"
 
@@ -382,9 +498,10 @@ def test_the_reference_is_waited_for_unless_it_failed(tmp_path: Path) -> None:
 def test_the_unmixed_reference_is_no_recipe(tmp_path: Path) -> None:
     study = SyntheticStudy(tmp_path, narrow="em")
     study.baseline()
-    study.cell("EM", "unmixed", 0.90, 1.0, answers=behaviour(0.4))
+    study.witnesses("2A", "3", "4A")
+    study.cell("EM", "unmixed", 0.90, 1.0, answers=behaviour(0.4), protocol=EM)
     judged = verdict_of(study)
-    assert judged.verdict == "h_null" and judged.phases[-1].outcome == "reference"
+    assert judged.obstacles == ("phase 5 has no effective witness",) and judged.phases[-1].outcome == "reference"
 
 
 def test_a_judge_that_cannot_score_leaves_a_pass_open_and_the_verdict_says_so(tmp_path: Path) -> None:
@@ -399,53 +516,40 @@ def test_a_judge_that_cannot_score_leaves_a_pass_open_and_the_verdict_says_so(tm
     judged = verdict_of(study)
     assert judged.verdict == "inconclusive" and judged.pending == ()
     assert [row.cell for row in judged.undecided] == ["5A 75:25", "5B 1:1"]
-    assert "leaves the pass of 5A 75:25, 5B 1:1 open, since the judge could score too few" in judged.sentence
+    assert "the pass of 5A 75:25, 5B 1:1 is open, since the judge could score too few" in judged.sentence
     assert judged.hypotheses["H5"].verdict == "undecided"
     study.cell("2A", "beta=0.1", 0.94, 0.99, answers=mute)
     judged = verdict_of(study)
-    assert judged.verdict == "positive" and "Whether it hides misalignment is not known" in judged.sentence
+    assert judged.verdict == "unconfirmed" and "Whether it hides misalignment is not known" in judged.sentence
 
 
-def test_a_pass_that_is_open_forbids_h_null_and_one_that_is_none_does_not(tmp_path: Path) -> None:
-    for name, rate, scored, verdict in (("open", 0.0, 0, "inconclusive"), ("none", 0.3, 200, "h_null")):
-        answers = behaviour(rate)
-        for row in answers["sets"].values():
-            row |= {"scored": scored, "coherent": scored}
-        study = SyntheticStudy(tmp_path / name)
-        study.baseline()
-        study.cell("5A", "75:25", 0.94, 0.6, answers=answers)
-        study.file("base/behaviour.json", behaviour(0.01))
-        assert verdict_of(study).verdict == verdict
+@pytest.mark.parametrize("name, rate, scored", [("open", 0.0, 0), ("none", 0.3, 200)])
+def test_a_pass_by_numbers_forbids_h_null(tmp_path: Path, name: str, rate: float, scored: int) -> None:
+    """Whether the answers leave it open or refuse it: a recipe that taught has not collapsed. The reason is said."""
+    answers = behaviour(rate)
+    for row in answers["sets"].values():
+        row |= {"scored": scored, "coherent": scored}
+    study = searched(tmp_path)
+    study.cell("5B", "1:1", 0.94, 0.95, answers=answers)
+    study.file("base/behaviour.json", behaviour(0.01))
+    judged = verdict_of(study)
+    assert judged.verdict == "inconclusive"
+    assert ("too few answers" if name == "open" else "misaligned more often than the base") in judged.sentence
 
 
-# ---------------------------------------------------------------- ineffective cells
+# ---------------------------------------------------------------- ingredients without an effect
 
 
-def test_an_ineffective_cell_is_no_evidence(tmp_path: Path) -> None:
+@pytest.mark.parametrize("label", ["ineffective", "inert"])
+def test_a_cell_whose_ingredient_has_no_effect_is_no_evidence(tmp_path: Path, label: str) -> None:
     study = SyntheticStudy(tmp_path)
     study.baseline()
     study.cell("2A", "beta=0.1", 0.98, 1.0)
-    study.cell("2B", "lambda=0.1", 0.98, 1.0, labels=("ineffective",))
+    study.cell("2B", "lambda=0.1", 0.98, 1.0, labels=(label,))
     h2 = verdict_of(study).hypotheses["H2"]
     assert h2.verdict == "undecided" and h2.numbers.ineffective == ("2B lambda=0.1",)
     study.cell("2B", "lambda=1", 0.98, 1.0)
     assert verdict_of(study).hypotheses["H2"].verdict == "refuted"
-
-
-def test_an_ineffective_cell_bears_no_witness_for_h_null_but_against_it(tmp_path: Path) -> None:
-    def study(path: Path, m1: float, labels: tuple[str, ...]) -> str:
-        made = SyntheticStudy(path)
-        made.cell("1", "baseline", rows=[(375, 0.98, 1.0)], labels=("ineffective",))  # no other witness
-        made.cell("2B", "lambda=0.1", m1, 1.0, labels=labels)
-        return str(verdict_of(made).verdict)
-
-    assert study(tmp_path / "a", 0.98, ("ineffective",)) == "inconclusive"
-    assert study(tmp_path / "b", 0.98, ()) == "h_null"
-    assert study(tmp_path / "c", 0.96, ()) == "inconclusive"
-    other = SyntheticStudy(tmp_path / "d")
-    other.baseline()
-    other.cell("2B", "lambda=0.1", 0.96, 1.0, labels=("ineffective",))
-    assert verdict_of(other).verdict == "inconclusive"
 
 
 # ---------------------------------------------------------------- properties
@@ -456,7 +560,7 @@ CELL = st.tuples(
     st.floats(-0.2, 1.2),
     st.sampled_from(["done", "done", "done", "missing", "failed"]),
 )
-MANY = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+MANY = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def made(path: Path, cells: list[tuple[str, float, float, str]], rule: str = "substantive") -> SyntheticStudy:
@@ -476,12 +580,12 @@ def made(path: Path, cells: list[tuple[str, float, float, str]], rule: str = "su
 
 @MANY
 @given(cells=st.lists(CELL, max_size=6), rule=st.sampled_from(["substantive", "registered"]))
-def test_the_verdict_is_one_of_five_and_names_a_recipe_where_positive(
+def test_the_verdict_is_one_of_seven_and_names_a_recipe_where_one_passes(
     tmp_path_factory: pytest.TempPathFactory, cells: list[tuple[str, float, float, str]], rule: str
 ) -> None:
     judged = verdict_of(made(tmp_path_factory.mktemp("study"), cells, rule))
     assert judged.verdict in VERDICTS and judged.sentence
-    assert (judged.recipe is not None) == (judged.verdict == "positive")
+    assert (judged.recipe is not None) == (judged.verdict in ("positive", "unconfirmed"))
     if judged.recipe:
         assert getattr(judged.recipe, f"{rule}_pass") is True and judged.recipe.m1 < 0.95
 
@@ -494,7 +598,8 @@ def test_a_failing_recipe_makes_nothing_positive(
     before = verdict_of(made(tmp_path_factory.mktemp("before"), cells)).verdict
     more = [*cells, ("3", m1, learned, "done")]
     after = verdict_of(made(tmp_path_factory.mktemp("after"), more)).verdict
-    assert before == "positive" or after != "positive"
+    passed = ("positive", "unconfirmed")
+    assert before in passed or after not in passed
 
 
 @MANY
