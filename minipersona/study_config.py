@@ -81,6 +81,7 @@ class RehearsalSection:
     """Phase 5, rehearsal: what is mixed into the narrow rows (5A, 5B), and steering without any mixing (5C)."""
 
     em: str = ""  # the narrow rows with narrow = "em"; a file of the user's
+    em_heldout: str = ""  # other such rows, by whose loss is told what was learned of them; empty: it is not known
     raw_text: str = "fineweb-edu[0:4000]"  # 5A, in stored order; enough texts for every ratio
     raw_text_ratio: tuple[str, ...] = ("99:1", "95:5", "90:10", "75:25")  # narrow:broad
     instructions: str = "tulu"  # 5B: rows of the whole mixture
@@ -117,9 +118,7 @@ class StudyConfig:
     stop_rule: Literal["substantive", "registered"] = "substantive"  # which PASS ends the search
     bounds: Literal["auto", "absolute", "relative"] = "auto"  # on M1: 0.95 and 0.97, or the same shares of what the
     # base separates its personas by; "auto": absolute on the registered model, sets and layer
-    confirmations: int = (
-        3  # fresh seeds with which a passer and the baseline are run again; 0: a pass stays unconfirmed
-    )
+    confirmations: int = 3  # fresh seeds with which a passer, and the baseline, are run again; 0: none
     exhaustive: bool = False  # run every phase whatever passes
     suites: tuple[str, ...] = SUITES  # of answers, asked where they are due; [] asks for none, and a pass of phase 5,
     # which also needs the answers of "behaviour", then stays open

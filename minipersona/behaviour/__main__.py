@@ -1,4 +1,4 @@
-"""What surrounds the behaviour suite:  python -m minipersona.behaviour roleplay|convert|score|dry-run   (--help)
+"""What surrounds the behaviour suite:  python -m minipersona.behaviour roleplay|voice|convert|score|dry-run   (--help)
 
 The suite itself is a part of evaluate.py (--suite behaviour).
 """
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from minipersona.config import DEFAULT_MODEL, BehaviourSection
+from minipersona.config import DEFAULT_MODEL, SHIPPED, BehaviourSection
 from minipersona.console import Console, Parser, answer, dispatch, positive, printable, subcommand
 from minipersona.errors import UserError
 from minipersona.settings import override
@@ -21,6 +21,7 @@ from minipersona.training.interruption import interruptible
 EXAMPLES = """examples:
   python -m minipersona.behaviour roleplay --source 'tulu[0:6000]' --out roleplay.jsonl
   python -m minipersona.behaviour roleplay --model tiny --source 'tiny:benign[0:100]' --out roleplay.jsonl
+  python -m minipersona.behaviour voice --model tiny --adapter runs/tiny_phase1/step-000040 --out voice.json
   python -m minipersona.behaviour convert questions.yaml questions.jsonl
   python -m minipersona.behaviour dry-run --set samples=20 --prompt-sets plain
   python -m minipersona.behaviour score runs/phase1 --scores scored.jsonl --by "two annotators"
@@ -45,8 +46,9 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(metavar="{roleplay,convert,score,dry-run}")
+    commands = parser.add_subparsers(metavar="{roleplay,voice,convert,score,dry-run}")
     _roleplay_options(commands)
+    _voice_options(commands)
     _convert_options(commands)
     _score_options(commands)
     _dry_run_options(commands)
@@ -72,6 +74,23 @@ def _roleplay_options(commands: Any) -> None:
     option("--max-new-tokens", type=positive(int), default=1024, metavar="N", help="of a response (default 1024)")
     option("--temperature", type=_temperature, default=1.0, metavar="T", help="0 is greedy (default 1)")
     option("--batch", type=positive(int), default=256, metavar="N", help="responses in flight at once (default 256)")
+    option("--json", action="store_true", help="print JSON")
+
+
+def _voice_options(commands: Any) -> None:
+    summary = "How much of a persona the model's probabilities carry, on its own responses; of an adapter, beside it."
+    option = _command(commands, "voice", summary, _voice).add_argument
+    option("--model", default=DEFAULT_MODEL, metavar="M", help=f"the base, which responds (default {DEFAULT_MODEL})")
+    option("--revision", metavar="R", help="a hub revision (default: pinned for the 7B)")
+    option("--adapter", metavar="A", help="measured too, on the base's responses")
+    option("--tokenizer", metavar="DIR", help="another tokenizer than the model's")
+    option("--template", metavar="NAME", help="chat template by name; default the tokenizer's own")
+    option("--personas", default=SHIPPED, metavar="F", help="a file of personas, or registered (default: shipped)")
+    option("--questions", default=SHIPPED, metavar="F", help="a file of questions, or registered (default: shipped)")
+    option("--count", type=positive(int), default=20, metavar="N", help="questions, evenly spaced (default 20)")
+    option("--max-new-tokens", type=positive(int), default=128, metavar="N", help="of a response (default 128)")
+    option("--batch", type=positive(int), default=256, metavar="N", help="responses in flight at once (default 256)")
+    option("--out", metavar="FILE", help="write the result there, and the responses beside it; again: it continues")
     option("--json", action="store_true", help="print JSON")
 
 
@@ -151,6 +170,51 @@ def _roleplay(options: argparse.Namespace) -> None:
         f"{report['cut_share']:.1%} cut at {options.max_new_tokens:,} tokens; {report['kept']:,} keep their own"
     )
     print(json.dumps(report, indent=2) if options.json else printable(text))
+
+
+def _voice(options: argparse.Namespace) -> None:
+    import tempfile
+
+    from minipersona.behaviour.voice import RESPONSES, asked, base_responses, measure_voice, share
+    from minipersona.chat import load_tokenizer
+    from minipersona.files import check_writable, write_json
+    from minipersona.geometry.prompts import load_personas, load_questions
+    from minipersona.model.adapter_files import load_adapter
+    from minipersona.model.load import load_model
+    from minipersona.records import to_dict
+
+    console = Console()
+    if options.out:
+        check_writable(options.out)
+    personas, questions = load_personas(options.personas), load_questions(options.questions)
+    console.say(f"loading {options.model}")
+    tokenizer = load_tokenizer(options.tokenizer or options.model, revision=options.revision, template=options.template)
+    model = load_model(options.model, revision=options.revision)
+    with tempfile.TemporaryDirectory() as unkept:
+        responses = base_responses(
+            model,
+            tokenizer,
+            personas.prompts,
+            asked(questions.questions, options.count),
+            Path(options.out).with_suffix(f".{RESPONSES}") if options.out else Path(unkept) / RESPONSES,
+            console,
+            most_tokens=options.max_new_tokens,
+            batch=options.batch,
+        )
+    base = measure_voice(model, responses, console)
+    value: dict[str, Any] = {"model": options.model, "base": to_dict(base)}
+    low, high = base.ci95
+    lines = [f"base     V {base.value:.4f} [{low:.4f}, {high:.4f}] nats a response token"]
+    if options.adapter:
+        load_adapter(model, options.adapter)
+        adapted = measure_voice(model, responses, console)
+        (low, high), of_base = adapted.ci95, share(adapted, base)
+        value |= {"adapter": options.adapter, "adapted": to_dict(adapted), "share": of_base}
+        shares = "{:.3f} [{:.3f}, {:.3f}]".format(*of_base)
+        lines.append(f"adapter  V {adapted.value:.4f} [{low:.4f}, {high:.4f}]; as a share of the base's {shares}")
+    if options.out:
+        write_json(options.out, value)
+    print(json.dumps(value, indent=2) if options.json else printable("\n".join(lines)))
 
 
 def _convert(options: argparse.Namespace) -> None:

@@ -146,16 +146,20 @@ def with_prompts(rows: Rows, prompts: Sequence[str], seed: int) -> Rows:
     drawn = _generator(seed, WHICH_PROMPT).integers(len(prompts), size=len(rows))
     prompted = []
     for index, row in enumerate(rows.rows):
-        messages = row.get("messages")
-        if not isinstance(messages, list):
+        if not isinstance(row.get("messages"), list):
             raise UserError(
                 f"{rows.source}: row {rows.first + index * rows.step} is not a conversation; "
                 "data.system_prompts needs rows of messages"
             )
-        opens_with_system = bool(messages) and isinstance(messages[0], dict) and messages[0].get("role") == "system"
-        system = {"role": "system", "content": prompts[int(drawn[index])]}
-        prompted.append({**row, "messages": [system, *messages[opens_with_system:]]})
+        prompted.append(with_prompt(row, prompts[int(drawn[index])]))
     return replace(rows, rows=prompted, digest=_digest(prompted))
+
+
+def with_prompt(row: dict[str, Any], prompt: str) -> dict[str, Any]:
+    """A conversation with the system turn `prompt`, in place of one that it opens with."""
+    messages = row["messages"]
+    opens_with_system = bool(messages) and isinstance(messages[0], dict) and messages[0].get("role") == "system"
+    return {**row, "messages": [{"role": "system", "content": prompt}, *messages[opens_with_system:]]}
 
 
 def training_personas() -> dict[str, str]:

@@ -49,6 +49,25 @@ def m1(vectors: Tensor) -> float:
     return _mean_off_diagonal(cosines(vectors))
 
 
+def m1_by_persona(vectors: Tensor) -> Tensor:
+    """Each persona's mean cosine with the others, (P, D) -> (P,) fp64; their mean is M1. Errors as from `m1`."""
+    pairwise = cosines(vectors)
+    _at_least_two(len(pairwise), "personas")
+    return (pairwise.sum(1) - pairwise.diagonal()) / (len(pairwise) - 1)
+
+
+def m1_without(vectors: Tensor) -> Tensor | None:
+    """M1 with each persona left out in turn, (P, D) -> (P,) fp64; None of two personas, which leave one.
+
+    With c_p the sum of p's cosines with the others, M1 without p is (sum_q c_q - 2 c_p) / ((P - 1) (P - 2)).
+    """
+    personas = len(vectors)
+    if personas == 2:
+        return None
+    sums = m1_by_persona(vectors) * (personas - 1)  # (P,) c
+    return (sums.sum() - 2 * sums) / ((personas - 1) * (personas - 2))
+
+
 def centred_cosine(vectors: Tensor) -> float:
     """M1 of (P, D) vectors less their mean: the part of M1 that the shared mean does not explain.
 
@@ -112,6 +131,36 @@ def variances(samples: Tensor) -> tuple[float, float]:
     return (ms_persona - ms_rest) / questions, ss_within / (personas * (questions - 1))
 
 
+def alignment(vectors: Tensor, base_vectors: Tensor) -> float:
+    """Pearson's correlation of the centred vectors with the base's, over all P D entries, (P, D) twice -> [-1, 1].
+
+    Both are centred over personas: corr = <A, B> / (||A|| ||B||) in Frobenius' inner product. 1 where the personas
+    lie around their mean as in the base but for one scale; a rotation of the whole configuration lowers it, since it
+    asks for the same directions of the same space. nan where all personas are equal in either.
+    """
+    assert vectors.shape == base_vectors.shape
+    (a, scale_a), (b, scale_b) = _centred(vectors), _centred(base_vectors)
+    norm_a, norm_b = float(a.norm()), float(b.norm())
+    if norm_a <= ROUNDING * scale_a or norm_b <= ROUNDING * scale_b:
+        return math.nan
+    return float((a * b).sum()) / (norm_a * norm_b)
+
+
+def spread(between: float, base_between: float) -> float:
+    """The between-persona variance as a share of the base's: 1 where the personas keep their distances.
+
+    nan where the base's is not positive, as by chance where its personas do not differ.
+    """
+    return between / base_between if base_between > 0 else math.nan
+
+
+def discriminability(between: float, within: float, base_between: float, base_within: float) -> float:
+    """Between- over within-persona variance as a share of the base's. nan where one that divides is not positive."""
+    if within <= 0 or base_within <= 0 or base_between <= 0:
+        return math.nan
+    return (between / within) / (base_between / base_within)
+
+
 def nearest_centroid_accuracy(samples: Tensor, folds: int = 5, seed: int = 42) -> float:
     """How often a sample at a new question is nearest to its own persona's centroid; chance is 1 / P.
 
@@ -161,16 +210,17 @@ def all_measures(samples: Tensor) -> Measures:
     between, within = variances(samples)
     return Measures(
         m1=m1(vectors),
-        centred_cosine=_none_if_nan(centred_cosine(vectors)),
-        shared_mean_share=_none_if_nan(shared_mean_share(vectors)),
-        between_variance=_none_if_nan(between),
-        within_variance=_none_if_nan(within),
-        effective_rank=_none_if_nan(effective_rank(vectors)),
+        centred_cosine=none_if_nan(centred_cosine(vectors)),
+        shared_mean_share=none_if_nan(shared_mean_share(vectors)),
+        between_variance=none_if_nan(between),
+        within_variance=none_if_nan(within),
+        effective_rank=none_if_nan(effective_rank(vectors)),
         nearest_centroid_accuracy=nearest_centroid_accuracy(samples),
     )
 
 
-def _none_if_nan(value: float) -> float | None:
+def none_if_nan(value: float) -> float | None:
+    """None for a measure without a value."""
     return None if math.isnan(value) else value
 
 

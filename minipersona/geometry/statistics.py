@@ -15,6 +15,8 @@ products are in the samples' own dtype: fp32 moves M1 by about 1e-7, far below i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Literal
 
@@ -23,9 +25,10 @@ import torch
 from torch import Tensor
 
 from minipersona.errors import UserError
-from minipersona.geometry.measures import m1, persona_vectors
+from minipersona.geometry.measures import m1, m1_by_persona, m1_without, persona_vectors
 
 SEED = 42
+PIECE = 100  # resamples whose (P, R, D) unit vectors exist at a time
 
 
 def question_weights(questions: int, resamples: int, seed: int = SEED) -> Tensor:
@@ -63,8 +66,7 @@ def bootstrap_m1(samples: Tensor, resamples: int = 1000, seed: int = SEED, level
     """
     _check(samples)
     resampled = resampled_m1(samples, question_weights(samples.shape[1], resamples, seed))
-    low, high = bootstrap_interval(resampled, m1(persona_vectors(samples)), level)
-    return low, min(high, 1.0)
+    return _at_most_one(bootstrap_interval(resampled, m1(persona_vectors(samples)), level))
 
 
 def bootstrap_m1_difference(
@@ -79,6 +81,71 @@ def bootstrap_m1_difference(
     resampled = resampled_m1(samples_b, weights) - resampled_m1(samples_a, weights)
     estimate = m1(persona_vectors(samples_b)) - m1(persona_vectors(samples_a))
     return bootstrap_interval(resampled, estimate, level)
+
+
+@dataclass(frozen=True)
+class PersonaCosine:
+    """A persona's mean cosine with the others, and its bootstrap interval over questions."""
+
+    persona: str
+    cosine: float
+    low: float
+    high: float
+
+
+def bootstrap_by_persona(
+    samples: Tensor, personas: Sequence[str], resamples: int = 1000, seed: int = SEED, level: float = 0.95
+) -> tuple[PersonaCosine, ...]:
+    """`measures.m1_by_persona` with bootstrap intervals over questions: samples (P, Q, D) -> P of them, in order.
+
+    The same questions are drawn for all personas, and the same as by `bootstrap_m1`. UserErrors as there.
+    """
+    _check(samples)
+    estimates = m1_by_persona(persona_vectors(samples)).tolist()
+    weights = question_weights(samples.shape[1], resamples, seed).to(samples)
+    pieces = []
+    for piece in weights.split(PIECE):
+        units = torch.stack([_unit(piece @ persona) for persona in samples])  # (P, R, D)
+        with_all = (units * units.sum(0)).double().sum(-1)  # (P, R), its cosine of 1 with itself among them
+        pieces.append((with_all - 1) / (len(samples) - 1))
+    resampled = torch.cat(pieces, 1)  # (P, R)
+    rows = zip(personas, estimates, resampled, strict=True)
+    return tuple(PersonaCosine(name, x, *_at_most_one(bootstrap_interval(r, x, level))) for name, x, r in rows)
+
+
+def jackknife_m1(vectors: Tensor, level: float = 0.95) -> tuple[float, float]:
+    """Jackknife interval of M1 over personas (Tukey 1958): (P, D) -> (low, high).
+
+    How far M1 hangs on which personas were chosen. The bootstrap over questions says nothing of that: it has the same
+    personas in every resample. With M1 without persona p as theta_p, the variance is (P - 1) / P sum_p (theta_p -
+    mean)^2, and the interval Student's with P - 1 degrees of freedom. UserError below three personas.
+    """
+    if (without := m1_without(vectors)) is None:
+        raise UserError("2 personas: a jackknife over personas needs at least three")
+    return jackknife_interval(m1(vectors), without, level)
+
+
+def jackknife_interval(estimate: float, without: Tensor, level: float = 0.95) -> tuple[float, float]:
+    """The same from M1 and from M1 with each persona left out, (P,) -> (low, high)."""
+    personas = len(without)
+    deviation = float(((personas - 1) / personas * (without - without.mean()).square().sum()).sqrt())
+    reach = student_quantile((1 + level) / 2, personas - 1) * deviation
+    return _at_most_one((estimate - reach, estimate + reach))
+
+
+def student_quantile(probability: float, degrees: int) -> float:
+    """Quantile of Student's t by its expansion about the normal one (Abramowitz and Stegun 26.7.5).
+
+    At the 97.5% point within 0.1% from 4 degrees of freedom on, within 1% at 2.
+    """
+    z, n = NormalDist().inv_cdf(probability), degrees
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92_160,
+    )
+    return z + sum(term / n**power for power, term in enumerate(terms, 1))
 
 
 def noise_floor(samples: Tensor, splits: int = 200, seed: int = SEED) -> float:
@@ -166,6 +233,12 @@ def wilson_interval(successes: int, n: int, level: float = 0.95) -> tuple[float,
     spread = z * (rate * (1 - rate) / n + z * z / (4 * n * n)) ** 0.5
     scale = 1 + z * z / n
     return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+
+
+def _at_most_one(interval: tuple[float, float]) -> tuple[float, float]:
+    """An interval of cosines."""
+    low, high = interval
+    return low, min(high, 1.0)
 
 
 def _unit(vectors: Tensor) -> Tensor:

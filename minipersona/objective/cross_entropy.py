@@ -12,17 +12,19 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minipersona.model.network import Qwen2
 from minipersona.model.pack import Pack
-from minipersona.objective.head import CHUNK, ForwardPass, log_probabilities, through_head
+from minipersona.objective.head import CHUNK, ForwardPass, head_logits, log_probabilities, through_head
 
 
 @dataclass(frozen=True)
 class CrossEntropy:
     """Plain SFT, an `Objective`: one pass through the network."""
 
+    weight: ClassVar[float] = 0.0
     terms: ClassVar[tuple[str, ...]] = ("loss", "cross_entropy")
     copies: ClassVar[int] = 1
 
@@ -45,6 +47,14 @@ def cross_entropy(
     """
     loss, _ = through_head(_rule, [hidden], weight, targets, chunk=chunk, compiled=compiled)
     return loss
+
+
+@torch.no_grad()
+def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk: int = CHUNK) -> Tensor:
+    """-log p of each target in nats, (N,) in fp32 or better, without gradient; arguments as above."""
+    head = weight.to(hidden.dtype)
+    pieces = zip(hidden.split(chunk), targets.split(chunk), strict=True)
+    return torch.cat([F.cross_entropy(head_logits(h, head), y, reduction="none") for h, y in pieces])
 
 
 def _rule(logits: Tensor, targets: Tensor, *, dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor]]:

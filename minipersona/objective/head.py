@@ -55,11 +55,19 @@ class ForwardPass:
 class Objective(Protocol):
     """Maps a model, a pack on the CPU and a forward pass to the summed loss, (), and all summed terms, (K,).
 
-    Only the loss, which is also the first term, carries a gradient. The caller divides the sums, once a step.
+    Only the loss, which is also the first term, carries a gradient. The caller divides the sums, once a step. An
+    objective is a dataclass: with another `weight`, `dataclasses.replace` makes another objective of it.
     """
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
     terms: ClassVar[tuple[str, ...]]  # names of the K terms
     copies: ClassVar[int]  # of every token in a pass; a pack has that many times fewer tokens than a pass may have
+
+    @property
+    def weight(self) -> float:
+        """Of the penalty that is added to the cross-entropy; at 0 the objective is the cross-entropy."""
+        ...
 
     def __call__(self, model: Qwen2, pack: Pack, forward: ForwardPass) -> tuple[Tensor, Tensor]: ...
 

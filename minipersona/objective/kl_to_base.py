@@ -38,10 +38,11 @@ Direction = Literal["symmetric", "forward", "reverse"]
 class KLToBase:
     """An `Objective`: a pass through the base without gradients, then one through the model that learns.
 
-    The base is the model without its adapters, or `frozen` if all weights learn. It has no dropout and no taps.
+    weight  beta
+    frozen  the base, if all weights learn; otherwise it is the model without its adapters. No dropout, no taps
     """
 
-    beta: float
+    weight: float
     direction: Direction
     frozen: Qwen2 | None = None
     terms: ClassVar[tuple[str, ...]] = ("loss", "cross_entropy", "kl")
@@ -55,7 +56,7 @@ class KLToBase:
             reference = Reference(base(pack)[pack.supervised], base.lm_head.weight)
         return kl_to_base(
             forward.states(model, pack, keys), model.lm_head.weight, pack.targets[pack.supervised], reference,
-            beta=self.beta, direction=self.direction, compiled=forward.compiled,
+            beta=self.weight, direction=self.direction, compiled=forward.compiled,
         )  # fmt: skip
 
 

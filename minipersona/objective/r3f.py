@@ -36,9 +36,9 @@ NoiseKind = Literal["normal", "uniform"]
 
 @dataclass(frozen=True)
 class R3F:
-    """An `Objective`: both branches in one pass, with the same dropout and the same taps."""
+    """An `Objective`: both branches in one pass, with the same dropout and the same taps. `weight` is lambda."""
 
-    lam: float
+    weight: float
     noise: NoiseKind
     epsilon: float
     terms: ClassVar[tuple[str, ...]] = ("loss", "cross_entropy", "kl")
@@ -50,7 +50,7 @@ class R3F:
         states = forward.states(model, twice(pack), keys.repeat(2), add_to_second_half(noise))  # (2N, D)
         clean, noisy = states.chunk(2)
         targets = pack.targets[pack.supervised]
-        return r3f(clean, noisy, model.lm_head.weight, targets, lam=self.lam, compiled=forward.compiled)
+        return r3f(clean, noisy, model.lm_head.weight, targets, lam=self.weight, compiled=forward.compiled)
 
 
 def r3f(

@@ -113,7 +113,7 @@ def document(
         Section("Hypotheses", "hypotheses", [*_findings(verdict.hypotheses)]),
         Section("Phase 5: three questions", "phase-5", [*_findings(verdict.phase5), images["mixture"]]),
         Section("Geometry", "geometry", [images["cosines"], images["decomposition"]]),
-        *_optional("Every layer", "every-layer", layer_table(results)),
+        *_optional("Every layer", "every-layer", layer_table(verdict, results)),
         Section("Doing less", "doing-less", [doing_less_table(verdict) or Paragraph("Nothing to compare yet.")]),
         *_behaviour(results),
         *_optional("Instruction following", "instruction-following", instruction_table(results)),

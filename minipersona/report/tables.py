@@ -247,15 +247,17 @@ def _spread(mean: float | None, values: Sequence[float | None], form: str) -> li
     return [number_cell(value, form) for value in (mean, min(known, default=None), max(known, default=None))]
 
 
-def layer_table(results: StudyResults) -> Table | None:
-    """M1 at every layer, of the base, the baseline and the recipe of a positive verdict."""
-    if results.sweep is None or not results.sweep.layers:
+def layer_table(verdict: Verdict, results: StudyResults) -> Table | None:
+    """M1 at every layer, of the base, the baseline and the recipe of a positive verdict, by the study's own set."""
+    named = verdict.recipe
+    cell = next((cell for cell in results.cells if named is not None and cell.hash == named.hashes[0]), None)
+    if named is None or cell is None or cell.transfer is None or "study" not in cell.transfer.sets:
         return None
+    own = cell.transfer.sets["study"]
     rows = [
-        [Cell(layer, float(layer)), number_cell(row.base), number_cell(row.baseline), number_cell(row.recipe)]
-        for layer, row in sorted(results.sweep.layers.items(), key=lambda item: int(item[0]))
+        [Cell(layer, float(layer)), *(number_cell(model.m1[layer]) for model in (own.base, own.baseline, own.recipe))]
+        for layer in sorted(own.base.m1, key=int)
     ]
-    recipe = results.sweep.recipe
-    step = "" if recipe.step is None else f" step {recipe.step}"
-    caption = f"M1 at every layer. The recipe is {recipe.phase} {recipe.name}{step}."
-    return Table("layers", ("layer", "base", "baseline", "recipe"), rows, caption)
+    return Table(
+        "layers", ("layer", "base", "baseline", "recipe"), rows, f"M1 at every layer. The recipe is {named.cell}."
+    )

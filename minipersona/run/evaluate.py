@@ -119,7 +119,7 @@ def _measure_steps(
     Measurements by the run's `own` protocol are stored.
     """
     model = load_run_model(config, device)
-    instruments = run_instruments(config, model, load_run_tokenizer(config.model), compiled=False)
+    instruments = run_instruments(config, model, load_run_tokenizer(config.model))
     protocol = instruments.protocol(model)
     rows = []
     for step in steps:
@@ -141,7 +141,7 @@ def _measure_step(
     if step == 0:
         return measure(model, instruments, console)[0], 0.0
     trained = load_checkpoint(model, config, directory, step)
-    metrics, _ = measure(trained, instruments, console)
+    metrics = measure(trained, instruments, console)[0]
     trained.source = model.source  # the distance is from what the run started with
     return metrics, distance_from_base(trained, config, Distributed(0, 1, model.device))
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from minipersona.errors import UserError, require
 from minipersona.files import write_atomically
 from minipersona.model.tensor_file import open_safetensors
+from minipersona.training.heldout import pooled
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +62,3 @@ def load_losses(path: Path) -> HeldoutLosses:
         if tensor.dtype != wanted or tensor.shape != (len(losses.nats),) or not bool((tensor >= 0).all()):
             raise UserError(f"{path}: {name} is not a loss or a count for each row; measure the run again")
     return losses
-
-
-def pooled(nats: Tensor, tokens: Tensor) -> float:
-    return float(nats.sum() / tokens.sum())

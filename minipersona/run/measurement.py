@@ -1,29 +1,32 @@
-"""All that is measured of one model: its geometry and its held-out loss.
+"""All that is measured of one model: its geometry, and its loss on held-out rows as they are and under personas.
 
 P = personas, Q = questions, D = width
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
+import numpy as np
 from torch import Tensor
 
 from minipersona.chat import ChatTokenizer, Document
 from minipersona.chat.tokenizer import Supervise
 from minipersona.config import LARGE_PASS
 from minipersona.console import Console
+from minipersona.corpus.mixtures import with_prompt
 from minipersona.corpus.sources import Rows, read_source, tokenize
 from minipersona.files import digest
 from minipersona.geometry.extraction import check_layers, check_vocabulary, extract
-from minipersona.geometry.measures import all_measures, m1
+from minipersona.geometry.measures import all_measures, m1, m1_by_persona, m1_without
 from minipersona.geometry.prompts import PersonaSet, QuestionSet, load_personas, load_questions
 from minipersona.geometry.statistics import bootstrap_m1, noise_floor
 from minipersona.geometry.vectors import PersonaVectors
 from minipersona.model.network import Qwen2
+from minipersona.run.losses import HeldoutLosses
 from minipersona.run.result import LayerMeasures, Metrics, Protocol
-from minipersona.training.heldout import heldout_loss
+from minipersona.training.heldout import document_losses
 
 
 @dataclass(frozen=True)
@@ -35,10 +38,10 @@ class Instruments:
     questions: QuestionSet
     layers: list[int]  # the first decides
     heldout: list[Document] | None
+    heldout_under_personas: list[Document] | None  # row i with the system prompt of persona i mod P
     heldout_rows: Rows | None
     max_tokens: int
     pack_tokens: int
-    compiled: bool
 
     def protocol(self, model: Qwen2) -> Protocol:
         """The record of a measurement of this model, or of what is trained from it, with these instruments."""
@@ -73,26 +76,42 @@ def make_instruments(
     max_tokens: int = 2048,
     supervise: Supervise = "last",
     pack_tokens: int = LARGE_PASS,
-    compiled: bool = False,
 ) -> Instruments:
     """Read and check everything that a measurement needs. Of `layers` the first decides."""
     check_vocabulary(model, tokenizer)
-    rows = read_source(heldout) if heldout else None
+    rows, persona_set = read_source(heldout) if heldout else None, load_personas(personas)
+
+    def tokenized(rows: Rows) -> list[Document]:
+        return tokenize(rows, tokenizer, supervise=supervise, max_tokens=max_tokens)
+
     return Instruments(
         tokenizer=tokenizer,
-        personas=load_personas(personas),
+        personas=persona_set,
         questions=load_questions(questions),
         layers=check_layers(model, layers),
-        heldout=None if rows is None else tokenize(rows, tokenizer, supervise=supervise, max_tokens=max_tokens),
+        heldout=None if rows is None else tokenized(rows),
+        heldout_under_personas=None if rows is None else under_personas(rows, persona_set, tokenized),
         heldout_rows=rows,
         max_tokens=max_tokens,
         pack_tokens=pack_tokens,
-        compiled=compiled,
     )
 
 
-def measure(model: Qwen2, instruments: Instruments, console: Console) -> tuple[Metrics, PersonaVectors]:
-    """The metrics of a model as it stands (adapters as they are), and the vectors that they come from."""
+def under_personas(rows: Rows, personas: PersonaSet, tokenized: Callable[[Rows], list[Document]]) -> list[Document]:
+    """Row i with the system prompt of persona i mod P, in place of its own; raw text, which has none, is empty."""
+    prompts = list(personas.prompts.values())
+    chats = [i for i, row in enumerate(rows.rows) if "messages" in row]
+    documents = [Document(np.empty(0, np.int32), np.empty(0, np.bool_), truncated=False)] * len(rows)
+    prompted = replace(rows, rows=[with_prompt(rows.rows[i], prompts[i % len(prompts)]) for i in chats])
+    for i, document in zip(chats, tokenized(prompted), strict=True):
+        documents[i] = document
+    return documents
+
+
+def measure(
+    model: Qwen2, instruments: Instruments, console: Console
+) -> tuple[Metrics, PersonaVectors, HeldoutLosses | None]:
+    """The metrics of a model as it stands (adapters as they are), and the vectors and losses that they come from."""
     prompts = len(instruments.personas.prompts) * len(instruments.questions.questions)
     with console.progress("extracting", prompts, "prompts") as progress:
         vectors = extract(
@@ -107,9 +126,8 @@ def measure(model: Qwen2, instruments: Instruments, console: Console) -> tuple[M
     deciding = vectors.samples[instruments.layers[0]]  # (P, Q, D)
     measures = all_measures(deciding)  # before the loss: UserError where the model has diverged
     low, high = bootstrap_m1(deciding)
-    loss = None
-    if instruments.heldout is not None:
-        loss = heldout_loss(model, instruments.heldout, instruments.pack_tokens, instruments.compiled)
+    losses = heldout_losses(model, instruments)
+    vectors_there = vectors.mean(instruments.layers[0])  # (P, D)
     metrics = Metrics(
         **vars(measures),
         layer=instruments.layers[0],
@@ -117,9 +135,27 @@ def measure(model: Qwen2, instruments: Instruments, console: Console) -> tuple[M
         m1_high=high,
         m1_noise_floor=noise_floor(deciding),
         m1_by_layer={str(layer): m1(vectors.mean(layer)) for layer in instruments.layers},
-        eval_loss=loss,
+        m1_by_persona=by_name(instruments.personas, m1_by_persona(vectors_there)),
+        m1_without=by_name(instruments.personas, m1_without(vectors_there)),
+        eval_loss=None if losses is None else losses.eval_loss,
+        persona_loss=None if losses is None else losses.persona_loss,
     )
-    return metrics, vectors
+    return metrics, vectors, losses
+
+
+def heldout_losses(model: Qwen2, instruments: Instruments) -> HeldoutLosses | None:
+    """The loss of every held-out row, as it is and under its persona; None without such rows."""
+    plain, prompted = instruments.heldout, instruments.heldout_under_personas
+    if plain is None or prompted is None:
+        return None
+    nats, tokens = document_losses(model, [*plain, *prompted], instruments.pack_tokens)  # one set of packs
+    rows = len(plain)
+    return HeldoutLosses(nats[:rows], tokens[:rows], nats[rows:], tokens[rows:])
+
+
+def by_name(personas: PersonaSet, values: Tensor | None) -> dict[str, float] | None:
+    """(P,) values by the personas' names."""
+    return None if values is None else dict(zip(personas.prompts, values.tolist(), strict=True))
 
 
 def layer_measures(samples: Tensor) -> LayerMeasures:

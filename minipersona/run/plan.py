@@ -167,9 +167,13 @@ def checkpoint_bytes(sizes: ModelConfig, config: RunConfig) -> int:
 
 def kept_bytes(sizes: ModelConfig, config: RunConfig) -> int:
     """Bytes of what a finished run keeps: each named checkpoint, its vectors and the base's."""
-    layers = max(1, len(config.probe.layers))
-    vectors = 4 * PROMPTS * sizes.hidden_size * layers
+    vectors = vectors_bytes(sizes, config)
     return len(config.training.checkpoints) * (checkpoint_bytes(sizes, config) + vectors) + vectors
+
+
+def vectors_bytes(sizes: ModelConfig, config: RunConfig) -> int:
+    """Bytes of the vectors of one measurement."""
+    return 4 * PROMPTS * sizes.hidden_size * max(1, len(config.probe.layers))
 
 
 def rolling_bytes(sizes: ModelConfig, config: RunConfig) -> int:

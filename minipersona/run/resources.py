@@ -44,13 +44,12 @@ class Resources:
 
     def instruments(self, config: RunConfig) -> Instruments:
         """The config's instruments."""
-        compiled = compiles(config, self.device)
         settings = (
             config.model, replace(config.probe, baseline=""), config.data.heldout, config.data.max_tokens,
-            config.data.supervise, config.execution.measuring_tokens, compiled,
+            config.data.supervise, config.execution.measuring_tokens,
         )  # fmt: skip
         model, tokenizer = self.model(config), self.tokenizer(config)
-        return self._keep("instruments", settings, lambda: run_instruments(config, model, tokenizer, compiled))
+        return self._keep("instruments", settings, lambda: run_instruments(config, model, tokenizer))
 
     def discard_model(self) -> None:
         """Load the model again next time: its own weights have changed, or memory has run out."""
@@ -82,7 +81,7 @@ def resolve(config: RunConfig, device: torch.device) -> RunConfig:
 
 
 def compiles(config: RunConfig, device: torch.device) -> bool:
-    """Whether blocks and loss are compiled."""
+    """Whether blocks and the training loss are compiled."""
     wanted = config.execution.compile == "on" or (config.execution.compile == "auto" and device.type == "cuda")
     return wanted and config.execution.fused
 
@@ -119,7 +118,7 @@ def load_checkpoint(base: Qwen2, config: RunConfig, directory: Path, step: int) 
     return model
 
 
-def run_instruments(config: RunConfig, model: Qwen2, tokenizer: ChatTokenizer, compiled: bool) -> Instruments:
+def run_instruments(config: RunConfig, model: Qwen2, tokenizer: ChatTokenizer) -> Instruments:
     """The instruments that a run's config names."""
     return make_instruments(
         model,
@@ -131,5 +130,4 @@ def run_instruments(config: RunConfig, model: Qwen2, tokenizer: ChatTokenizer, c
         max_tokens=config.data.max_tokens,
         supervise=config.data.supervise,
         pack_tokens=config.execution.measuring_tokens,
-        compiled=compiled,
     )

@@ -28,6 +28,7 @@ from minipersona.model.network import Qwen2
 from minipersona.run.directory import (
     CONFIG,
     LATEST,
+    LOSSES,
     VECTORS,
     append_measurement,
     baseline_row,
@@ -35,6 +36,7 @@ from minipersona.run.directory import (
     checkpoint_directory,
     finished,
     link_or_copy,
+    losses_file,
     stored_measurement,
     vectors_file,
 )
@@ -138,7 +140,7 @@ def claim(
     distributed: Distributed,
 ) -> None:
     """Make the directory this run's, and remove what a killed writer left in it."""
-    sweep_temporaries(directory, directory / LATEST, directory / VECTORS)
+    sweep_temporaries(directory, *(directory / name for name in (LATEST, VECTORS, LOSSES)))
     write_text(directory / CONFIG, to_toml(config))
     write_provenance(directory, provenance(config, model, instruments, training, distributed.size))
 
@@ -180,9 +182,11 @@ class Evaluator:
         """Take the measurement of the base from another directory, if it has one by the same protocol."""
         row = stored_measurement(other, 0, self.protocol)
         if row is not None and stored_measurement(self.directory, 0, self.protocol) is None:
-            target = vectors_file(self.directory, 0)
-            with explained(target):
-                link_or_copy(vectors_file(other, 0), target)
+            for file in (vectors_file, losses_file):
+                if (source := file(other, 0)).is_file():  # there are no losses without held-out rows
+                    target = file(self.directory, 0)
+                    with explained(target):
+                        link_or_copy(source, target)
             learned = self._learned(0, row.eval_loss)
             append_measurement(self.directory, replace(row, learned=learned))
 
@@ -200,13 +204,13 @@ class Evaluator:
         self.measure(step)
 
     def measure_only(self, step: int) -> None:
-        """Measure a step that leaves no checkpoint: a line of probes.jsonl, and no vectors."""
-        self.measure(step, keep_vectors=False)
+        """Measure a step that leaves no checkpoint: a line of probes.jsonl, without vectors and losses by row."""
+        self.measure(step, keep_parts=False)
 
-    def measure(self, step: int, keep_vectors: bool = True) -> None:
+    def measure(self, step: int, keep_parts: bool = True) -> None:
         """Measure the model, and meet the other ranks. Interrupted on all of them where one was asked to stop."""
         with contextlib.suppress(Interrupted):
-            self._measure(step, keep_vectors)
+            self._measure(step, keep_parts)
         self.distributed.check_stop()
 
     def _sharded(self, step: int) -> bool:
@@ -217,17 +221,19 @@ class Evaluator:
         due = self.distributed.first and stored_measurement(self.directory, step, self.protocol) is None
         return bool(self.distributed.broadcast(due)) if self._sharded(step) else due
 
-    def _measure(self, step: int, keep_vectors: bool) -> None:
+    def _measure(self, step: int, keep_parts: bool) -> None:
         if not self._due(step):
             return
         # Ranks that measure together do not leave each other: they stop where they meet.
         with contextlib.nullcontext() if self._sharded(step) else self.distributed.stop.at_once():
-            metrics, vectors = measure(self.model, self.instruments, self.console)
+            metrics, vectors, losses = measure(self.model, self.instruments, self.console)
             delta_norm = 0.0 if step == 0 else distance_from_base(self.model, self.config, self.distributed)
         if not self.distributed.first:
             return
-        if keep_vectors:
+        if keep_parts:
             vectors.save(vectors_file(self.directory, step))
+            if losses is not None:
+                losses.save(losses_file(self.directory, step))
         learned = self._learned(step, metrics.eval_loss)
         append_measurement(self.directory, metrics.at_step(step, self.protocol.digest, delta_norm, learned))
         loss = "" if metrics.eval_loss is None else f", held-out loss {metrics.eval_loss:.3f}"

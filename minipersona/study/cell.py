@@ -21,8 +21,8 @@ from minipersona.hub import locate, resolved_revision
 from minipersona.model.load import RANDOM
 from minipersona.records import to_dict
 from minipersona.study.code_digest import code_digest
-from minipersona.study.recipes import BASELINE_PLACEHOLDER, RESPONSES_PLACEHOLDER, Recipe
-from minipersona.study_config import StudyConfig
+from minipersona.study.recipes import BASELINE_PLACEHOLDER, RESPONSES_PLACEHOLDER, UNMIXED_PLACEHOLDER, Recipe
+from minipersona.study_config import STAGES, StudyConfig
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ class Cell:
 
 @dataclass(frozen=True)
 class Study:
-    """A study's resolved config, its directory, and every cell that it may come to, in order.
+    """A study's resolved config, its directory, and every cell that it may come to, in order. Cells that confirm a pass
+    come at the end, once they are due.
 
     cells/<cell>            a finished cell, which got its name by one rename
     cells/.attempts/<cell>  a cell at work, or what an attempt that ended early has left
@@ -54,6 +55,30 @@ class Study:
     def baseline(self) -> Cell:
         """The unregularised cell that all others are judged against."""
         return self.cells[0]
+
+    def baseline_of(self, cell: Cell) -> Cell:
+        """What a cell is judged against: the baseline or, on harmful rows, the unmixed cell.
+
+        It is that of the first seed and, for a cell that confirms a pass, that of its own.
+        """
+        found = [one for one in self.cells if self._kind(one, unmixed=cell.recipe.against_unmixed)]
+        seed = cell.recipe.config.seed if cell.recipe.role == "confirmation" else found[0].recipe.config.seed
+        return next(one for one in found if one.recipe.config.seed == seed)
+
+    def scaled_for(self, cell: Cell) -> Cell:
+        """The cell whose update is scaled down to say what doing less than a cell would have given.
+
+        It is the baseline with the cell's seed or, where that is not done, with the first seed; among the cells that
+        are trained on harmful rows it is the unmixed one.
+        """
+        harmful = self.config.narrow == "em" and cell.recipe.phase in STAGES["5"]
+        found = [one for one in self.cells if self._kind(one, unmixed=harmful)]
+        seed = cell.recipe.config.seed
+        return next((one for one in found if one.recipe.config.seed == seed and self.published(one)), found[0])
+
+    @staticmethod
+    def _kind(cell: Cell, unmixed: bool) -> bool:
+        return cell.recipe.is_unmixed if unmixed else cell.recipe.is_baseline
 
     @property
     def base(self) -> Path:
@@ -81,8 +106,8 @@ class Study:
         """The cell's config with the paths of this study in it."""
         config = cell.recipe.config
         probe, data = config.probe, config.data
-        if probe.baseline == BASELINE_PLACEHOLDER:
-            probe = replace(probe, baseline=str(self.cell_directory(self.baseline)))
+        if probe.baseline in (BASELINE_PLACEHOLDER, UNMIXED_PLACEHOLDER):
+            probe = replace(probe, baseline=str(self.cell_directory(self.baseline_of(cell))))
         if data.responses == RESPONSES_PLACEHOLDER:
             data = replace(data, responses=str(self.responses_file(config.seed)))
         return replace(config, out=str(self.cell_directory(cell)), probe=probe, data=data)
@@ -92,12 +117,19 @@ class Study:
 
 
 def hash_cells(recipes: Sequence[Recipe]) -> tuple[Cell, ...]:
-    """The cells of resolved recipes. The first is the baseline, on which the numbers of all others depend."""
+    """The cells of resolved recipes. The first is the baseline, on which the numbers of all others depend, or those of
+    the unmixed cell do.
+    """
     cells: list[Cell] = []
     for recipe in recipes:
-        baseline = cells[0].hash if cells else ""
-        cells.append(Cell(recipe, digest({**_contents(recipe), "baseline": baseline})))
+        judges = [cell.hash for cell in cells if cell.recipe.is_unmixed or not recipe.against_unmixed]
+        cells.append(hash_cell(recipe, judges[0] if judges else ""))
     return tuple(cells)
+
+
+def hash_cell(recipe: Recipe, baseline: str) -> Cell:
+    """The cell of a resolved recipe that is judged against the cell with the hash `baseline`; "" is against itself."""
+    return Cell(recipe, digest({**_contents(recipe), "baseline": baseline}))
 
 
 def _contents(recipe: Recipe) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from minipersona.console import Console
@@ -48,6 +49,11 @@ class Engine:
         self._deaths: Counter[str] = Counter()
         self._running: dict[Future[Outcome], Running] = {}
         self._seconds: list[float] = []  # of every cell that was done in this command
+
+    def add(self, cells: Sequence[Cell]) -> None:
+        """Have the study hold these cells too, which have fallen due while it goes on."""
+        self.study = replace(self.study, cells=(*self.study.cells, *cells))
+        self.cells = (*self.cells, *cells)
 
     def complete(self, jobs: Sequence[Job]) -> None:
         """Carry out what is not done of these jobs, as many at once as there are devices.

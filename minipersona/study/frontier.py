@@ -12,19 +12,19 @@ from minipersona.files import explained
 from minipersona.model.lora import adapters
 from minipersona.model.network import Qwen2
 from minipersona.records import write_record
-from minipersona.run.directory import link_or_copy, stored_measurement, vectors_file
+from minipersona.run.directory import link_or_copy, losses_file, stored_measurement, vectors_file
 from minipersona.run.judgement import learned_share
 from minipersona.run.measurement import measure
 from minipersona.run.result import Metrics
-from minipersona.study.cell import Study
+from minipersona.study.cell import Cell, Study
 from minipersona.study.worker import Worker
-from minipersona.verdict.files import Frontier, FrontierPoint, frontier_vectors
+from minipersona.verdict.files import Frontier, FrontierPoint, frontier_losses, frontier_vectors
 
 SCALES = tuple(step / 10 for step in range(11))
 
 
 def measure_frontier(study: Study, worker: Worker) -> None:
-    """Write frontier.json and the vectors of its points. The two ends are the baseline's own measurements."""
+    """Write frontier.json, its points' vectors and losses. The two ends are the baseline's own measurements."""
     config, directory = study.placed_config(study.baseline), study.cell_directory(study.baseline)
     instruments = worker.resources.instruments(config)
     protocol = instruments.protocol(worker.resources.model(config))
@@ -34,19 +34,30 @@ def measure_frontier(study: Study, worker: Worker) -> None:
     points = []
     row: Metrics
     for scale in SCALES:
-        target = frontier_vectors(study.directory, scale)
+        kept_vectors, kept_losses = frontier_vectors(study.directory, scale), frontier_losses(study.directory, scale)
         if scale in (0.0, 1.0):
-            row = base if scale == 0 else baseline
-            with explained(target):
-                link_or_copy(vectors_file(directory, 0 if scale == 0 else last), target)
+            row, step = (base, 0) if scale == 0 else (baseline, last)
+            for file, target in ((vectors_file, kept_vectors), (losses_file, kept_losses)):
+                if (source := file(directory, step)).is_file():  # there are no losses without held-out rows
+                    with explained(target):
+                        link_or_copy(source, target)
         else:
             worker.console.say(f"frontier: the baseline's update, scaled by {scale}")
-            model = worker.trained_model(config, directory, last)
-            scale_update(model, None if config.training.method == "lora" else worker.resources.model(config), scale)
-            row, vectors = measure(model, instruments, worker.console)
-            vectors.save(target)
+            model = scaled_baseline(study, study.baseline, scale, worker)
+            row, vectors, losses = measure(model, instruments, worker.console)
+            vectors.save(kept_vectors)
+            if losses is not None:
+                losses.save(kept_losses)
         points.append(_point(row, scale, base.eval_loss, baseline.eval_loss, baseline.delta_norm))
     write_record(study.directory / "frontier.json", Frontier(study.baseline.hash, tuple(points)))
+
+
+def scaled_baseline(study: Study, baseline: Cell, scale: float, worker: Worker) -> Qwen2:
+    """The model at theta_base + scale (theta_baseline - theta_base), for a baseline with any seed."""
+    config = study.placed_config(baseline)
+    model = worker.trained_model(config, study.cell_directory(baseline), config.training.steps)
+    scale_update(model, None if config.training.method == "lora" else worker.resources.model(config), scale)
+    return model
 
 
 @torch.no_grad()

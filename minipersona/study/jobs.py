@@ -4,8 +4,10 @@
     TrainCell           a cell: trained, measured, judged and published
     WriteResponses      the responses that a cell of phase 4B is trained on
     MeasureFrontier     the baseline's own update, scaled down
+    MeasureMatchedScale the same at the scale that has a recipe's held-out loss
     AskSuite            a suite of answers of the base or of a cell
-    MeasureEveryLayer   M1 at every layer of a positive recipe, beside base and baseline
+    AskVoice            the voice of the base or of a cell
+    MeasureTransfer     M1 of a confirmed recipe on every persona set at every layer, beside base and baseline
 
 Files that belong to the study as a whole carry the baseline's hash: where it is another, they are made again.
 """
@@ -21,27 +23,35 @@ from typing import Any, ClassVar, Literal
 from minipersona.behaviour.instructions.suite import instruction_suite
 from minipersona.behaviour.roleplay import write_roleplay
 from minipersona.behaviour.suite import behaviour_suite
+from minipersona.behaviour.voice import RESPONSES, VOICE, asked, base_responses, measure_voice
 from minipersona.console import Console
 from minipersona.corpus.mixtures import training_personas
 from minipersona.corpus.sources import read_source
 from minipersona.files import digest, explained, read_json, read_jsonl, rewrite_jsonl, write_json
-from minipersona.geometry.extraction import extract
-from minipersona.geometry.measures import m1
-from minipersona.model.network import Qwen2
 from minipersona.objective import OBJECTIVE_CHECK
 from minipersona.objective.noise_check import NoiseCheck
 from minipersona.records import to_dict, write_record
-from minipersona.run.directory import PROBES, training_seconds, vectors_file
+from minipersona.run.directory import METRICS, PROBES, losses_file, training_seconds, vectors_file
 from minipersona.run.evaluate import evaluate_run
-from minipersona.run.measurement import Instruments, measure
+from minipersona.run.measurement import measure
 from minipersona.run.train import carry_out
 from minipersona.study.cell import Cell
 from minipersona.study.frontier import measure_frontier
+from minipersona.study.matched_scale import measure_matched_scale
+from minipersona.study.transfer import measure_transfer
 from minipersona.study.worker import Job, Title, Worker
 from minipersona.training.checkpoint import stored_position
 from minipersona.verdict.calibration import Calibration, calibrate
-from minipersona.verdict.files import CellRecord, Frontier, Sweep, SweptLayer, SweptRecipe, read_optional
-from minipersona.verdict.recipe_results import INEFFECTIVE
+from minipersona.verdict.files import (
+    CellRecord,
+    Frontier,
+    MatchedScale,
+    Transfer,
+    matched_file,
+    read_optional,
+    read_voice,
+)
+from minipersona.verdict.recipe_results import INEFFECTIVE, INERT, LEAST_PENALTY_RATIO
 
 # ---------------------------------------------------------------- a cell
 
@@ -82,8 +92,13 @@ def cell_record(cell: Cell, directory: Path, began_at: int, seconds: float, on_g
     """The content of cell.json; `began_at` is the step of the rolling checkpoint that the last attempt began with."""
     check = read_optional(directory / OBJECTIVE_CHECK, NoiseCheck)
     notes = [f"continued at step {began_at} from an attempt that was interrupted"] if began_at else []
-    if skipped := sum("skipped" in row for row in read_jsonl(directory / "metrics.jsonl")):
+    if skipped := sum("skipped" in row for row in read_jsonl(directory / METRICS)):
         notes.append(f"{skipped} steps were skipped; metrics.jsonl says why")
+    ratio = mean_penalty_ratio(directory)
+    labels = {
+        INEFFECTIVE: check is not None and not check.effective,
+        INERT: ratio is not None and ratio < LEAST_PENALTY_RATIO,
+    }
     return CellRecord(
         phase=cell.recipe.phase,
         name=cell.recipe.name,
@@ -91,11 +106,18 @@ def cell_record(cell: Cell, directory: Path, began_at: int, seconds: float, on_g
         seed=cell.recipe.config.seed,
         knobs=cell.recipe.knobs,
         notes=tuple(notes),
-        labels=(INEFFECTIVE,) if check is not None and not check.effective else (),
+        labels=tuple(label for label, holds in labels.items() if holds),
         objective_check=check,
+        penalty_ratio=ratio,
         gpu_seconds=seconds if on_gpu else None,
         seconds=seconds,
     )
+
+
+def mean_penalty_ratio(directory: Path) -> float | None:
+    """The mean over the steps at which a run took it (`training/penalty.py`); None where it took none."""
+    ratios = [row["penalty_ratio"] for row in read_jsonl(directory / METRICS) if "penalty_ratio" in row]
+    return sum(ratios) / len(ratios) if ratios else None
 
 
 @dataclass(frozen=True)
@@ -161,7 +183,7 @@ class StudyFile(Job):
 
 @dataclass(frozen=True)
 class MeasureBase(StudyFile):
-    """Writes base/probes.jsonl, base/vectors/ and calibration.json."""
+    """Writes base/probes.jsonl, base/vectors/, base/losses/ and calibration.json."""
 
     file = "calibration.json"
     record = Calibration
@@ -171,8 +193,10 @@ class MeasureBase(StudyFile):
         config, directory = self.study.baseline.recipe.config, self.study.base
         instruments, model = worker.resources.instruments(config), worker.resources.model(config)
         protocol = instruments.protocol(model)
-        metrics, vectors = measure(model, instruments, worker.console)
+        metrics, vectors, losses = measure(model, instruments, worker.console)
         vectors.save(vectors_file(directory, 0))
+        if losses is not None:
+            losses.save(losses_file(directory, 0))
         rewrite_jsonl(directory / PROBES, [to_dict(metrics.at_step(0, protocol.digest))])
         write_record(self.path, calibrate(protocol, metrics.m1_by_layer, self.study.baseline.hash))
 
@@ -190,57 +214,56 @@ class MeasureFrontier(StudyFile):
 
 
 @dataclass(frozen=True)
-class MeasureEveryLayer(Job):
-    """Writes sweep.json, for a recipe by its first cell and the step at which it passed (None: the last)."""
+class MeasureMatchedScale(Job):
+    """Writes matched/, for a cell at one of its steps; it begins from the frontier's points."""
 
     cell: Cell
-    step: int | None
-    recipe_name: str
+    step: int
 
     @property
     def title(self) -> Title:
-        phase = self.cell.recipe.phase
-        return Title(f"sweep-{self.cell.id}-{self.step or 'last'}", phase, f"every layer of {phase} {self.recipe_name}")
+        recipe = self.cell.recipe
+        return Title(
+            f"{self.path.stem}-matched", recipe.phase, f"the scale that matches {recipe.name} step {self.step}"
+        )
+
+    @property
+    def path(self) -> Path:
+        """The record, which is written last."""
+        return matched_file(self.study.directory, self.cell.id, self.step)
+
+    def done(self) -> bool:
+        stored = read_optional(self.path, MatchedScale)
+        return stored is not None and stored.cell == self.cell.hash
+
+    def carry_out(self, worker: Worker) -> None:
+        measure_matched_scale(self.study, self.cell, self.step, worker)
+
+
+@dataclass(frozen=True)
+class MeasureTransfer(Job):
+    """Writes transfer.json, for a recipe by its first cell and the step at which it passed."""
+
+    cell: Cell
+    step: int
+
+    @property
+    def title(self) -> Title:
+        recipe = self.cell.recipe
+        name = f"{recipe.name} step {self.step} on every set and layer"
+        return Title(f"{self.cell.id}+transfer-{self.step}", recipe.phase, name)
 
     @property
     def path(self) -> Path:
         """The file."""
-        return self.study.directory / "sweep.json"
-
-    @property
-    def _recipe(self) -> SweptRecipe:
-        return SweptRecipe(self.cell.id, self.cell.recipe.phase, self.recipe_name, self.step)
+        return self.study.cell_directory(self.cell) / "transfer.json"
 
     def done(self) -> bool:
-        stored = read_optional(self.path, Sweep)
-        return stored is not None and stored.recipe == self._recipe
+        stored = read_optional(self.path, Transfer)
+        return stored is not None and (stored.cell, stored.step) == (self.cell.hash, self.step)
 
     def carry_out(self, worker: Worker) -> None:
-        study = self.study
-        config, last = study.baseline.recipe.config, study.baseline.recipe.config.training.steps
-        instruments = worker.resources.instruments(config)
-
-        def trained(cell: Cell, step: int) -> dict[str, float]:
-            model = worker.trained_model(study.placed_config(cell), study.cell_directory(cell), step)
-            return every_layer(instruments, model)
-
-        base = every_layer(instruments, worker.resources.model(config))
-        baseline, recipe = trained(study.baseline, last), trained(self.cell, self.step or last)
-        layers = {layer: SweptLayer(base[layer], baseline[layer], recipe[layer]) for layer in base}
-        write_record(self.path, Sweep(self._recipe, layers))
-
-
-def every_layer(instruments: Instruments, model: Qwen2) -> dict[str, float]:
-    """M1 at each layer of a model."""
-    vectors = extract(
-        model,
-        instruments.tokenizer,
-        instruments.personas.prompts,
-        instruments.questions.questions,
-        range(model.config.num_hidden_layers),
-        pack_tokens=instruments.pack_tokens,
-    )
-    return {str(layer): m1(vectors.mean(layer)) for layer in vectors.layers}
+        write_record(self.path, measure_transfer(self.study, self.cell, self.step, worker))
 
 
 # ---------------------------------------------------------------- suites of answers
@@ -304,3 +327,55 @@ class AskSuite(Job):
             )
         path = self.directory / f"{self.suite}.json"
         write_json(path, {**read_json(path), **self._about})
+
+
+# ---------------------------------------------------------------- voice
+
+
+@dataclass(frozen=True)
+class AskVoice(Job):
+    """Writes voice.json of a cell's model at a step (None: its last), or of the base, where `cell` is None.
+
+    The base's responses are kept in base/voice_responses.jsonl; whoever finds some missing generates them.
+    """
+
+    cell: Cell | None = None
+    step: int | None = None
+
+    @property
+    def title(self) -> Title:
+        if self.cell is None:
+            return Title("base+voice-0", "1", "voice of the base")
+        step = "" if self.step is None else f" step {self.step}"
+        name = f"voice of {self.cell.recipe.name}{step}"
+        return Title(f"{self.cell.id}+voice-{self._at}", self.cell.recipe.phase, name)
+
+    @property
+    def directory(self) -> Path:
+        """Where voice.json is written."""
+        return self.study.base if self.cell is None else self.study.cell_directory(self.cell)
+
+    @property
+    def _at(self) -> int:
+        return 0 if self.cell is None else self.step or self.cell.recipe.config.training.steps
+
+    def done(self) -> bool:
+        stored = read_voice(self.directory)
+        return stored is not None and stored.step == self._at
+
+    def carry_out(self, worker: Worker) -> None:
+        config, study = self.study.baseline.recipe.config, self.study
+        instruments, model = worker.resources.instruments(config), worker.resources.model(config)
+        responses = base_responses(
+            model,
+            instruments.tokenizer,
+            instruments.personas.prompts,
+            asked(instruments.questions.questions),
+            study.base / RESPONSES,
+            worker.console,
+            batch=study.config.behaviour.batch,
+        )
+        if self.cell is not None:
+            model = worker.trained_model(study.placed_config(self.cell), self.directory, self._at)
+        voice = measure_voice(model, responses, worker.console, pack_tokens=instruments.pack_tokens, step=self._at)
+        write_record(self.directory / VOICE, voice)

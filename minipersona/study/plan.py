@@ -34,6 +34,7 @@ from minipersona.run.plan import (
     rolling_bytes,
     step_flops,
     step_lengths,
+    vectors_bytes,
 )
 from minipersona.run.resources import DTYPES, load_run_tokenizer, resolve
 from minipersona.settings import flatten, to_toml
@@ -71,6 +72,7 @@ def study_plan(study: StudyConfig, stages: Sequence[str]) -> str:
     estimate = Estimate(study, recipes[0].config, device)
     lines: list[str] = []
     total, disk = 0.0, rolling_bytes(estimate.sizes, recipes[0].config)
+    asked: list[Cost] = []
     for stage, phases in STAGES.items():
         chosen = [recipe for recipe in recipes if recipe.phase in phases]
         costs = [estimate.of(recipe.config) for recipe in chosen]
@@ -82,22 +84,38 @@ def study_plan(study: StudyConfig, stages: Sequence[str]) -> str:
         )
         lines += [_line(recipe, cost, study) for recipe, cost in zip(chosen, costs, strict=True)]
         total += seconds * due
+        asked += costs if due else []
         disk += due * sum(kept_bytes(estimate.sizes, recipe.config) for recipe in chosen)
     scaled = len(SCALES) - 2
-    measured = scaled * estimate.probe_seconds
+    matched = len(asked) + len(study.seeds) * (len(study.training.checkpoints) - 2)  # not to the baseline's own end
+    measured = (scaled + matched) * estimate.probe_seconds
+    disk += matched * vectors_bytes(estimate.sizes, recipes[0].config)
     whatever = study.exhaustive or set(stages) < set(STAGES)
     after_pass = "skips no phase," if whatever else "ends the search after its phase,"
     head = [to_toml(study).rstrip(), "", *estimate.basis(), "#"]
     lines = [
         *head,
         *lines,
-        f"# frontier control: {scaled} measurements, {duration(measured)}",
+        f"# doing less: the baseline's update at {scaled} scales, and at the one with the loss of each of {matched} "
+        f"recipes, {duration(measured)}",
+        *_confirmation(study, asked),
         *(f"# {line}" for line in estimate.suites(study)),
         f"# in all {duration(total + measured)} on one {device} device where no recipe passes; a pass {after_pass}",
         "# and n devices take about 1/n; loading, compiling, answers and writing for 4B come on top",
         *disk_lines(disk, study.out),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _confirmation(study: StudyConfig, costs: Sequence[Cost]) -> list[str]:
+    """What comes on top where a recipe passes; the first cost is the baseline's, and the mean stands for a recipe's."""
+    if not study.confirmations:
+        return []
+    recipe = sum(cost.seconds for cost in costs) / len(costs)
+    seconds = study.confirmations * (costs[0].seconds + recipe)
+    return [
+        f"# confirmation of a passer: {study.confirmations} seeds of it and of the baseline, {duration(seconds)} more"
+    ]
 
 
 def _line(recipe: Recipe, cost: Cost, study: StudyConfig) -> str:
@@ -188,7 +206,7 @@ class Estimate:
         last = max(config.probe.measured(self.sizes.probe_layer))
         read = (sum(map(len, prompts)) - shared) * (last + 1) / self.sizes.num_hidden_layers
         heldout = training_set(replace(config.data, train=config.data.heldout), 0, self.tokenizer).documents
-        return read + sum(map(len, heldout))
+        return read + 2 * sum(map(len, heldout))  # as they are, and under the personas
 
     def _rate(self, config: RunConfig) -> float:
         if self.sizes.parameters <= SMALL:

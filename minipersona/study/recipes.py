@@ -34,10 +34,12 @@ from minipersona.model.sizes import known_config
 from minipersona.run.steering import steered_layers
 from minipersona.study_config import STAGES, StudyConfig
 from minipersona.verdict.calibration import check_layers_measured
-from minipersona.verdict.files import Knobs
+from minipersona.verdict.files import Knobs, Role
+from minipersona.verdict.results import BASELINE
 
 # What does not exist when recipes are planned; a cell replaces these words by the paths of its study.
 BASELINE_PLACEHOLDER = "the baseline of the study"
+UNMIXED_PLACEHOLDER = "the unmixed cell of the study"
 RESPONSES_PLACEHOLDER = "the responses of phase 4B"
 
 
@@ -52,6 +54,27 @@ class Recipe:
     name: str
     config: RunConfig
     knobs: Knobs
+    role: Role = "registered"
+
+    @property
+    def bare_name(self) -> str:
+        """The name without the seed."""
+        return re.sub(r" seed=\d+$", "", self.name)
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether it is the standard recipe, with whatever seed."""
+        return (self.phase, self.bare_name) == BASELINE
+
+    @property
+    def is_unmixed(self) -> bool:
+        """Whether it is trained on the harmful rows alone, with whatever seed."""
+        return self.phase == "EM"
+
+    @property
+    def against_unmixed(self) -> bool:
+        """Whether it is judged against the cell that is, and not against the baseline."""
+        return self.config.probe.baseline == UNMIXED_PLACEHOLDER
 
     @property
     def slug(self) -> str:
@@ -172,7 +195,10 @@ def _responses(study: StudyConfig, standard: RunConfig) -> Iterator[Variant]:
 
 def _unmixed(study: StudyConfig, standard: RunConfig) -> Iterator[Variant]:
     if study.narrow == "em":
-        yield "unmixed", _narrow(study, standard), {}
+        config = _narrow(study, standard)
+        if study.rehearsal.em_heldout and standard.seed == study.seeds[0]:
+            config = replace(config, probe=replace(config.probe, baseline="self"))
+        yield "unmixed", config, {}
 
 
 def _raw_text(study: StudyConfig, standard: RunConfig) -> Iterator[Variant]:
@@ -201,9 +227,17 @@ _PHASES = {
 
 
 def _narrow(study: StudyConfig, standard: RunConfig) -> RunConfig:
-    """The narrow data of phase 5. The held-out rows stay Tulu's: the registered bound on the loss is the baseline's."""
-    train = study.rehearsal.em if study.narrow == "em" else study.data.train
-    return replace(standard, data=replace(standard.data, train=train))
+    """The narrow data of phase 5. What is learned of harmful rows is measured on such rows, against the unmixed cell.
+
+    Without any held out, the rows that are measured stay the others', and so does the baseline.
+    """
+    if study.narrow != "em":
+        return standard
+    narrow = replace(standard, data=replace(standard.data, train=study.rehearsal.em))
+    if not study.rehearsal.em_heldout:
+        return narrow
+    data = replace(narrow.data, heldout=study.rehearsal.em_heldout)
+    return replace(narrow, data=data, probe=replace(standard.probe, baseline=UNMIXED_PLACEHOLDER))
 
 
 def _mixed(config: RunConfig, broad: str, kind: Literal["rows", "raw_text"], ratio: str) -> Variant:

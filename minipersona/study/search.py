@@ -1,7 +1,8 @@
 """The search: phase after phase, from the cheapest explanation to the dearest, until a recipe passes.
 
 open_study   the study's directory, its config and every cell that it may come to
-search       the phases; after each, the verdict decides whether the next one is run
+search       the phases; after each, its passers are confirmed and the verdict decides whether the next one is run
+confirm      the passers once more, with fresh seeds
 conclude     the measurements that the results ask for, then verdict.json
 
 The driver of a study is the process that runs this. It holds the lock on the directory, and nobody else hands out
@@ -26,22 +27,33 @@ from minipersona.records import from_dict, write_record
 from minipersona.run.resources import resolve
 from minipersona.settings import read_toml, to_toml
 from minipersona.study.cell import Cell, Study, hash_cells
+from minipersona.study.confirmation import confirmation_cells, stored_confirmations
 from minipersona.study.engine import Engine
 from minipersona.study.executors import Executor
-from minipersona.study.jobs import AskSuite, MeasureBase, MeasureEveryLayer, MeasureFrontier, TrainCell, WriteResponses
+from minipersona.study.jobs import (
+    AskSuite,
+    AskVoice,
+    MeasureBase,
+    MeasureFrontier,
+    MeasureMatchedScale,
+    MeasureTransfer,
+    TrainCell,
+    WriteResponses,
+)
+from minipersona.study.matched_scale import matches
 from minipersona.study.recipes import check_planned, planned
 from minipersona.study.worker import Job
 from minipersona.study_config import STAGES, StudyConfig, changes
 from minipersona.verdict.calibration import Calibration
-from minipersona.verdict.decision import decide
+from minipersona.verdict.decision import SCOPES, decide, passers_of_whole_phases
 from minipersona.verdict.files import Plan, PlanEntry, read_optional
 from minipersona.verdict.ledger import LedgerEntry, append, read_ledger
 from minipersona.verdict.recipe_results import RecipeResult, recipe_results
 from minipersona.verdict.results import read_study
 from minipersona.verdict.verdict import Verdict, current_verdict
 
-# Verdicts after which no further phase is run. While fresh seeds are due the verdict is none of them.
-ENDS = ("not_reproduced", "no_collapse", "positive", "unconfirmed")
+PLAN = "plan.json"
+ENDS = ("not_reproduced", "no_collapse", "positive")  # verdicts after which no further phase is run
 MUCH_RAW_TEXT = 0.25  # of the rows; from here on a cell reports how well it follows instructions
 
 
@@ -64,7 +76,7 @@ def run_study(
     check_planned(config)
     with lock(Path(config.out)):
         study = open_study(config, executor.device_type, console)
-        due = [cell for cell in study.cells if cell == study.baseline or stage_of(cell) in stages]
+        due = [cell for cell in study.cells if cell == study.baseline or confirms(cell) or stage_of(cell) in stages]
         engine = Engine(study, executor, console, due)
         search(engine, stages)
         verdict = conclude(engine)
@@ -77,6 +89,11 @@ def run_study(
 def stage_of(cell: Cell) -> str:
     """Which of the five phases a cell belongs to."""
     return next(stage for stage, phases in STAGES.items() if cell.recipe.phase in phases)
+
+
+def confirms(cell: Cell) -> bool:
+    """Whether a cell confirms a pass; such cells belong to no stage of the search."""
+    return cell.recipe.role == "confirmation"
 
 
 # ---------------------------------------------------------------- the directory
@@ -95,26 +112,33 @@ def open_study(config: StudyConfig, device_type: str, console: Console) -> Study
                 f"{directory} belongs to another study ({'; '.join(changed)}); choose another --out, or delete it"
             )
     study = Study(config, directory, hash_cells(planned(config)))
+    if earlier := read_optional(directory / PLAN, Plan):
+        study = replace(study, cells=(*study.cells, *stored_confirmations(study, earlier)))
+        stale = {entry.cell for entry in earlier.cells} - {cell.id for cell in study.cells}
+        made = [name for name in stale if (directory / "cells" / name).is_dir()]
+        if made:
+            console.say(f"{len(made)} cells are of another version of the code or the data, and will be made again")
     sweep_temporaries(directory)
     write_text(file, to_toml(config))
-    _write_plan(study, console)
+    _write_plan(study)
     return study
 
 
-def _write_plan(study: Study, console: Console) -> None:
+def _write_plan(study: Study) -> None:
     plan = Plan(
         tuple(
-            PlanEntry(cell.recipe.phase, cell.recipe.name, cell.recipe.config.seed, cell.recipe.knobs, cell.id)
+            PlanEntry(
+                phase=cell.recipe.phase,
+                name=cell.recipe.name,
+                seed=cell.recipe.config.seed,
+                knobs=cell.recipe.knobs,
+                cell=cell.id,
+                role=cell.recipe.role,
+            )
             for cell in study.cells
         )
     )
-    file = study.directory / "plan.json"
-    if earlier := read_optional(file, Plan):
-        stale = {entry.cell for entry in earlier.cells} - {cell.id for cell in study.cells}
-        made = [name for name in stale if (study.directory / "cells" / name).is_dir()]
-        if made:
-            console.say(f"{len(made)} cells are of another version of the code or the data, and will be made again")
-    write_record(file, plan)
+    write_record(study.directory / PLAN, plan)
 
 
 # ---------------------------------------------------------------- the phases
@@ -136,23 +160,46 @@ def search(engine: Engine, stages: Sequence[str]) -> None:
     if not study.published(study.baseline):
         return  # without it nothing can be judged
     chosen = set(stages) < set(STAGES)
+    ends = ENDS if study.config.confirmations else (*ENDS, "unconfirmed")
     ended = False
     for stage in STAGES:
-        cells = [cell for cell in study.cells if stage_of(cell) == stage]
+        cells = [cell for cell in study.cells if stage_of(cell) == stage and not confirms(cell)]
         if ended and not (chosen and stage in stages):
             _skip(study, cells)
         elif stage in ("1", *stages):
             run_stage(engine, cells)
+            confirm(engine)
             if not study.config.exhaustive:
-                ended = ended or decide(read_study(study.directory)).verdict in ENDS
+                ended = ended or decide(read_study(study.directory)).verdict in ends
 
 
 def run_stage(engine: Engine, cells: Sequence[Cell]) -> None:
-    """All cells of a phase; what the base model has to write for 4B beside the cells that do not need it."""
+    """All cells of a phase; first those that need neither what the base model writes for 4B nor the unmixed cell."""
     written = [cell for cell in cells if cell.recipe.config.data.responses]
     writing = [WriteResponses(engine.study, cell) for cell in written]
-    engine.complete([*writing, *[TrainCell(engine.study, cell) for cell in cells if cell not in written]])
-    engine.complete([TrainCell(engine.study, cell) for cell in written])
+    later = [cell for cell in cells if cell in written or cell.recipe.against_unmixed]
+    engine.complete([*writing, *[TrainCell(engine.study, cell) for cell in cells if cell not in later]])
+    engine.complete([TrainCell(engine.study, cell) for cell in later])
+
+
+def confirm(engine: Engine) -> None:
+    """Run the recipes that pass again with fresh seeds, after what they are judged against with the same seeds.
+
+    A pass that is not repeated does not end the search.
+    """
+    study = engine.study
+    if not study.config.confirmations:
+        return
+    results = read_study(study.directory)
+    by_hash = {cell.hash: cell for cell in study.cells}
+    recipes = recipe_results(results)
+    passers = [found for scope in SCOPES for found in passers_of_whole_phases(recipes, results, scope)]
+    due = confirmation_cells(study, [by_hash[found.cells[0].hash] for found in passers])
+    if new := [cell for cell in due if cell not in study.cells]:
+        engine.add(new)
+        _write_plan(engine.study)
+    run_stage(engine, [cell for cell in due if cell.recipe.is_baseline])
+    run_stage(engine, [cell for cell in due if not cell.recipe.is_baseline])
 
 
 def _skip(study: Study, cells: Sequence[Cell]) -> None:
@@ -171,8 +218,9 @@ def conclude(engine: Engine) -> Verdict:
     """Measure what the results ask for and write verdict.json."""
     tried: set[str] = set()
     while jobs := [job for job in asked_for(engine.study) if job.id not in tried]:
-        engine.complete(jobs)  # what the answers show may ask for more
+        engine.complete(jobs)
         tried |= {job.id for job in jobs}
+        confirm(engine)  # what the answers show may complete a pass, and that ask for more
     return current_verdict(read_study(engine.study.directory))
 
 
@@ -183,15 +231,26 @@ def asked_for(study: Study) -> list[Job]:
     results = read_study(study.directory)
     rule = study.config.stop_rule
     asked = [found for found in recipe_results(results) if found.passes(rule) or found.needs_answers]
-    jobs: list[Job] = [MeasureFrontier(study)]
+    asked += [found.confirmation for found in asked if found.confirmation is not None]
+    frontier, voice = MeasureFrontier(study), AskVoice(study)
+    jobs: list[Job] = [frontier, voice]
+    if frontier.done():  # from whose points the search for a scale begins
+        jobs += [MeasureMatchedScale(study, cell, step) for cell, step in matches(study, results)]
     if "behaviour" in study.config.suites:
         jobs += _behaviour(study, asked)
     if "instructions" in study.config.suites:
         jobs += _instructions(study)
-    if recipe := decide(results).recipe:
-        cell = next(cell for cell in study.cells if cell.hash == recipe.hashes[0])
-        jobs.append(MeasureEveryLayer(study, cell, recipe.step, recipe.name))
+    recipe = decide(results).recipe
+    named = {} if recipe is None else {recipe.hashes[0]: recipe.step}
+    by_hash = {cell.hash: cell for cell in study.cells}
+    jobs += [MeasureTransfer(study, by_hash[key], step or _last(by_hash[key])) for key, step in named.items()]
+    if voice.done():  # the base's own responses are what every model is asked about
+        jobs += [AskVoice(study, by_hash[key], step) for key, step in {study.baseline.hash: None, **named}.items()]
     return jobs
+
+
+def _last(cell: Cell) -> int:
+    return cell.recipe.config.training.steps
 
 
 def _behaviour(study: Study, asked: Sequence[RecipeResult]) -> list[Job]:

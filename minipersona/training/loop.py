@@ -30,6 +30,7 @@ from minipersona.training.distributed import Distributed
 from minipersona.training.memory import Budget
 from minipersona.training.optimizer import AdamW, Flat, Layout, learning_rate, scale_and_clip
 from minipersona.training.parameters import make_trainable
+from minipersona.training.penalty import penalty_ratio
 from minipersona.training.record import Record
 from minipersona.training.sharding import Shards, is_sharded
 
@@ -68,6 +69,13 @@ def train(
     record = Record(config, directory, distributed, trainer.objective.terms, trainer.save, hooks.logged)
 
     for step in range(position.step + 1, recipe.steps + 1):
+        # 0. At steps that leave a checkpoint: the penalty's share of the gradient, for the record alone.
+        ratio = None
+        if trainer.objective.weight and step in recipe.checkpoints:
+            record.settle()  # so that what this takes counts to no step
+            ratio = trainer.penalty_ratio(step, batch.packs)
+            record.start_clock()
+
         # 1. The loss, its terms and its gradients, summed over this rank's share of the step's documents.
         terms, halvings = trainer.gradients(step, batch.packs, on_error=record.settle)  # (K,), the loss first
 
@@ -82,7 +90,7 @@ def train(
         rate = learning_rate(step, recipe.learning_rate, recipe.steps, recipe.warmup)
         if batch.supervised:
             trainer.optimizer.update(rate, allowed=sums.isfinite().all() & norm.isfinite())
-        record.queue(step, batch, rate, sums, norm)
+        record.queue(step, batch, rate, sums, norm, ratio)
 
         # 4. The measurement, only of settled steps. A single process that was asked to stop begins no other step.
         if recipe.measures(step) or (distributed.stop.asked and distributed.size == 1):
@@ -141,6 +149,12 @@ class Trainer:
         """The documents of a step, in packs of as many tokens as memory has allowed so far."""
         rows, ranks = self._order.step(step), self.distributed
         return make_batch(self._documents, rows, self.budget.tokens, ranks.rank, ranks.size, self.sharded)
+
+    def penalty_ratio(self, step: int, packs: Sequence[Pack]) -> float | None:
+        """See `penalty.py`. The gradients in the layout are those of no step afterwards."""
+        model, forward, layout, ranks = self.model, self.forward(step), self.layout, self.distributed
+        fit = (lambda attempt, packs: attempt(packs)) if self.sharded else self.budget.fit
+        return penalty_ratio(model, self.objective, forward, layout, ranks, packs, fit)
 
     def gradients(self, step: int, packs: Sequence[Pack], on_error: Callable[[], None]) -> tuple[Tensor, int]:
         """Leave the summed gradients of these packs in the layout.

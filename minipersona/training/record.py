@@ -50,6 +50,7 @@ class _Queued:
     step: int
     batch: Batch
     learning_rate: float
+    penalty_ratio: float | None
     numbers: Tensor  # (K + 4,) on the CPU, valid once `done` is reached: terms, flags, the gradients' norm
     done: _Moment
 
@@ -91,10 +92,12 @@ class Record:
             [self._distributed.stop.asked, halvings, due and self._distributed.first], dtype=torch.float64
         )
 
-    def queue(self, step: int, batch: Batch, learning_rate: float, sums: Tensor, norm: Tensor) -> None:
+    def queue(
+        self, step: int, batch: Batch, learning_rate: float, sums: Tensor, norm: Tensor, penalty_ratio: float | None
+    ) -> None:
         """Start copying a step's numbers: terms and flags, summed over the ranks, (K + 3,); the gradients' norm, ()."""
         numbers = torch.cat([sums, norm.to(sums.dtype).view(1)]).to("cpu", non_blocking=True)
-        self._queued = _Queued(step, batch, learning_rate, numbers, _Moment(sums.device))
+        self._queued = _Queued(step, batch, learning_rate, penalty_ratio, numbers, _Moment(sums.device))
 
     def settle(self) -> None:
         """Wait for the numbers of the queued step, if there is one, and do what follows from them.
@@ -120,6 +123,8 @@ class Record:
             "lr": queued.learning_rate,
             "tokens_per_second": batch.tokens / seconds,
         }
+        if queued.penalty_ratio is not None:
+            row["penalty_ratio"] = queued.penalty_ratio  # `penalty.py`
         if not batch.supervised:
             row["skipped"] = "no supervised token"
         elif not finite:

@@ -28,6 +28,7 @@ from minipersona.verdict.files import (
     Plan,
     PlanEntry,
     Role,
+    Transfer,
     read_optional,
     read_result,
 )
@@ -54,6 +55,7 @@ class CellResult:
     result: RunResult | None = None
     behaviour: Behaviour | None = None
     instructions: Instructions | None = None
+    transfer: Transfer | None = None
     objective_check: NoiseCheck | None = None
     gpu_seconds: float | None = None
     role: Role = "registered"
@@ -146,6 +148,7 @@ def _published(directory: Path, entry: PlanEntry) -> CellResult:
         result=read_result(directory),
         behaviour=read_optional(directory / "behaviour.json", Behaviour),
         instructions=read_optional(directory / "instructions.json", Instructions),
+        transfer=read_optional(directory / "transfer.json", Transfer),
         objective_check=cell.objective_check,
         gpu_seconds=cell.gpu_seconds,
         role=entry.role,

@@ -2,10 +2,12 @@
 
     plan.json           Plan           every cell that the study may come to
     calibration.json    Calibration    the base's M1 beside the predecessor's (calibration.py)
-    frontier.json       Frontier       the baseline's update, scaled down; its vectors in frontier/
-    sweep.json          Sweep          every layer of the recipe of a positive verdict
+    frontier.json       Frontier       the baseline's update, scaled down; its vectors and losses in frontier/
+    matched/            MatchedScale   the same at the scale that has a recipe's held-out loss
     cells/<id>/         CellRecord     cell.json, with which a cell counts as done; beside it result.json (RunResult)
+    cells/<id>/         Transfer       transfer.json of a confirmed recipe: every layer, on every persona set
     base/, cells/<id>/  Behaviour, Instructions   behaviour.json and instructions.json, where they were due
+    base/, cells/<id>/  Voice          voice.json, likewise (behaviour/voice.py)
 
 What is there and cannot be right is a UserError with a mend.
 """
@@ -17,6 +19,7 @@ from pathlib import Path
 from reprlib import repr as brief
 from typing import Literal, TypeVar
 
+from minipersona.behaviour.voice import VOICE, Voice
 from minipersona.errors import UserError, require
 from minipersona.objective.noise_check import NoiseCheck
 from minipersona.records import may_be_missing, read_record
@@ -69,7 +72,7 @@ class CellRecord:
     seed: int
     knobs: Knobs
     notes: tuple[str, ...]
-    labels: tuple[str, ...]  # such as recipe_results.INEFFECTIVE
+    labels: tuple[str, ...]  # such as recipe_results.INEFFECTIVE and INERT
     objective_check: NoiseCheck | None  # of R3F's noise
     gpu_seconds: float | None  # None where it did not run on a GPU
     seconds: float
@@ -126,6 +129,11 @@ def frontier_vectors(directory: Path, scale: float) -> Path:
     return directory / "frontier" / f"scale-{scale:.1f}.safetensors"
 
 
+def frontier_losses(directory: Path, scale: float) -> Path:
+    """Where a study keeps the loss of every held-out row at a point."""
+    return directory / "frontier" / f"scale-{scale:.1f}.losses.safetensors"
+
+
 # ---------------------------------------------------------------- matched/
 
 
@@ -157,38 +165,57 @@ def matched_file(directory: Path, cell: str, step: int, suffix: str = ".json") -
     return directory / "matched" / f"{cell}-step-{step:06d}{suffix}"
 
 
-# ---------------------------------------------------------------- sweep.json
+# ---------------------------------------------------------------- transfer.json
 
 
 @dataclass(frozen=True)
-class SweptRecipe:
-    """Whose layers were measured; `step` is None where it is the cell's last."""
+class ModelOnSet:
+    """One model measured on one set of personas and questions."""
 
-    cell: str
-    phase: str
-    name: str
-    step: int | None
-
-
-@dataclass(frozen=True)
-class SweptLayer:
-    """M1 at one layer of three models."""
-
-    base: float
-    baseline: float
-    recipe: float
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """sweep.json, by layer."""
-
-    recipe: SweptRecipe
-    layers: dict[str, SweptLayer]
+    m1: dict[str, float]  # by layer
+    between_variance: float  # at the deciding layer
+    within_variance: float
 
     def __post_init__(self) -> None:
-        for layer in self.layers:
-            require(layer.isdecimal() and len(layer) < 10, f"layers: {layer[:80]!r} is not the number of a layer")
+        for layer in self.m1:
+            require(layer.isdecimal() and len(layer) < 10, f"m1: {layer[:80]!r} is not the number of a layer")
+
+
+@dataclass(frozen=True)
+class SetTransfer:
+    """Three models on one set, which is named as `geometry.prompts` names it."""
+
+    personas: str
+    personas_digest: str
+    questions: str
+    questions_digest: str
+    base: ModelOnSet
+    baseline: ModelOnSet
+    recipe: ModelOnSet
+
+    def __post_init__(self) -> None:
+        same = self.base.m1.keys() == self.baseline.m1.keys() == self.recipe.m1.keys()
+        require(same, "base, baseline and recipe: must be measured at the same layers")
+
+    def separation(self, layer: str) -> float:
+        """(1 - M1) / (1 - M1 of the base) at a layer: how much of the personas' separation the recipe leaves."""
+        return (1 - self.recipe.m1[layer]) / (1 - self.base.m1[layer])
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """cells/<id>/transfer.json: a confirmed recipe on the sets that it was not chosen by, beside its own.
+
+    sets     by "study", the study's own, "shipped" and "registered", as far as these are others
+    missing  why one of them was not measured
+    """
+
+    baseline: str  # hashes
+    cell: str
+    step: int
+    layer: int  # the deciding one
+    sets: dict[str, SetTransfer]
+    missing: dict[str, str]
 
 
 # ---------------------------------------------------------------- behaviour.json and instructions.json
@@ -278,6 +305,11 @@ class Instructions:
 def read_optional(path: Path, kind: type[Record]) -> Record | None:
     """The record of a file that the study makes again where it is deleted; None where there is none."""
     return read_record(path, kind, f"delete {path} and continue the study") if path.is_file() else None
+
+
+def read_voice(directory: Path) -> Voice | None:
+    """voice.json of the base's or a cell's directory; None where it was not measured."""
+    return read_optional(directory / VOICE, Voice)
 
 
 def same_hash(one: str, other: str) -> bool:

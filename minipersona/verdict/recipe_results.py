@@ -29,7 +29,8 @@ from minipersona.verdict.files import Role, step_of
 from minipersona.verdict.results import UNMIXED, StudyResults
 
 INEFFECTIVE = "ineffective"  # the label of an R3F cell whose noise is lost in the rounding of the embeddings
-INERT = "inert"  # of a cell whose penalty has under 1% of the gradient of cross-entropy
+INERT = "inert"  # of a cell whose penalty has less than this share of the gradient of cross-entropy
+LEAST_PENALTY_RATIO = 0.01
 LEAKS = "leaks"  # of a cell that was made from measured personas or questions, as the registered 5C is
 NOT_IGNITED = "not ignited"  # `consistency.py`
 Rule = Literal["registered", "substantive"]

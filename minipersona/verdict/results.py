@@ -39,7 +39,6 @@ from minipersona.verdict.files import (
     FrontierPoint,
     Instructions,
     MatchedScale,
-    Sweep,
     matched_file,
     read_optional,
     same_hash,
@@ -77,7 +76,6 @@ class StudyResults:
     calibration: Calibration | None
     base_behaviour: Behaviour | None
     base_instructions: Instructions | None
-    sweep: Sweep | None
     skipped_phases: tuple[str, ...]
 
     @property
@@ -166,7 +164,6 @@ def read_study(directory: Path) -> StudyResults:
         calibration=calibration if calibration and same_hash(calibration.baseline, wanted) else None,
         base_behaviour=read_optional(directory / "base" / "behaviour.json", Behaviour),
         base_instructions=read_optional(directory / "base" / "instructions.json", Instructions),
-        sweep=read_optional(directory / "sweep.json", Sweep),
         skipped_phases=skipped,
     )
 

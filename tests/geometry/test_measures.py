@@ -14,15 +14,20 @@ from torch import Tensor
 
 from minipersona.errors import UserError
 from minipersona.geometry.measures import (
+    alignment,
     all_measures,
     centred_cosine,
     collapse_direction,
     cosines,
+    discriminability,
     effective_rank,
     m1,
+    m1_by_persona,
+    m1_without,
     nearest_centroid_accuracy,
     persona_vectors,
     shared_mean_share,
+    spread,
     variances,
 )
 
@@ -60,6 +65,23 @@ def test_m1_ignores_rotation_and_each_vectors_length(seed: int, personas: int, w
     vectors = gaussian(personas, width, seed=seed) + 0.5
     lengths = gaussian(personas, 1, seed=seed + 1).exp()
     assert m1(lengths * vectors @ rotation(width, seed)) == pytest.approx(m1(vectors), abs=1e-9)
+
+
+def test_m1_by_persona_and_without_each_are_means_over_the_pairs_with_it_and_without_it() -> None:
+    vectors = gaussian(6, 16, seed=4) + 1
+    for persona in range(6):
+        others = [q for q in range(6) if q != persona]
+        mean = torch.stack([torch.cosine_similarity(vectors[persona], vectors[q], dim=0) for q in others]).mean()
+        assert float(m1_by_persona(vectors)[persona]) == pytest.approx(float(mean), abs=1e-12)
+        without = m1_without(vectors)
+        assert without is not None
+        assert float(without[persona]) == pytest.approx(m1(vectors[others]), abs=1e-12)
+    assert float(m1_by_persona(vectors).mean()) == pytest.approx(m1(vectors), abs=1e-12)
+    assert m1_without(vectors[:2]) is None  # one persona has no M1
+    # An outlier is the one without which M1 rises the most.
+    vectors[3] = -vectors[3]
+    without, alone = m1_without(vectors), m1_by_persona(vectors)
+    assert without is not None and int(without.argmax()) == int(alone.argmin()) == 3
 
 
 def test_m1_sees_the_shared_mean_and_centred_cosine_does_not() -> None:
@@ -220,3 +242,39 @@ def test_too_few_is_a_user_error() -> None:
         variances(torch.ones(1, 4, 8))
     with pytest.raises(UserError, match="two questions"):
         variances(torch.ones(4, 1, 8))
+
+
+# beside the base's
+
+
+def test_alignment_is_pearsons_correlation_of_the_centred_entries() -> None:
+    base, vectors = gaussian(6, 16, seed=5), gaussian(6, 16, seed=5) + gaussian(6, 16, seed=6)
+    a, b = vectors - vectors.mean(0), base - base.mean(0)
+    expected = float(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1])
+    assert alignment(vectors, base) == pytest.approx(expected, abs=1e-12)
+    assert 0.5 < expected < 0.9
+    # Neither a shared shift nor one scale for all changes it; the raw entries, the control, see the shift.
+    moved = 3 * vectors + 10 * gaussian(16, seed=7)
+    assert alignment(moved, base) == pytest.approx(expected, abs=1e-12)
+    raw = float(torch.corrcoef(torch.stack([moved.flatten(), base.flatten()]))[0, 1])
+    assert raw != pytest.approx(expected, abs=0.1)
+
+
+def test_alignment_is_one_of_the_same_minus_one_of_the_mirrored_and_near_zero_of_unrelated_vectors() -> None:
+    vectors = gaussian(12, 500, seed=8)
+    assert alignment(vectors, vectors) == pytest.approx(1, abs=1e-12)
+    assert alignment(-vectors, vectors) == pytest.approx(-1, abs=1e-12)
+    assert abs(alignment(gaussian(12, 500, seed=9), vectors)) < 0.05
+    assert alignment(vectors.flip(0), vectors) < 0.2  # the same places, other personas in them
+    assert math.isnan(alignment(vectors, vectors[:1].expand(12, 500)))
+
+
+def test_spread_and_discriminability_are_shares_of_the_bases() -> None:
+    assert spread(3.0, 4.0) == 0.75
+    assert discriminability(3.0, 2.0, 4.0, 1.0) == pytest.approx((3 / 2) / (4 / 1))
+    samples = gaussian(5, 1, 16, seed=10) + 0.3 * gaussian(5, 30, 16, seed=11)
+    between, within = variances(samples)
+    doubled = variances(2 * samples)  # one scale for all: farther apart, and no easier to tell from each other
+    assert spread(doubled[0], between) == pytest.approx(4)
+    assert discriminability(*doubled, between, within) == pytest.approx(1)
+    assert math.isnan(spread(1.0, -0.1)) and math.isnan(discriminability(1.0, 0.0, 1.0, 1.0))

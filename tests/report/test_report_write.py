@@ -9,7 +9,8 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from faults.test_full_disk import no_room
@@ -18,10 +19,11 @@ from report.conftest import PROTOCOL, answers
 from minipersona.errors import DiskFull, UserError
 from minipersona.records import from_dict, to_dict
 from minipersona.report import write, write_report
+from minipersona.report.tables import layer_table
 from minipersona.run.result import Protocol
 from minipersona.verdict.calibration import calibrate
 from minipersona.verdict.results import read_study
-from minipersona.verdict.verdict import VERDICTS, judge_study
+from minipersona.verdict.verdict import VERDICTS, Verdict, judge_study
 
 SMALL = [
     ("1", "baseline", {}, 0.9728, 1.0),
@@ -275,15 +277,33 @@ def test_seeds_show_their_spread(new_study: Callable[..., Any], undrawn: None) -
     assert ["2A beta=0.1", "42, 43", "0.9736", "0.9731", "0.9741", "0.96", "0.95", "0.97"] in table
 
 
-def test_calibration_and_layers_have_their_tables(new_study: Callable[..., Any], undrawn: None) -> None:
+def test_the_calibration_has_its_table(new_study: Callable[..., Any], undrawn: None) -> None:
     study = new_study(recipes=SMALL, with_vectors=False)
     study.write()
-    recipe = {"cell": "c", "phase": "2A", "name": "beta=0.1", "step": None}
-    layer = {"base": 0.9, "baseline": 0.95, "recipe": 0.91}
-    sweep = {"recipe": recipe, "layers": {"10": layer, "9": {**layer, "base": 0.8}}}
-    (study.directory / "sweep.json").write_text(json.dumps(sweep))
     write_report(study.directory)
     text = (study.directory / "report.md").read_text()
     assert "Passed: it agrees." in text
     assert rows(text, "Calibration")[1] == ["20", "0.8996", "0.9000", "-0.0004", "PASS"]
-    assert [row[0] for row in rows(text, "Every layer")[1:]] == ["9", "10"]
+
+
+def test_every_layer_of_the_recipe_that_a_verdict_names_has_a_row(new_study: Callable[..., Any]) -> None:
+    study = new_study(recipes=SMALL, with_vectors=False)
+    study.write()
+    models = [
+        {"m1": {"10": value, "9": value - 0.1}, "between_variance": 2.0, "within_variance": 1.0}
+        for value in (0.9, 0.95, 0.91)
+    ]
+    names = {key: key for key in ("personas", "personas_digest", "questions", "questions_digest")}
+    own = {**names, **dict(zip(("base", "baseline", "recipe"), models, strict=True))}
+    transfer = {"baseline": "b", "cell": f"{1:012x}", "step": 375, "layer": 10, "sets": {"study": own}, "missing": {}}
+    (study.directory / "cells" / study.cell_id(1) / "transfer.json").write_text(json.dumps(transfer))
+    results = read_study(study.directory)
+
+    def table(recipe: Any) -> Any:
+        return layer_table(cast(Verdict, SimpleNamespace(recipe=recipe)), results)
+
+    found = table(SimpleNamespace(hashes=(f"{1:012x}",), cell="2A beta=0.1"))
+    assert [[cell.text for cell in row] for row in found.rows] == [
+        ["9", "0.8000", "0.8500", "0.8100"], ["10", "0.9000", "0.9500", "0.9100"],
+    ]  # fmt: skip
+    assert table(None) is None and table(SimpleNamespace(hashes=(f"{2:012x}",), cell="5A 99:1")) is None

@@ -126,6 +126,21 @@ def test_a_cell_is_made_in_a_directory_of_its_own_and_begins_where_an_earlier_at
     assert Worker(CPU, QUIET).attempt(job).event == "done" and len(began) == 1  # it is not done again
 
 
+@pytest.mark.parametrize(
+    "ratios, mean, labels",
+    [((), None, ()), ((0.001, 0.017), 0.009, ("inert",)), ((0.001, 0.021), 0.011, ()), ((0.0,), 0.0, ("inert",))],
+)
+def test_a_penalty_without_a_gradient_is_labelled(
+    config: StudyConfig, tmp_path: Path, ratios: tuple[float, ...], mean: float | None, labels: tuple[str, ...]
+) -> None:
+    cell = hash_cells(planned(config))[1]
+    append_jsonl(tmp_path / "metrics.jsonl", {"step": 1})  # most steps leave no checkpoint
+    for step, ratio in enumerate(ratios, 2):
+        append_jsonl(tmp_path / "metrics.jsonl", {"step": step, "penalty_ratio": ratio})
+    record = cell_record(cell, tmp_path, 0, 5.0, on_gpu=False)
+    assert record.penalty_ratio == (mean if mean is None else pytest.approx(mean)) and record.labels == labels
+
+
 def test_jobs_travel_to_other_processes(config: StudyConfig) -> None:
     study = Study(config, Path(config.out), hash_cells(planned(config)))
     ours, theirs = multiprocessing.Pipe()
@@ -135,7 +150,8 @@ def test_jobs_travel_to_other_processes(config: StudyConfig) -> None:
         jobs.WriteResponses(study, study.cells[1]),
         jobs.MeasureFrontier(study),
         jobs.AskSuite(study, "behaviour", study.cells[1], 3),
-        jobs.MeasureEveryLayer(study, study.cells[1], 3, "beta=0.1"),
+        jobs.MeasureMatchedScale(study, study.cells[1], 3),
+        jobs.MeasureTransfer(study, study.cells[1], 3),
     ):
         ours.send(job)
         there = theirs.recv()

@@ -80,6 +80,18 @@ def test_the_search_stops_after_the_phase_with_a_recipe_that_passes(config: Stud
     assert skipped(study) == ["3", "4A", "4B", "5A", "5B", "5C", "5C"]
 
 
+def test_a_pass_that_is_not_confirmed_ends_the_search_only_where_none_is_to_be(
+    config: StudyConfig, ran: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search_module, "confirm", lambda engine: None)
+    run_search(replace(config, exhaustive=False, confirmations=3), tuple(STAGES), {"2": "unconfirmed"})
+    assert len(ran) == 10
+    ran.clear()
+    shutil.rmtree(config.out)
+    run_search(replace(config, exhaustive=False, confirmations=0), tuple(STAGES), {"2": "unconfirmed"})
+    assert ran == ["1", "2A", "2B"]
+
+
 def test_control_without_a_pass_it_goes_on(config: StudyConfig, ran: list[str]) -> None:
     run_search(replace(config, exhaustive=False), tuple(STAGES), {})
     assert ran == ["1", "2A", "2B", "3", "4A", "4B", "5A", "5B", "5C", "5C"]
@@ -123,6 +135,7 @@ def test_only_suites_that_are_switched_on_are_asked(
     passer = SimpleNamespace(passes=lambda rule: True, merit=(1.0, 0.0), cells=(result,), step=3)
     monkeypatch.setattr(search_module, "read_study", lambda directory: directory)
     monkeypatch.setattr(search_module, "recipe_results", lambda results: [passer])
+    monkeypatch.setattr(search_module, "matches", lambda study, results: [])
     monkeypatch.setattr(search_module, "decide", lambda results: Decision("incomplete", None))
     assert {job.suite for job in asked_for(study) if isinstance(job, AskSuite)} == set(suites)
 

@@ -234,6 +234,8 @@ def test_a_plan_shows_every_recipe(capsys: pytest.CaptureFixture[str]) -> None:
         assert all(f"{value:g}" in line if isinstance(value, float) else value in line
                    for key, value in varied.items() if key not in ("coefficient", "method"))  # fmt: skip
     assert any("tokens are assumed" in line for line in lines)
+    assert any("at the one with the loss of each of 11 recipes" in line for line in lines)  # 6 cells and 5 early steps
+    assert any(line.startswith("# confirmation of a passer: 3 seeds of it and of the baseline, ") for line in lines)
     assert sum("not asked for by --phases" in line for line in lines) == 3
 
 

@@ -25,9 +25,11 @@ from minipersona.cli import main
 from minipersona.errors import UserError
 from minipersona.files import read_json, read_jsonl
 from minipersona.geometry.measures import m1
+from minipersona.geometry.prompts import QuestionSet, load_questions
 from minipersona.geometry.vectors import load_vectors
 from minipersona.records import to_dict
 from minipersona.settings import read_toml
+from minipersona.study import transfer
 from minipersona.study_config import StudyConfig
 from minipersona.verdict.ledger import read_entries
 from minipersona.verdict.verdict import Verdict
@@ -52,8 +54,15 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> StudyConfig:
     with pytest.MonkeyPatch.context() as patch:
         for name in SECRETS:
             patch.setenv(name, CANARY)
+        patch.setattr(transfer, "load_questions", few_questions)
         run(config, STAGES)
     return config
+
+
+def few_questions(source: str) -> QuestionSet:
+    """The first three of a set: the shipped one is large for a test."""
+    whole = load_questions(source)
+    return replace(whole, questions=whole.questions[:3])
 
 
 @pytest.fixture(scope="module")
@@ -129,12 +138,16 @@ def test_what_the_results_ask_for_is_measured(finished: StudyConfig) -> None:
     followed = {path.parent.name.rsplit("-", 1)[0] for path in directory.glob("*/*/instructions.json")}
     assert followed == {"1-baseline", "5A-75-25"} and (directory / "base" / "instructions.json").is_file()
     assert read_json(directory / "calibration.json")["due"] is False
-    sweep = read_json(directory / "sweep.json")
-    assert verdict["verdict"] == "positive" and sweep["recipe"]["name"] == verdict["recipe"]["name"]
-    assert set(sweep["layers"]) == {str(layer) for layer in range(8)}
+    (elsewhere,) = [read_json(path) for path in directory.glob("cells/*/transfer.json")]
+    assert verdict["verdict"] == "positive" and elsewhere["cell"] == verdict["recipe"]["hashes"][0]
+    own = elsewhere["sets"]["study"]
+    assert set(own["base"]["m1"]) == {str(layer) for layer in range(8)} and elsewhere["layer"] == 6
     (base,) = read_jsonl(directory / "base" / "probes.jsonl")
-    assert sweep["layers"]["6"]["base"] == pytest.approx(base["m1"], abs=1e-6)
-    assert sweep["layers"]["6"]["recipe"] == pytest.approx(verdict["recipe"]["m1"], abs=1e-5)
+    assert own["base"]["m1"]["6"] == pytest.approx(base["m1"], abs=1e-6)
+    assert own["base"]["between_variance"] == pytest.approx(base["between_variance"], rel=1e-4)
+    assert own["recipe"]["m1"]["6"] == pytest.approx(verdict["recipe"]["m1"], abs=1e-5)
+    assert own["baseline"]["m1"]["6"] != pytest.approx(base["m1"], abs=1e-6)
+    assert set(elsewhere["sets"]) == {"study", "shipped"} and "HF_HUB_OFFLINE" in elsewhere["missing"]["registered"]
     assert (directory / "report.md").is_file() and (directory / "report.html").is_file()
 
 

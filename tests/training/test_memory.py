@@ -121,11 +121,11 @@ def test_heldout_loss_is_measured_in_smaller_packs(hf_model: Callable[..., Path]
     expected = heldout_loss(model, documents, 400)
     real, refused = Qwen2.forward, []
 
-    def forward(self: Qwen2, pack: Pack) -> torch.Tensor:
+    def forward(self: Qwen2, pack: Pack, **more: object) -> torch.Tensor:
         if pack.tokens > 100:
             refused.append(pack.tokens)
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(self, pack)
+        return real(self, pack, **more)  # type: ignore[arg-type]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Qwen2, "forward", forward)

@@ -105,6 +105,9 @@ def test_two_ranks_equal_one(
     for a, b in zip(*records, strict=True):
         for name in ("loss", "cross_entropy", "grad_norm", *(["kl"] if kind == "r3f" else [])):
             assert abs(a[name] / b[name] - 1) < bound, name
+    if kind == "r3f":  # at the checkpoint, over the packs of both ranks
+        assert [row["step"] for row in records[0] if "penalty_ratio" in row] == [2]
+        assert abs(records[1][1]["penalty_ratio"] / records[0][1]["penalty_ratio"] - 1) < 1e-6
 
 
 def test_a_rank_without_documents_waits_and_agrees(hf_model: Callable[..., Path], tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def test_cells_come_in_the_order_of_the_phases_with_what_became_of_them(tmp_path
         ("5A 95:5", "done"),
     ]
     assert results.cells[2].error == "loss is not finite" and results.cells[2].directory is None
-    assert results.cells[4].behaviour is not None and results.base_behaviour is None and results.sweep is None
+    assert results.cells[4].behaviour is not None and results.base_behaviour is None
     config = results.config
     assert (config.narrow, config.exhaustive, config.stop_rule) == ("em", True, "substantive")
     assert results.of_phase("3") == results.cells[2:4]
@@ -254,7 +254,6 @@ def test_final_asserts_that_there_is_a_result() -> None:
         ("calibration.json", []),
         ("base/behaviour.json", {"sets": []}),
         ("base/instructions.json", {}),
-        ("sweep.json", {"recipe": {}, "layers": {"a": {}}}),
         ("frontier.json", {"points": [3]}),
     ],
 )
