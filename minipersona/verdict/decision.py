@@ -53,7 +53,7 @@ def decide(results: StudyResults) -> Decision:
 def decision(verdict: VerdictKind, recipes: Sequence[RecipeResult], results: StudyResults) -> Decision:
     """The verdict with the recipe that it names, if it is one that names one."""
     best = best_passer(recipes, results) if verdict in ("positive", "unconfirmed") else None
-    return Decision(verdict, None) if best is None else Decision(verdict, best.summary(results.base), best.confirmed)
+    return Decision(verdict, None) if best is None else Decision(verdict, best.summary(), best.confirmed)
 
 
 def overall(
