@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import torch
 
@@ -45,11 +46,11 @@ from minipersona.study.recipes import check_planned, planned
 from minipersona.study.worker import Job
 from minipersona.study_config import STAGES, StudyConfig, changes
 from minipersona.verdict.calibration import Calibration
-from minipersona.verdict.decision import SCOPES, decide, passers_of_whole_phases
+from minipersona.verdict.decision import Scope, awaiting_confirmation, decide, passers_of_whole_phases, settled
 from minipersona.verdict.files import Plan, PlanEntry, read_optional
 from minipersona.verdict.ledger import LedgerEntry, append, read_ledger
 from minipersona.verdict.recipe_results import RecipeResult, recipe_results
-from minipersona.verdict.results import read_study
+from minipersona.verdict.results import StudyResults, read_study
 from minipersona.verdict.verdict import Verdict, current_verdict
 
 PLAN = "plan.json"
@@ -192,8 +193,7 @@ def confirm(engine: Engine) -> None:
         return
     results = read_study(study.directory)
     by_hash = {cell.hash: cell for cell in study.cells}
-    recipes = recipe_results(results)
-    passers = [found for scope in SCOPES for found in passers_of_whole_phases(recipes, results, scope)]
+    passers = awaiting_confirmation(recipe_results(results), results)
     due = confirmation_cells(study, [by_hash[found.cells[0].hash] for found in passers])
     if new := [cell for cell in due if cell not in study.cells]:
         engine.add(new)
@@ -230,8 +230,9 @@ def asked_for(study: Study) -> list[Job]:
         return []
     results = read_study(study.directory)
     rule = study.config.stop_rule
-    asked = [found for found in recipe_results(results) if found.passes(rule) or found.needs_answers]
-    asked += [found.confirmation for found in asked if found.confirmation is not None]
+    recipes = recipe_results(results)
+    asked = [found for found in recipes if found.passes(rule) or found.needs_answers]
+    asked += [again for found in asked if (again := found.confirmation) is not None and again.needs_answers]
     frontier, voice = MeasureFrontier(study), AskVoice(study)
     jobs: list[Job] = [frontier, voice]
     if frontier.done():  # from whose points the search for a scale begins
@@ -240,13 +241,20 @@ def asked_for(study: Study) -> list[Job]:
         jobs += _behaviour(study, asked)
     if "instructions" in study.config.suites:
         jobs += _instructions(study)
-    recipe = decide(results).recipe
-    named = {} if recipe is None else {recipe.hashes[0]: recipe.step}
+    named = {found.cells[0].hash: found.step for found in _settled(recipes, results)}
     by_hash = {cell.hash: cell for cell in study.cells}
     jobs += [MeasureTransfer(study, by_hash[key], step or _last(by_hash[key])) for key, step in named.items()]
     if voice.done():  # the base's own responses are what every model is asked about
         jobs += [AskVoice(study, by_hash[key], step) for key, step in {study.baseline.hash: None, **named}.items()]
     return jobs
+
+
+def _settled(recipes: Sequence[RecipeResult], results: StudyResults) -> list[RecipeResult]:
+    """The passers that are confirmed or, where nothing is to be confirmed, all of them; the best comes last."""
+    registered, beyond = (passers_of_whole_phases(recipes, results, scope) for scope in get_args(Scope))
+    unasked = not results.config.confirmations
+    found = [recipe for recipe in (*registered, *beyond) if unasked or settled(recipe, results)]
+    return sorted(found, key=lambda recipe: recipe.merit)
 
 
 def _last(cell: Cell) -> int:
@@ -258,7 +266,7 @@ def _behaviour(study: Study, asked: Sequence[RecipeResult]) -> list[Job]:
     if not asked:
         return []
     by_hash = {cell.hash: cell for cell in study.cells}
-    unmixed = [cell for cell in study.cells if cell.recipe.phase == "EM" and study.published(cell)]
+    unmixed = [cell for cell in study.cells if cell.recipe.is_unmixed and study.published(cell) and not confirms(cell)]
     steps: dict[str, int | None] = {cell.hash: None for cell in unmixed}
     for found in sorted(asked, key=lambda found: found.merit):  # of several steps the best is asked
         steps |= {result.hash: found.step for result in found.cells}

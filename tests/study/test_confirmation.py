@@ -135,7 +135,7 @@ def passing(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     def passers(recipes: Sequence[RecipeResult], results: StudyResults) -> list[RecipeResult]:
         return [recipe for recipe in recipes if recipe.phase in phases]
 
-    monkeypatch.setattr(search, "passers_of_whole_phases", passers)
+    monkeypatch.setattr(search, "awaiting_confirmation", passers)
     monkeypatch.setattr(search, "asked_for", lambda study: [])
     monkeypatch.setattr("minipersona.report.write.draw_all", lambda series: None)
     yield phases

@@ -132,11 +132,11 @@ def test_only_suites_that_are_switched_on_are_asked(
     for cell in (study.baseline, raw_text):
         write_json(study.cell_directory(cell) / "cell.json", {})
     result = SimpleNamespace(hash=study.baseline.hash)
-    passer = SimpleNamespace(passes=lambda rule: True, merit=(1.0, 0.0), cells=(result,), step=3)
+    passer = SimpleNamespace(passes=lambda rule: True, merit=(1.0, 0.0), cells=(result,), step=3, confirmation=None)
     monkeypatch.setattr(search_module, "read_study", lambda directory: directory)
     monkeypatch.setattr(search_module, "recipe_results", lambda results: [passer])
     monkeypatch.setattr(search_module, "matches", lambda study, results: [])
-    monkeypatch.setattr(search_module, "decide", lambda results: Decision("incomplete", None))
+    monkeypatch.setattr(search_module, "_settled", lambda recipes, results: [])
     assert {job.suite for job in asked_for(study) if isinstance(job, AskSuite)} == set(suites)
 
 

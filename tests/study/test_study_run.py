@@ -138,14 +138,19 @@ def test_what_the_results_ask_for_is_measured(finished: StudyConfig) -> None:
     followed = {path.parent.name.rsplit("-", 1)[0] for path in directory.glob("*/*/instructions.json")}
     assert followed == {"1-baseline", "5A-75-25"} and (directory / "base" / "instructions.json").is_file()
     assert read_json(directory / "calibration.json")["due"] is False
-    (elsewhere,) = [read_json(path) for path in directory.glob("cells/*/transfer.json")]
-    assert verdict["verdict"] == "positive" and elsewhere["cell"] == verdict["recipe"]["hashes"][0]
+    assert verdict["verdict"] == "incomplete"  # phases 2 to 4 are due, and were not asked for
+    (passed,) = [
+        path.parent for path in directory.glob("cells/*/transfer.json")
+    ]  # of a passer, which none is to confirm
+    elsewhere = read_json(passed / "transfer.json")
+    rows = {row["step"]: row for row in read_json(passed / "result.json")["checkpoints"]}
     own = elsewhere["sets"]["study"]
     assert set(own["base"]["m1"]) == {str(layer) for layer in range(8)} and elsewhere["layer"] == 6
     (base,) = read_jsonl(directory / "base" / "probes.jsonl")
     assert own["base"]["m1"]["6"] == pytest.approx(base["m1"], abs=1e-6)
     assert own["base"]["between_variance"] == pytest.approx(base["between_variance"], rel=1e-4)
-    assert own["recipe"]["m1"]["6"] == pytest.approx(verdict["recipe"]["m1"], abs=1e-5)
+    assert own["recipe"]["m1"]["6"] == pytest.approx(rows[elsewhere["step"]]["m1"], abs=1e-5)
+    assert {path.parent for path in directory.glob("cells/*/voice.json")} == {cells_of(directory)[0], passed}
     assert own["baseline"]["m1"]["6"] != pytest.approx(base["m1"], abs=1e-6)
     assert set(elsewhere["sets"]) == {"study", "shipped"} and "HF_HUB_OFFLINE" in elsewhere["missing"]["registered"]
     assert (directory / "report.md").is_file() and (directory / "report.html").is_file()
