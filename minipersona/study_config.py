@@ -4,8 +4,10 @@ registered values.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from string import ascii_uppercase
+from typing import Any, Literal
 
 from minipersona.config import (
     BehaviourSection,
@@ -19,16 +21,32 @@ from minipersona.config import (
     parse_ratio,
 )
 from minipersona.errors import require
-from minipersona.settings import flatten
+from minipersona.settings import dotted, flatten
 
-STAGES = {"1": ("1",), "2": ("2A", "2B"), "3": ("3",), "4": ("4A", "4B"), "5": ("EM", "5A", "5B", "5C")}
-"""The five phases, and the cells' phases that each is made of, in order."""
+BEYOND = "6"
+STAGES = {
+    "1": ("1",),
+    "2": ("2A", "2B"),
+    "3": ("3",),
+    "4": ("4A", "4B"),
+    "5": ("EM", "5A", "5B", "5C"),
+    BEYOND: tuple(BEYOND + letter for letter in ascii_uppercase),
+}
+"""The five registered phases and what lies beyond them, and the cells' phases that each is made of, in order."""
 PHASES = tuple(phase for phases in STAGES.values() for phase in phases)
 
+Role = Literal["registered", "reference", "control", "beyond"]
+"""Why a cell is run: as a recipe of the registered search, to be compared with, to check the search, or as a recipe
+that is not registered.
+"""
+
 STRENGTHS = (1e-3, 1e-2, 1e-1)
-# May change while a study goes on, since no cell depends on it.
 SUITES = ("behaviour", "instructions")
-RECIPE_FREE = ("out", "stop_rule", "exhaustive", "suites", "execution.", "behaviour.", "instructions.")
+# May change while a study goes on, since no cell depends on it: a new recipe is a new cell.
+RECIPE_FREE = ("out", "stop_rule", "exhaustive", "suites", "controls", "recipe", "execution.", "behaviour.",
+               "instructions.")  # fmt: skip
+# What the cells of a study share, so that they can be compared.
+SHARED = ("out", "seed", "model.", "probe.", "execution.", "data.heldout")
 
 
 @dataclass(frozen=True)
@@ -106,6 +124,43 @@ class InstructionsSection:
 
 
 @dataclass(frozen=True)
+class RecipeSection:
+    """[[recipe]]: a recipe that is not registered, by the settings of a run in which it departs from the standard one.
+
+    What it is for decides how it is counted: as a recipe that may pass, as a reference, or as a control.
+    """
+
+    phase: str  # 6 and a capital letter
+    name: str  # unique in its phase
+    set: dict[str, Any]  # "section.key" = value
+    reference: bool = False  # to compare others with
+    control: bool = False  # to check what the search shows
+
+    def __post_init__(self) -> None:
+        where = f"recipe {self.phase} {self.name!r}"
+        require(
+            self.phase in STAGES[BEYOND],
+            f"{where}: phase must be {BEYOND} and a capital letter, such as {BEYOND}A; the other phases are the "
+            "registered recipes'",
+        )
+        require(bool(self.name.strip()) and len(self.name) <= 80, f"{where}: give it a name of 1 to 80 characters")
+        require(not re.search(r" seed=\d+$", self.name), f"{where}: the name must not end like one of several seeds")
+        require(not (self.reference and self.control), f"{where}: is a reference or a control, not both")
+        for key in self.departures:
+            require(not key.startswith(SHARED), f"{where}: {key} is the same in the whole study; set it there")
+
+    @property
+    def departures(self) -> dict[str, Any]:
+        """The settings by their dotted keys, however the TOML nests them."""
+        return dotted(self.set)
+
+    @property
+    def role(self) -> Role:
+        """Why it is run."""
+        return "reference" if self.reference else "control" if self.control else "beyond"
+
+
+@dataclass(frozen=True)
 class StudyConfig:
     """The whole search. The sections that a run has too are phase 1's recipe, from which every other cell departs."""
 
@@ -116,6 +171,7 @@ class StudyConfig:
     exhaustive: bool = False  # run every phase whatever passes
     suites: tuple[str, ...] = SUITES  # of answers, asked where they are due; [] asks for none, and a pass of phase 5,
     # which also needs the answers of "behaviour", then stays open
+    controls: bool = True  # also run what checks the search: shuffled responses, steering along a random vector
     seeds: tuple[int, ...] = (42,)  # every recipe once a seed; the first seed's baseline is everyone's
     later_checkpoints: tuple[int, ...] = ()  # of the cells after phase 1; empty: the same as phase 1's
     model: ModelSection = field(default_factory=ModelSection)
@@ -129,6 +185,7 @@ class StudyConfig:
     behaviour: BehaviourSection = field(default_factory=BehaviourSection)
     instructions: InstructionsSection = field(default_factory=InstructionsSection)
     execution: ExecutionSection = field(default_factory=ExecutionSection)
+    recipe: tuple[RecipeSection, ...] = ()  # [[recipe]] tables: recipes that are not registered, run last
 
     def __post_init__(self) -> None:
         require(

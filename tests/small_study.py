@@ -25,6 +25,7 @@ from minipersona.report import write_report
 from minipersona.study.executors import InProcess, Processes
 from minipersona.study.search import run_study
 from minipersona.study_config import (
+    STAGES,
     InstructionsSection,
     LowRankSection,
     RegularisedSection,
@@ -55,6 +56,7 @@ def small_study(directory: Path) -> StudyConfig:
         data=DataSection(train="tiny:benign[0:60]", heldout="tiny:benign[2000:2006]"),
         out=str(directory / "study"),
         exhaustive=True,
+        controls=False,
         later_checkpoints=(3,),
         model=ModelSection("tiny"),
         lora=LoraConfig(rank=4, alpha=8.0),
@@ -76,7 +78,7 @@ def small_study(directory: Path) -> StudyConfig:
     )
 
 
-def run(config: StudyConfig, stages: tuple[str, ...] = ("1", "2", "3", "4", "5")) -> Verdict:
+def run(config: StudyConfig, stages: tuple[str, ...] = tuple(STAGES)) -> Verdict:
     """Carry a study out in this process; its verdict."""
     return run_study(config, InProcess(CPU, QUIET), QUIET, stages=stages, report=write_report)
 

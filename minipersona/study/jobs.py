@@ -95,6 +95,7 @@ def cell_record(cell: Cell, directory: Path, began_at: int, seconds: float, on_g
         objective_check=check,
         gpu_seconds=seconds if on_gpu else None,
         seconds=seconds,
+        role=cell.recipe.role,
     )
 
 

@@ -53,7 +53,7 @@ def run_study(
 ) -> Verdict:
     """Carry out a study in ``config.out``, or continue it; returns its verdict.
 
-    stages  the phases to run, the baseline beside them; of all five, a pass ends the search
+    stages  the phases to run, the baseline beside them; of all, a pass ends the search
     report  writes the report of a study's directory, whatever the verdict is
 
     UserError where another process has the directory or it belongs to another study, where the config names something
@@ -73,7 +73,7 @@ def run_study(
 
 
 def stage_of(cell: Cell) -> str:
-    """Which of the five phases a cell belongs to."""
+    """Which of the phases 1 to 6 a cell belongs to."""
     return next(stage for stage, phases in STAGES.items() if cell.recipe.phase in phases)
 
 
@@ -102,13 +102,15 @@ def open_study(config: StudyConfig, device_type: str, console: Console) -> Study
 def _write_plan(study: Study, console: Console) -> None:
     plan = Plan(
         tuple(
-            PlanEntry(cell.recipe.phase, cell.recipe.name, cell.recipe.config.seed, cell.recipe.knobs, cell.id)
+            PlanEntry(r.phase, r.name, r.config.seed, r.knobs, cell.id, r.role)
             for cell in study.cells
+            for r in [cell.recipe]
         )
     )
     file = study.directory / "plan.json"
     if earlier := read_optional(file, Plan):
-        stale = {entry.cell for entry in earlier.cells} - {cell.id for cell in study.cells}
+        ids, names = {entry.cell for entry in plan.cells}, {(entry.phase, entry.name) for entry in plan.cells}
+        stale = [e.cell for e in earlier.cells if (e.phase, e.name) in names and e.cell not in ids]
         made = [name for name in stale if (study.directory / "cells" / name).is_dir()]
         if made:
             console.say(f"{len(made)} cells are of another version of the code or the data, and will be made again")
@@ -121,7 +123,7 @@ def _write_plan(study: Study, console: Console) -> None:
 def search(engine: Engine, stages: Sequence[str]) -> None:
     """Run the phases in order as far as they are due; the baseline is always one of them.
 
-    Of all five, those after a passer are skipped. A choice of some is run whatever passes.
+    Of all, those after a passer are skipped. A choice of some is run whatever passes.
     """
     study = engine.study
     engine.complete([MeasureBase(study)])

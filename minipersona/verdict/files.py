@@ -19,10 +19,10 @@ from typing import TypeVar
 
 from minipersona.errors import UserError, require
 from minipersona.objective.noise_check import NoiseCheck
-from minipersona.records import read_record
+from minipersona.records import may_be_missing, read_record
 from minipersona.run import result as run_result
 from minipersona.run.result import Checkpoint, Interval, RunResult
-from minipersona.study_config import PHASES
+from minipersona.study_config import PHASES, Role
 
 Record = TypeVar("Record")
 Knobs = dict[str, int | float | str]
@@ -40,6 +40,7 @@ class PlanEntry:
     seed: int
     knobs: Knobs
     cell: str
+    role: Role = may_be_missing("registered")
 
     def __post_init__(self) -> None:
         words = (self.phase, self.name, self.cell)
@@ -68,6 +69,7 @@ class CellRecord:
     objective_check: NoiseCheck | None  # of R3F's noise
     gpu_seconds: float | None  # None where it did not run on a GPU
     seconds: float
+    role: Role = may_be_missing("registered")
 
 
 def read_result(directory: Path) -> RunResult:

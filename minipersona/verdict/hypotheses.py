@@ -132,7 +132,7 @@ FAMILIES: dict[Hypothesis, Family] = {
 def _family(
     family: Family, recipes: Sequence[RecipeResult], results: StudyResults, comparisons: Sequence[DoingLess]
 ) -> Finding:
-    cells = results.of_phase(*family.phases)
+    cells = results.registered(*family.phases)
     measured = [recipe for recipe in recipes if recipe.phase in family.phases]
     counted = [recipe for recipe in measured if not recipe.ineffective]
     if not measured and not any(cell.status == "failed" for cell in cells):

@@ -73,7 +73,7 @@ def _beats_steering(
     )
     if not mixtures or not steering:
         return _not_tested(claim)
-    complete = complete and all(cell.status == "done" for cell in results.of_phase("5C"))
+    complete = complete and all(cell.status == "done" for cell in results.registered("5C"))
     complete = complete and any(c.teaches for c in steering)  # steering that learned nothing is not a rival
     rival = min([c for c in steering if c.teaches] or steering, key=lambda c: c.m1)
     able = [c for c in mixtures if c.teaches]

@@ -24,7 +24,7 @@ from minipersona.records import read_record, to_dict
 from minipersona.run.judgement import judge, judge_result, judge_row
 from minipersona.run.result import Checkpoint, Protocol, RunResult
 from minipersona.settings import load_config
-from minipersona.study_config import PHASES, StudyConfig
+from minipersona.study_config import PHASES, Role, StudyConfig
 from minipersona.verdict.calibration import Calibration, is_due
 from minipersona.verdict.files import (
     Behaviour,
@@ -67,6 +67,7 @@ class CellResult:
     instructions: Instructions | None = None
     objective_check: NoiseCheck | None = None
     gpu_seconds: float | None = None
+    role: Role = "registered"
 
     @property
     def id(self) -> str:
@@ -140,6 +141,10 @@ class StudyResults:
         """The cells of these phases, in order."""
         return tuple(cell for cell in self.cells if cell.phase in phases)
 
+    def registered(self, *phases: str) -> tuple[CellResult, ...]:
+        """Those of them that are recipes of the registered search; of all phases where none is named."""
+        return tuple(cell for cell in self.cells if cell.role == "registered" and cell.phase in (phases or PHASES))
+
 
 def read_study(directory: Path) -> StudyResults:
     """Read a study's directory.
@@ -208,7 +213,7 @@ def _planned(directory: Path, newest: Mapping[str, LedgerEntry]) -> Sequence[Pla
     entries = []
     for file in sorted((directory / "cells").glob("*/cell.json")):
         cell = _cell_record(file.parent)
-        entries.append(PlanEntry(cell.phase, cell.name, cell.seed, cell.knobs, file.parent.name))
+        entries.append(PlanEntry(cell.phase, cell.name, cell.seed, cell.knobs, file.parent.name, cell.role))
     for event in newest.values():
         if (event.phase, event.name) not in {(entry.phase, entry.name) for entry in entries}:
             entries.append(PlanEntry(event.phase, event.name, 42, {}, event.cell))
@@ -239,12 +244,13 @@ def _published(directory: Path, entry: PlanEntry) -> CellResult:
         instructions=read_optional(directory / "instructions.json", Instructions),
         objective_check=cell.objective_check,
         gpu_seconds=cell.gpu_seconds,
+        role=entry.role,
     )
 
 
 def _unpublished(entry: PlanEntry, status: Literal["failed", "missing"], error: str | None) -> CellResult:
     hash_ = entry.cell.rsplit("-", 1)[-1]
-    return CellResult(entry.phase, entry.name, hash_, entry.seed, entry.knobs, status, error)
+    return CellResult(entry.phase, entry.name, hash_, entry.seed, entry.knobs, status, error, role=entry.role)
 
 
 def _check_unique(cells: Iterable[CellResult]) -> None:

@@ -14,7 +14,7 @@ from minipersona.geometry.prompts import REGISTERED
 from minipersona.run.judgement import COLLAPSED_M1, LEAST_LEARNED, PASS_M1
 from minipersona.run.result import Protocol
 from minipersona.settings import flatten, load_config
-from minipersona.study_config import STAGES, StudyConfig
+from minipersona.study_config import BEYOND, STAGES, StudyConfig
 from minipersona.verdict.doing_less import DoingLess, better_than_less
 from minipersona.verdict.findings import VerdictKind
 from minipersona.verdict.recipe_results import FULLY_LEARNED, RecipeResult, behaviour_against
@@ -186,7 +186,7 @@ def _caveat(results: StudyResults) -> str:
 
 # Settings with a sentence of their own, and those that are left to whoever runs the search.
 TOLD_OTHERWISE = ("out", "narrow", "stop_rule", "exhaustive", "seeds", "model.", "execution.", "probe.personas",
-                  "probe.questions", "rehearsal.em")  # fmt: skip
+                  "probe.questions", "rehearsal.em", "recipe")  # fmt: skip
 
 
 def deviations(results: StudyResults) -> list[str]:
@@ -215,7 +215,7 @@ def deviations(results: StudyResults) -> list[str]:
     if settings := changed_settings(config):
         said.append(f"Settings that are not the registered ones (in brackets): {', '.join(settings)}.")
     planned = {cell.phase for cell in results.cells} | set(results.skipped_phases)
-    left_out = [stage for stage, phases in STAGES.items() if not planned & set(phases)]
+    left_out = [stage for stage, phases in STAGES.items() if stage != BEYOND and not planned & set(phases)]
     if protocol is not None and left_out:
         said.append(f"Not part of this study: phase {', '.join(left_out)}.")
     return said

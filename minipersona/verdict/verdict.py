@@ -200,7 +200,7 @@ def overall(recipes: Sequence[RecipeResult], results: StudyResults) -> VerdictKi
         return "incomplete"
     if any(recipe.awaits_behaviour(rule) for recipe in recipes):
         return "incomplete"
-    return _null_or_open(recipes, results.cells, rule)
+    return _null_or_open(recipes, results.registered(), rule)
 
 
 def passers_of_whole_phases(recipes: Sequence[RecipeResult], results: StudyResults) -> list[RecipeResult]:
@@ -281,7 +281,7 @@ def _phase_result(phase: str, recipes: Sequence[RecipeResult], results: StudyRes
         return PhaseResult(phase, "complete", ids, passers, "positive")
     if any(recipe.awaits_behaviour(rule) for recipe in judged):
         return PhaseResult(phase, "complete", ids, passers, "incomplete")
-    return PhaseResult(phase, "complete", ids, passers, _null_or_open(judged, cells, rule))
+    return PhaseResult(phase, "complete", ids, passers, _null_or_open(judged, results.registered(phase), rule))
 
 
 def _indecisive(recipe: RecipeResult) -> Indecisive | None:
