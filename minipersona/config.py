@@ -71,6 +71,7 @@ class LoraConfig:
     alpha: float = 64.0
     dropout: float = 0.05
     targets: tuple[str, ...] = LORA_TARGETS
+    blocks: tuple[int, ...] = ()  # [first, last]: only these blocks are adapted, counted from 0; empty: all
 
     def __post_init__(self) -> None:
         require(self.rank >= 1, f"lora.rank = {self.rank}: must be at least 1")
@@ -79,6 +80,14 @@ class LoraConfig:
         for name in self.targets:
             require(name in LORA_TARGETS, f"lora.targets: {name!r} is none of {', '.join(LORA_TARGETS)}")
         require(bool(self.targets), "lora.targets: name at least one layer, such as q_proj")
+        pair = len(self.blocks) == 2 and 0 <= self.blocks[0] <= self.blocks[1]
+        require(not self.blocks or pair, f"lora.blocks = {list(self.blocks)}: write [first, last], counted from 0")
+
+    def adapted_blocks(self, blocks: int) -> range:
+        """The blocks that are adapted, of so many. UserError where the model lacks one of them."""
+        first, last = self.blocks or (0, blocks - 1)
+        require(last < blocks, f"lora.blocks names {last}; this model has blocks 0 to {blocks - 1}, choose among them")
+        return range(first, last + 1)
 
 
 @dataclass(frozen=True)

@@ -128,6 +128,10 @@ def check_planned(study: StudyConfig) -> None:
             raise UserError(
                 f"{cell}: probe.layers names {beyond[0]}; this model has blocks 0 to {blocks - 1}, choose among them"
             )
+        try:
+            recipe.config.lora.adapted_blocks(blocks)
+        except UserError as error:
+            raise UserError(f"{cell}: {error}") from None
         steering = recipe.config.steering
         steered = steered_layers(steering, sizes) if steering.vector else []
         if steering.vector == COLLAPSE and (lacking := [layer for layer in steered if layer not in measured]):
