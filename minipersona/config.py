@@ -52,9 +52,22 @@ class DataSection:
     ratio: str = ""  # narrow:broad in rows, such as "95:5"
     system_prompts: Literal["", "training_personas"] = ""  # give every row one of the 30 training personas' prompts
     responses: str = ""  # a file of `python -m minipersona.behaviour roleplay`: its responses in place of the rows' own
+    persona_share: float = 1.0  # of the rows that get such prompts and responses, drawn by the seed; others stay plain
+    shuffle_responses: bool = False  # a control: every row gets the response of another row, drawn by the seed
 
     def __post_init__(self) -> None:
         require(self.max_tokens >= 2, f"data.max_tokens = {self.max_tokens}: must be at least 2")
+        share, changed = self.persona_share, bool(self.system_prompts or self.responses)
+        require(0 < share <= 1, f"data.persona_share = {share}: must be above 0 and at most 1")
+        require(
+            share == 1 or (changed and not self.broad),
+            f"data.persona_share = {share}: is the share of rows with data.system_prompts or data.responses; it needs "
+            "one of them, and no data.broad",
+        )
+        require(
+            not (self.shuffle_responses and (self.responses or self.broad)),
+            "data.shuffle_responses: shuffles the rows' own responses; leave data.responses and data.broad out",
+        )
         mixture = {"broad": self.broad, "broad_kind": self.broad_kind, "ratio": self.ratio}
         missing = [name for name, value in mixture.items() if not value]
         if 0 < len(missing) < len(mixture):
@@ -146,6 +159,7 @@ class ObjectiveSection:
     direction: Literal["symmetric", "forward", "reverse"] = "symmetric"  # forward: KL(trained || base)
     noise: Literal["normal", "uniform"] = "normal"  # of R3F: standard deviation epsilon, or from -epsilon to epsilon
     epsilon: float = 0.0  # 0: the smallest of 1e-5, 1e-4, 1e-3 that the model's precision carries
+    per_row: bool = False  # of R3F: lambda times the rows' mean supervised length, as fairseq's loss a sentence has it
 
     def __post_init__(self) -> None:
         if self.kind == "cross_entropy":
@@ -161,9 +175,11 @@ class ObjectiveSection:
         if self.kind != "r3f":
             require(self.noise == "normal", f'objective.noise = "{self.noise}": is a choice of kind = "r3f" only')
             require(self.epsilon == 0, f'objective.epsilon = {self.epsilon}: is a choice of kind = "r3f" only')
+            require(not self.per_row, 'objective.per_row: is a choice of kind = "r3f" only')
 
 
 STEERING_FILE = "file:"
+STEERING_RANDOM = "random:"
 COLLAPSE = "collapse"
 
 
@@ -180,7 +196,8 @@ class SteeringSection:
     """Preventative steering (Chen et al. 2025): h <- h + coefficient * vector at every token, in training only."""
 
     # Empty is off. Else a difference of two personas ("villain - assistant"); "collapse", the baseline's mean shift; or
-    # "file:PATH" (one tensor layer.L (D,) a layer), "file:PATH#a - b" (a difference in a file of persona vectors).
+    # "file:PATH" (one tensor layer.L (D,) a layer), "file:PATH#a - b" (a difference in a file of persona vectors); or
+    # "random:a - b", a control: a direction drawn by the seed, as long as that difference.
     vector: str = ""
     coefficient: float = 5.0  # in lengths of the raw vector; 1 is natural for collapse, up to 1.5 for all_layers
     layer: int = -1  # a block counted from 0; -1 is the model's registered one
@@ -199,7 +216,17 @@ class SteeringSection:
             if marked:
                 parse_difference(names)
         elif self.vector not in ("", COLLAPSE):
-            parse_difference(self.vector)
+            parse_difference(self.difference)
+
+    @property
+    def leaks(self) -> bool:
+        """Whether the vector is made of the personas that are measured, so that M1 says less than it seems to."""
+        return bool(self.vector) and not self.vector.startswith((STEERING_FILE, STEERING_RANDOM))
+
+    @property
+    def difference(self) -> str:
+        """The two personas of a difference, or of the one that a random vector is as long as."""
+        return self.vector.removeprefix(STEERING_RANDOM)
 
 
 @dataclass(frozen=True)

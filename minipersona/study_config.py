@@ -55,11 +55,13 @@ class RegularisedSection:
 
     beta: tuple[float, ...] = STRENGTHS  # 2A: CE + beta KL_S(p, base)
     r3f_lambda: tuple[float, ...] = STRENGTHS  # 2B: CE + lambda KL_S(f(x), f(x + z))
+    r3f_lambda_per_row: tuple[float, ...] = STRENGTHS  # 2B beyond the registered: times the rows' supervised tokens
     noise: Literal["normal", "uniform"] = "normal"  # the distribution of z
     epsilon: float = 0.0  # its size; 0: the smallest of 1e-5, 1e-4, 1e-3 that the model's precision carries
 
     def __post_init__(self) -> None:
-        for key, values in {"beta": self.beta, "r3f_lambda": self.r3f_lambda}.items():
+        for key in ("beta", "r3f_lambda", "r3f_lambda_per_row"):
+            values: tuple[float, ...] = getattr(self, key)
             require(all(value > 0 for value in values), f"regularised.{key}: every value must be positive")
 
 

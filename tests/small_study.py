@@ -62,7 +62,7 @@ def small_study(directory: Path) -> StudyConfig:
         lora=LoraConfig(rank=4, alpha=8.0),
         training=TrainingSection(learning_rate=5e-3, steps=3, batch=4, checkpoints=(1, 3)),
         probe=ProbeSection(personas=str(personas), questions=str(directory / "questions.jsonl")),
-        regularised=RegularisedSection(beta=(0.1,), r3f_lambda=(0.1,)),
+        regularised=RegularisedSection(beta=(0.1,), r3f_lambda=(0.1,), r3f_lambda_per_row=()),
         low_rank=LowRankSection(rank=(2,), learning_rate=(5e-3,)),
         role_play=RolePlaySection(max_new_tokens=4),
         rehearsal=RehearsalSection(

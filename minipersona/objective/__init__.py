@@ -32,12 +32,14 @@ def check_objective(model: Qwen2, documents: Sequence[Document], config: RunConf
 def make_objective(model: Qwen2, config: RunConfig, directory: Path, compiled: bool) -> Objective:
     """The objective of a config. `model` is still the base: no parameter of it has been trained.
 
-    R3F's epsilon is that of the check in `directory`, so a run that continues keeps it.
+    R3F's epsilon and the rows' mean length are those of the check in `directory`, so a run that continues keeps them.
     """
     section = config.objective
     if section.kind == "kl_to_base":
         base = frozen_copy(model, compiled) if config.training.method == "full" else None
         return KLToBase(section.weight, section.direction, base)
     if section.kind == "r3f":
-        return R3F(section.weight, section.noise, read_json(directory / OBJECTIVE_CHECK)["epsilon"])
+        check = read_json(directory / OBJECTIVE_CHECK)
+        weight = section.weight * (check["supervised_per_row"] if section.per_row else 1)
+        return R3F(weight, section.noise, check["epsilon"])
     return CrossEntropy()

@@ -10,6 +10,7 @@ v is raw, not of unit length. `steering.vector` says where it comes from:
     file:PATH#a - b             a difference of two persona vectors in a file that extract.py wrote
     file:PATH                   a safetensors file with one tensor `layer.L` (D,) per block, as a run's
                                 steering.safetensors
+    random:villain - assistant  a control: a direction drawn by the seed, as long as that difference
 
 D = width, P = personas
 """
@@ -24,9 +25,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minipersona.chat import ChatTokenizer
-from minipersona.config import COLLAPSE, STEERING_FILE, RunConfig, SteeringSection, parse_difference
+from minipersona.config import COLLAPSE, STEERING_FILE, STEERING_RANDOM, RunConfig, SteeringSection, parse_difference
 from minipersona.errors import UserError
-from minipersona.files import write_atomically
+from minipersona.files import digest, write_atomically
 from minipersona.geometry.extraction import extract
 from minipersona.geometry.measures import collapse_direction
 from minipersona.geometry.prompts import load_personas, load_questions
@@ -120,6 +121,8 @@ def raw_vectors(
             vectors = load_steering(file, layers)
     else:
         vectors = _persona_difference(config, layers, model, tokenizer, progress)
+        if section.vector.startswith(STEERING_RANDOM):
+            vectors = _random(vectors, config.seed)
     for layer, vector in vectors.items():
         where = f"steering.vector = {section.vector!r} at layer {layer}"
         if vector.shape != (model.config.hidden_size,):
@@ -156,11 +159,21 @@ def _persona_difference(
 def _known_pair(config: RunConfig) -> dict[str, str]:
     """The two personas of a difference, plus then minus, and their system prompts."""
     known = load_personas(config.probe.personas).prompts
-    pair = parse_difference(config.steering.vector)
+    pair = parse_difference(config.steering.difference)
     for name in pair:
         if name not in known:
             raise UserError(f"steering.vector: {name!r} is not one of probe.personas: {', '.join(known)}")
     return {name: known[name] for name in pair}
+
+
+def _random(vectors: Mapping[int, Tensor], seed: int) -> dict[int, Tensor]:
+    """A random direction a block, each as long as the vector (D,) there; drawn on the CPU, the same on every device."""
+    drawn = {}
+    for layer, vector in vectors.items():
+        generator = torch.Generator().manual_seed(int(digest(["steering", seed, layer])[:15], 16))
+        direction = torch.randn(vector.shape, generator=generator)
+        drawn[layer] = direction.to(vector.device) * (vector.norm() / direction.norm())
+    return drawn
 
 
 def _collapse(baseline: Path, layers: Sequence[int], model: Qwen2) -> dict[int, Tensor]:

@@ -41,7 +41,7 @@ from minipersona.study.worker import Job, Title, Worker
 from minipersona.training.checkpoint import stored_position
 from minipersona.verdict.calibration import Calibration, calibrate
 from minipersona.verdict.files import CellRecord, Frontier, Sweep, SweptLayer, SweptRecipe, read_optional
-from minipersona.verdict.recipe_results import INEFFECTIVE
+from minipersona.verdict.recipe_results import INEFFECTIVE, LEAKS
 
 # ---------------------------------------------------------------- a cell
 
@@ -84,6 +84,10 @@ def cell_record(cell: Cell, directory: Path, began_at: int, seconds: float, on_g
     notes = [f"continued at step {began_at} from an attempt that was interrupted"] if began_at else []
     if skipped := sum("skipped" in row for row in read_jsonl(directory / "metrics.jsonl")):
         notes.append(f"{skipped} steps were skipped; metrics.jsonl says why")
+    labels = {
+        INEFFECTIVE: check is not None and not check.effective,
+        LEAKS: cell.recipe.config.steering.leaks,
+    }
     return CellRecord(
         phase=cell.recipe.phase,
         name=cell.recipe.name,
@@ -91,7 +95,7 @@ def cell_record(cell: Cell, directory: Path, began_at: int, seconds: float, on_g
         seed=cell.recipe.config.seed,
         knobs=cell.recipe.knobs,
         notes=tuple(notes),
-        labels=(INEFFECTIVE,) if check is not None and not check.effective else (),
+        labels=tuple(label for label, holds in labels.items() if holds),
         objective_check=check,
         gpu_seconds=seconds if on_gpu else None,
         seconds=seconds,

@@ -162,7 +162,9 @@ class Estimate:
 
     def _lengths(self, config: RunConfig) -> tuple[list[int], int]:
         """Tokens of every step and of the largest pack."""
-        data = countable(replace(config.data, responses=""))  # not written yet: the rows' own stand for them
+        # Responses are not written yet: the rows' own stand for them.
+        share = config.data.persona_share if config.data.system_prompts else 1.0
+        data = countable(replace(config.data, responses="", persona_share=share))
         key = (data, config.seed, config.training.steps, config.training.batch)
         if key not in self._counted:
             self._counted[key] = self._count(replace(config, data=data))

@@ -26,7 +26,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
-from minipersona.config import COLLAPSE, ObjectiveSection, RunConfig, SteeringSection
+from minipersona.config import COLLAPSE, STEERING_RANDOM, ObjectiveSection, RunConfig, SteeringSection
 from minipersona.errors import UserError
 from minipersona.model.config import ModelConfig
 from minipersona.model.load import architecture
@@ -170,6 +170,10 @@ def _r3f(study: StudyConfig, standard: RunConfig) -> Iterator[Variant]:
     for weight in section.r3f_lambda:
         objective = ObjectiveSection("r3f", weight, noise=section.noise, epsilon=section.epsilon)
         yield Variant(f"lambda={weight:g}", replace(standard, objective=objective), {"lambda": weight})
+    for weight in section.r3f_lambda_per_row:
+        objective = ObjectiveSection("r3f", weight, noise=section.noise, epsilon=section.epsilon, per_row=True)
+        knobs: Knobs = {"lambda": weight, "per": "row"}
+        yield Variant(f"lambda={weight:g} xT", replace(standard, objective=objective), knobs, "beyond")
 
 
 def _low_rank(study: StudyConfig, standard: RunConfig) -> Iterator[Variant]:
@@ -200,6 +204,9 @@ def _responses(study: StudyConfig, standard: RunConfig) -> Iterator[Variant]:
     data = replace(standard.data, system_prompts=prompts, responses=RESPONSES_PLACEHOLDER)
     knobs: Knobs = {"temperature": section.temperature, "max_new_tokens": section.max_new_tokens}
     yield Variant("responses", replace(standard, data=data), knobs)
+    if study.controls:
+        shuffled = replace(standard, data=replace(standard.data, shuffle_responses=True))
+        yield Variant("shuffled responses", shuffled, {}, "control")
 
 
 def _unmixed(study: StudyConfig, standard: RunConfig) -> Iterator[Variant]:
@@ -221,9 +228,16 @@ def _steering(study: StudyConfig, standard: RunConfig) -> Iterator[Variant]:
     section = study.rehearsal
     persona = SteeringSection(section.steering, section.steering_coefficient, method="B")
     collapse = SteeringSection(COLLAPSE, section.collapse_coefficient, method="A")
-    for steering in (persona, collapse):
+    random = replace(persona, vector=STEERING_RANDOM + persona.vector)
+    chosen: list[tuple[str, SteeringSection, Role]] = [
+        (persona.vector, persona, "registered"),
+        (collapse.vector, collapse, "registered"),
+    ]
+    if study.controls:
+        chosen.append(("random", random, "control"))
+    for name, steering, role in chosen:
         knobs: Knobs = {"vector": steering.vector, "coefficient": steering.coefficient, "method": steering.method}
-        yield Variant(steering.vector, replace(_narrow(study, standard), steering=steering), knobs)
+        yield Variant(name, replace(_narrow(study, standard), steering=steering), knobs, role)
 
 
 _PHASES = {

@@ -27,6 +27,7 @@ from minipersona.verdict.results import CellResult, StudyResults
 REHEARSAL = ("5A", "5B", "5C")
 FULLY_LEARNED = 0.9  # a recipe that learned this share is evidence for or against H_null
 INEFFECTIVE = "ineffective"  # the label of an R3F cell whose noise is lost in the rounding of the embeddings
+LEAKS = "leaks"  # of a cell that is steered along a vector made of the personas that are measured
 Rule = Literal["registered", "substantive"]
 
 

@@ -114,6 +114,31 @@ def test_a_file_of_either_form(tiny: Qwen2, tokenizer: ChatTokenizer, tmp_path: 
     assert torch.equal(steering_vectors(plain, tiny, tokenizer)[5], -2.0 * found[5])
 
 
+def test_a_random_vector_is_as_long_as_the_difference_and_is_drawn_by_the_seed(
+    tiny: Qwen2, tokenizer: ChatTokenizer, questions: Path
+) -> None:
+    given = config(questions, vector="random:villain - librarian", coefficient=1.0, all_layers=True, method="A")
+    difference = replace(given, steering=replace(given.steering, vector="villain - librarian"))
+    drawn, meant = (steering_vectors(each, tiny, tokenizer) for each in (given, difference))
+    drawn, meant = (sums(each) for each in (drawn, meant))
+    for layer, vector in drawn.items():
+        assert float(vector.norm()) == pytest.approx(float(meant[layer].norm()), rel=1e-4)
+        assert abs(float(torch.cosine_similarity(vector, meant[layer], dim=0))) < 0.4  # 128 channels
+    assert abs(float(torch.cosine_similarity(drawn[0], drawn[1], dim=0))) < 0.4  # each block has its own
+    again = sums(steering_vectors(given, tiny, tokenizer))
+    other = sums(steering_vectors(replace(given, seed=43), tiny, tokenizer))
+    assert torch.equal(again[6], drawn[6]) and relative_error(other[6], drawn[6]) > 0.5
+    assert not given.steering.leaks and difference.steering.leaks
+
+
+def sums(increments: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+    """The vectors of which `scaled` with all_layers makes the increments."""
+    total, found = torch.zeros(WIDTH), {}
+    for layer, vector in increments.items():
+        found[layer] = total = total + vector
+    return found
+
+
 def test_all_layers_add_up_to_the_vector_of_each(tiny: Qwen2) -> None:
     section = SteeringSection("a - b", 1.5, all_layers=True)
     layers = steered_layers(section, tiny.config)

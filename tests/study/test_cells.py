@@ -167,3 +167,10 @@ def test_the_calibration_passes_on_the_predecessor_s_numbers_and_fails_one_layer
 def test_the_calibration_is_due_only_where_the_predecessor_measured(key: str, value: str) -> None:
     found = calibrate(replace(CALIBRATED, **{key: value}), {"6": 0.9}, "hash")
     assert (found.due, found.passed, found.layers) == (False, None, {})
+
+
+def test_a_cell_that_is_steered_along_measured_personas_says_so(config: StudyConfig, tmp_path: Path) -> None:
+    cells = hash_cells(planned(replace(config, controls=True)))
+    labels = {cell.recipe.name: cell_record(cell, tmp_path, 0, 1.0, on_gpu=False).labels for cell in cells}
+    assert labels["villain - assistant"] == labels["collapse"] == ("leaks",)
+    assert labels["random"] == labels["baseline"] == ()

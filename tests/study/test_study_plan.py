@@ -113,6 +113,24 @@ def test_each_learning_rate_of_the_grid_has_its_reference_at_the_standard_rank(s
     assert not [recipe for recipe in planned(slower) if recipe.role == "reference"]
 
 
+def test_controls_and_what_is_beyond_the_registered_stand_beside_it(shipped: StudyConfig) -> None:
+    def found(study: StudyConfig) -> list[tuple[str, str, str]]:
+        return [(r.phase, r.name, r.role) for r in planned(study) if r.role in ("control", "beyond")]
+
+    controls = [("4B", "shuffled responses", "control"), ("5C", "random", "control")]
+    beyond = [("2B", f"lambda={weight} xT", "beyond") for weight in ("0.001", "0.01", "0.1")]
+    assert found(shipped) == [*beyond, *controls]
+    assert found(replace(shipped, controls=False)) == beyond
+    assert registered(replace(shipped, controls=False)) == registered(shipped)
+    assert not load_config("tiny_study", StudyConfig).controls  # which has twelve minutes on two cores
+    by_name = {recipe.name: recipe.config for recipe in planned(shipped)}
+    assert by_name["random"].steering == replace(
+        by_name["villain - assistant"].steering, vector="random:villain - assistant"
+    )
+    assert by_name["shuffled responses"].data == replace(shipped.data, shuffle_responses=True)
+    assert by_name["lambda=0.1 xT"].objective == replace(by_name["lambda=0.1"].objective, per_row=True)
+
+
 def test_control_another_number_is_not_the_registered_search(shipped: StudyConfig) -> None:
     for section, key, value in [
         ("regularised", "beta", (1e-3, 1e-2, 2e-1)),
@@ -181,7 +199,8 @@ def test_the_tiny_study_keeps_the_registered_ratios(shipped: StudyConfig) -> Non
     assert [rate / tiny.training.learning_rate for rate in rates] == pytest.approx(ratios)
     elsewhere = [(recipe.phase, recipe.name) for recipe in registered(tiny) if recipe.phase != "3"]
     assert elsewhere == [row[:2] for row in table() if row[0] != "3"]
-    assert (tiny.regularised, tiny.low_rank.rank) == (shipped.regularised, shipped.low_rank.rank)
+    assert replace(tiny.regularised, r3f_lambda_per_row=shipped.regularised.r3f_lambda_per_row) == shipped.regularised
+    assert tiny.low_rank.rank == shipped.low_rank.rank
 
 
 # ---------------------------------------------------------------- what would fail at the end is said at the beginning
