@@ -25,6 +25,7 @@ from minipersona.hub import locate
 from minipersona.locks import lock
 from minipersona.model.load import RANDOM
 from minipersona.model.network import Qwen2
+from minipersona.run.anchors import check_anchors, run_contexts
 from minipersona.run.directory import (
     CONFIG,
     LATEST,
@@ -101,6 +102,7 @@ def carry_out(
     model, instruments = resources.model(config), resources.instruments(config)
     check_learnable(training.documents)
     check_disjoint(config, instruments)
+    check_anchors(config, model.config, distributed.size)
     check_steering(config, directory, model, tokenizer)
     check_baseline(config, instruments.protocol(model))
     distributed.check_stop()
@@ -113,6 +115,7 @@ def carry_out(
         evaluator.take_over_base(base)
     evaluator.measure(0)
     steering = run_steering(config, directory, distributed, model, tokenizer)
+    contexts = run_contexts(config, model, tokenizer, console)
 
     # 3. The steps, with the measurements between them.
     if 0 < (step := stored_position(directory).step) < config.training.steps:
@@ -125,8 +128,9 @@ def carry_out(
         hooks = Hooks(checkpoint=evaluator.save_and_measure, probe=evaluator.measure_only, logged=logged)
         with distributed.stop.deferred():  # until the step is done and its state is written
             train(
-                model, training.documents, config, directory, distributed, hooks, compiled=compiled, steering=steering
-            )
+                model, training.documents, config, directory, distributed, hooks, compiled=compiled,
+                steering=steering, contexts=contexts,
+            )  # fmt: skip
 
 
 def claim(

@@ -32,6 +32,7 @@ from minipersona.model.config import ModelConfig
 from minipersona.model.load import architecture
 from minipersona.model.sizes import known_config
 from minipersona.records import unknown_key
+from minipersona.run.anchors import check_anchors
 from minipersona.run.steering import steered_layers
 from minipersona.settings import difference, flatten, with_settings
 from minipersona.study_config import BEYOND, SHARED, STAGES, RecipeSection, Role, StudyConfig
@@ -130,6 +131,7 @@ def check_planned(study: StudyConfig) -> None:
             )
         try:
             recipe.config.lora.adapted_blocks(blocks)
+            check_anchors(recipe.config, sizes)
         except UserError as error:
             raise UserError(f"{cell}: {error}") from None
         steering = recipe.config.steering
