@@ -84,6 +84,8 @@ class LoraConfig:
     alpha: float = 64.0
     dropout: float = 0.05
     targets: tuple[str, ...] = LORA_TARGETS
+    # How many directions of each layer's inputs, at prompts of personas that are not measured, the update is kept off.
+    null_space: int = 0
     blocks: tuple[int, ...] = ()  # [first, last]: only these blocks are adapted, counted from 0; empty: all
 
     def __post_init__(self) -> None:
@@ -93,6 +95,7 @@ class LoraConfig:
         for name in self.targets:
             require(name in LORA_TARGETS, f"lora.targets: {name!r} is none of {', '.join(LORA_TARGETS)}")
         require(bool(self.targets), "lora.targets: name at least one layer, such as q_proj")
+        require(self.null_space >= 0, f"lora.null_space = {self.null_space}: must not be negative; 0 is off")
         pair = len(self.blocks) == 2 and 0 <= self.blocks[0] <= self.blocks[1]
         require(not self.blocks or pair, f"lora.blocks = {list(self.blocks)}: write [first, last], counted from 0")
 
@@ -369,6 +372,10 @@ class RunConfig:
         require(
             self.probe.baseline != "self" or steps in self.training.checkpoints,
             f'probe.baseline = "self" is the run\'s last step; add {steps} to training.checkpoints',
+        )
+        require(
+            not self.lora.null_space or self.training.method == "lora",
+            'lora.null_space: is of adapters; training.method = "full" has none',
         )
         require(
             self.steering.vector != COLLAPSE or self.probe.baseline not in ("", "self"),

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from minipersona.config import ModelSection, ObjectiveSection, RunConfig
+from minipersona.config import ModelSection, RunConfig
 from minipersona.corpus.sources import source_identity
 from minipersona.files import digest, sha256
 from minipersona.geometry.prompts import load_personas, load_questions
@@ -114,16 +114,16 @@ def _contents(recipe: Recipe) -> dict[str, Any]:
         "data": [source_identity(source) for source in sources],
         "personas": load_personas(probe.personas).digest,
         "questions": load_questions(probe.questions).digest,
-        "anchors": _anchor_digests(config.objective),
+        "anchors": _anchor_digests(config),
         "model": _model_contents(config.model),
         "code": code_digest(),
     }
 
 
-def _anchor_digests(section: ObjectiveSection) -> list[str]:
-    if not section.anchored:
+def _anchor_digests(config: RunConfig) -> list[str]:
+    if not (config.objective.anchored or config.lora.null_space):
         return []
-    return [anchors.digest for anchors in anchor_sets(section)]
+    return [anchors.digest for anchors in anchor_sets(config.objective)]
 
 
 @cache
