@@ -233,6 +233,9 @@ class SteeringSection:
     layer: int = -1  # a block counted from 0; -1 is the model's registered one
     all_layers: bool = False  # the incremental form: v_l - v_(l-1) at every block, v_(-1) = 0
     method: Literal["A", "B"] = "B"  # by which a difference of two personas is extracted
+    # Of whom a difference or the collapse is: the personas and questions that are measured, which leaks them into
+    # training, or the 30 training personas and the anchor questions.
+    personas: Literal["measured", "training"] = "measured"
 
     def __post_init__(self) -> None:
         require(self.layer >= -1, f"steering.layer = {self.layer}: blocks are counted from 0; -1 is the registered one")
@@ -251,7 +254,8 @@ class SteeringSection:
     @property
     def leaks(self) -> bool:
         """Whether the vector is made of the personas that are measured, so that M1 says less than it seems to."""
-        return bool(self.vector) and not self.vector.startswith((STEERING_FILE, STEERING_RANDOM))
+        elsewhere = self.vector.startswith((STEERING_FILE, STEERING_RANDOM)) or self.personas == "training"
+        return bool(self.vector) and not elsewhere
 
     @property
     def difference(self) -> str:

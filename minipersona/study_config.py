@@ -106,12 +106,16 @@ class RehearsalSection:
     steering: str = "villain - assistant"  # 5C: a difference of two persona vectors, Method B
     steering_coefficient: float = 5.0
     collapse_coefficient: float = 1.0  # 5C: of the baseline's mean shift, Method A
+    # 5C beyond the registered: a difference, and the collapse, of training personas, none of which is measured; "" none
+    training_steering: str = "pirate - tour_guide"
 
     def __post_init__(self) -> None:
         for key in ("raw_text_ratio", "instruction_ratio"):
             for ratio in getattr(self, key):
                 parse_ratio(ratio, f"rehearsal.{key}")
         parse_difference(self.steering, "rehearsal.steering")
+        if self.training_steering:
+            parse_difference(self.training_steering, "rehearsal.training_steering")
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,7 @@ def small_study(directory: Path) -> StudyConfig:
             raw_text_ratio=("75:25",),
             instructions="tiny:broad",
             instruction_ratio=("1:1",),
+            training_steering="",
         ),
         behaviour=BehaviourSection(questions=str(directory / "asked.jsonl"), samples=1, max_new_tokens=4),
         instructions=InstructionsSection(str(directory / "instructions.jsonl"), 4),

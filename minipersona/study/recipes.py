@@ -136,7 +136,8 @@ def check_planned(study: StudyConfig) -> None:
             raise UserError(f"{cell}: {error}") from None
         steering = recipe.config.steering
         steered = steered_layers(steering, sizes) if steering.vector else []
-        if steering.vector == COLLAPSE and (lacking := [layer for layer in steered if layer not in measured]):
+        leaks = steering.leaks and steering.vector == COLLAPSE
+        if leaks and (lacking := [layer for layer in steered if layer not in measured]):
             raise UserError(
                 f"{cell}: steers layer {lacking[0]} along what the baseline measures there, and it measures "
                 f"{', '.join(map(str, measured))} only; add {lacking[0]} to probe.layers"
@@ -237,6 +238,10 @@ def _steering(study: StudyConfig, standard: RunConfig) -> Iterator[Variant]:
     ]
     if study.controls:
         chosen.append(("random", random, "control"))
+    if section.training_steering:
+        difference = replace(persona, vector=section.training_steering, personas="training")
+        chosen.append((difference.vector, difference, "beyond"))
+        chosen.append(("collapse of training personas", replace(collapse, personas="training"), "beyond"))
     for name, steering, role in chosen:
         knobs: Knobs = {"vector": steering.vector, "coefficient": steering.coefficient, "method": steering.method}
         yield Variant(name, replace(_narrow(study, standard), steering=steering), knobs, role)

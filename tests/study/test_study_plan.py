@@ -119,14 +119,21 @@ def test_controls_and_what_is_beyond_the_registered_stand_beside_it(shipped: Stu
 
     controls = [("4B", "shuffled responses", "control"), ("5C", "random", "control")]
     beyond = [("2B", f"lambda={weight} xT", "beyond") for weight in ("0.001", "0.01", "0.1")]
-    assert found(shipped) == [*beyond, *controls]
-    assert found(replace(shipped, controls=False)) == beyond
+    steered = [("5C", name, "beyond") for name in ("pirate - tour_guide", "collapse of training personas")]
+    assert found(shipped) == [*beyond, *controls, *steered]
+    assert found(replace(shipped, controls=False)) == [*beyond, *steered]
     assert registered(replace(shipped, controls=False)) == registered(shipped)
     assert not load_config("tiny_study", StudyConfig).controls  # which has twelve minutes on two cores
     by_name = {recipe.name: recipe.config for recipe in planned(shipped)}
     assert by_name["random"].steering == replace(
         by_name["villain - assistant"].steering, vector="random:villain - assistant"
     )
+    for mine, registered_one in [("pirate - tour_guide", "villain - assistant"),
+                                 ("collapse of training personas", "collapse")]:  # fmt: skip
+        theirs = by_name[registered_one].steering
+        vector = theirs.vector if mine.startswith("collapse") else mine
+        assert by_name[mine].steering == replace(theirs, vector=vector, personas="training")
+        assert theirs.leaks and not by_name[mine].steering.leaks
     assert by_name["shuffled responses"].data == replace(shipped.data, shuffle_responses=True)
     assert by_name["lambda=0.1 xT"].objective == replace(by_name["lambda=0.1"].objective, per_row=True)
 
