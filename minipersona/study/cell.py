@@ -22,7 +22,7 @@ from minipersona.model.load import RANDOM
 from minipersona.records import to_dict
 from minipersona.run.anchors import anchor_sets
 from minipersona.study.code_digest import code_digest
-from minipersona.study.recipes import BASELINE_PLACEHOLDER, RESPONSES_PLACEHOLDER, Recipe
+from minipersona.study.recipes import BASELINE_PLACEHOLDER, RESPONSES_PLACEHOLDER, REWRITTEN_PLACEHOLDER, Recipe
 from minipersona.study_config import StudyConfig
 
 
@@ -74,9 +74,10 @@ class Study:
         """Whether a cell's results are there."""
         return (self.cell_directory(cell) / "cell.json").is_file()
 
-    def responses_file(self, seed: int) -> Path:
-        """What the base model writes in persona for phase 4B; another base or other rows have another file."""
-        return self.directory / "role_play" / f"{self.baseline.hash[:12]}-seed-{seed}.jsonl"
+    def responses_file(self, placeholder: str, seed: int) -> Path:
+        """What the base model writes; another base or other rows have another file."""
+        folder = placeholder.removeprefix("study:")
+        return self.directory / folder / f"{self.baseline.hash[:12]}-seed-{seed}.jsonl"
 
     def placed_config(self, cell: Cell) -> RunConfig:
         """The cell's config with the paths of this study in it."""
@@ -84,8 +85,8 @@ class Study:
         probe, data = config.probe, config.data
         if probe.baseline == BASELINE_PLACEHOLDER:
             probe = replace(probe, baseline=str(self.cell_directory(self.baseline)))
-        if data.responses == RESPONSES_PLACEHOLDER:
-            data = replace(data, responses=str(self.responses_file(config.seed)))
+        if data.responses in (RESPONSES_PLACEHOLDER, REWRITTEN_PLACEHOLDER):
+            data = replace(data, responses=str(self.responses_file(data.responses, config.seed)))
         return replace(config, out=str(self.cell_directory(cell)), probe=probe, data=data)
 
 

@@ -42,6 +42,7 @@ from minipersona.verdict.files import Knobs
 # What does not exist when recipes are planned; a cell replaces these words by the paths of its study.
 BASELINE_PLACEHOLDER = "the baseline of the study"
 RESPONSES_PLACEHOLDER = "study:role_play"  # what the base model writes in persona
+REWRITTEN_PLACEHOLDER = "study:rewritten"  # what it writes anew, given the rows' own
 
 
 @dataclass(frozen=True)

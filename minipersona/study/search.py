@@ -148,10 +148,10 @@ def search(engine: Engine, stages: Sequence[str]) -> None:
 
 
 def run_stage(engine: Engine, cells: Sequence[Cell]) -> None:
-    """All cells of a phase; what the base model has to write for 4B beside the cells that do not need it."""
+    """All cells of a phase; what the base model has to write for some beside those that do not need it."""
     written = [cell for cell in cells if cell.recipe.config.data.responses]
-    writing = [WriteResponses(engine.study, cell) for cell in written]
-    engine.complete([*writing, *[TrainCell(engine.study, cell) for cell in cells if cell not in written]])
+    writing = {job.id: job for job in (WriteResponses(engine.study, cell) for cell in written)}
+    engine.complete([*writing.values(), *[TrainCell(engine.study, cell) for cell in cells if cell not in written]])
     engine.complete([TrainCell(engine.study, cell) for cell in written])
 
 
