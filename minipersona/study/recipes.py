@@ -33,6 +33,7 @@ from minipersona.model.load import architecture
 from minipersona.model.sizes import known_config
 from minipersona.records import unknown_key
 from minipersona.run.anchors import check_anchors
+from minipersona.run.null_space import check_null_space
 from minipersona.run.steering import steered_layers
 from minipersona.settings import difference, flatten, with_settings
 from minipersona.study_config import BEYOND, SHARED, STAGES, RecipeSection, Role, StudyConfig
@@ -133,6 +134,7 @@ def check_planned(study: StudyConfig) -> None:
         try:
             recipe.config.lora.adapted_blocks(blocks)
             check_anchors(recipe.config, sizes)
+            check_null_space(recipe.config)
         except UserError as error:
             raise UserError(f"{cell}: {error}") from None
         steering = recipe.config.steering
@@ -242,7 +244,7 @@ def _steering(study: StudyConfig, standard: RunConfig) -> Iterator[Variant]:
     if section.training_steering:
         difference = replace(persona, vector=section.training_steering, personas="training")
         chosen.append((difference.vector, difference, "beyond"))
-        chosen.append(("collapse of training personas", replace(collapse, personas="training"), "beyond"))
+        chosen.append(("collapse (training)", replace(collapse, personas="training"), "beyond"))
     for name, steering, role in chosen:
         knobs: Knobs = {"vector": steering.vector, "coefficient": steering.coefficient, "method": steering.method}
         yield Variant(name, replace(_narrow(study, standard), steering=steering), knobs, role)

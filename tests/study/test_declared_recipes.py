@@ -8,17 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_study import QUIET, small_study
+from small_study import QUIET, run, small_study
 from synthetic_study import SyntheticStudy
 
 from minipersona.cli import main
+from minipersona.config import ObjectiveSection
 from minipersona.console import Console
 from minipersona.errors import UserError
 from minipersona.files import configs_dir, read_json, write_json
+from minipersona.run import null_space, steering
+from minipersona.run.anchors import anchor_sets
 from minipersona.settings import difference, load_config, to_toml
-from minipersona.study.recipes import Recipe, planned, standard_config
+from minipersona.study.recipes import Recipe, check_planned, planned, standard_config
 from minipersona.study.search import open_study
-from minipersona.study_config import RecipeSection, StudyConfig
+from minipersona.study_config import RecipeSection, StudyConfig, changes
 from minipersona.verdict.results import read_study
 from minipersona.verdict.verdict import decide
 
@@ -126,7 +129,9 @@ def test_a_name_is_taken_once(tmp_path: Path) -> None:
 
 
 def test_a_plan_lists_them_with_their_departures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    study_with(TABLE + "control = true\n", tmp_path)
+    (tmp_path / "study.toml").write_text(
+        to_toml(small_study(tmp_path)).replace("recipe = []\n", "") + TABLE + "control = true\n"
+    )
     assert main(["study", "--config", str(tmp_path / "study.toml"), "--plan"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("# phase 6: 1 cells, ") for line in lines)
@@ -134,7 +139,85 @@ def test_a_plan_lists_them_with_their_departures(tmp_path: Path, capsys: pytest.
     assert line.endswith("control: lora.rank = 2, lora.alpha = 4.0, training.learning_rate = 0.0007")
 
 
+# ---------------------------------------------------------------- the shipped ones
+
+
+def test_the_shipped_study_with_phase_6_is_the_registered_one_beside_it() -> None:
+    shipped, beyond = (load_config(name, StudyConfig) for name in ("study", "beyond"))
+    plain = replace(beyond, recipe=())
+    assert changes(plain, shipped) == [] and planned(plain) == planned(shipped)
+    assert planned(beyond)[: len(planned(shipped))] == planned(shipped)
+    found = declared(beyond)
+    assert sorted({recipe.phase for recipe in found}) == ["6A", "6B", "6C", "6E", "6F", "6G", "6H", "6I"]
+    assert [recipe.name for recipe in found if recipe.role != "beyond"] == ["blocks 21 to 27"]
+    check_planned(beyond)
+
+
+def test_the_real_model_s_recipes_are_the_same_at_its_own_layers() -> None:
+    beyond, real = (load_config(name, StudyConfig) for name in ("beyond", "smollm2_beyond"))
+    layers = {(7, 14, 20, 21, 27): (10, 15, 20, 25, 29), (): (29,)}
+    for mine, theirs in zip(declared(real), declared(beyond), strict=True):
+        if theirs.phase == "6I":  # the blocks of another model
+            continue
+        expected = theirs.config.objective
+        if expected.kind in ("feature_anchor", "gram_anchor"):
+            expected = replace(expected, anchor_layers=layers[expected.anchor_layers])
+        assert (mine.phase, mine.name, mine.config.objective) == (theirs.phase, theirs.name, expected)
+        assert (mine.config.data, mine.config.lora) == (theirs.config.data, theirs.config.lora)
+    registered = load_config("study", StudyConfig)
+    assert [rate / 10 for rate in real.low_rank.learning_rate] == pytest.approx(registered.low_rank.learning_rate)
+    assert real.training == replace(registered.training, learning_rate=2e-4)
+
+
 # ---------------------------------------------------------------- in a study's directory
+
+
+@pytest.mark.slow
+def test_every_kind_of_cell_beyond_the_registered_ones_is_carried_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(null_space, "CONTEXTS", 40)
+    sets = anchor_sets(ObjectiveSection())
+    fewer = sets[0], replace(sets[1], questions=sets[1].questions[:2])
+    monkeypatch.setattr(steering, "anchor_sets", lambda section: fewer)
+    plain = small_study(tmp_path)
+    tables = {
+        "anchor": {"objective": {"kind": "feature_anchor", "weight": 1.0, "contexts": 4}},
+        "persona": {"data.system_prompts": "training_personas", "data.responses": "study:role_play",
+                    "data.persona_share": 0.5},
+        "rewritten": {"data.responses": "study:rewritten"},
+        "rewritten, rank 2": {"data.responses": "study:rewritten", "lora.rank": 2},
+        "null space": {"lora.null_space": 4},
+        "blocks": {"lora.blocks": [7, 7]},  # above the measured layer, 6
+    }  # fmt: skip
+    config = replace(
+        plain,
+        recipe=tuple(RecipeSection("6A", name, table) for name, table in tables.items()),
+        controls=True,
+        suites=(),
+        role_play=replace(plain.role_play, max_new_tokens=64),
+        regularised=replace(plain.regularised, beta=(), r3f_lambda=(), r3f_lambda_per_row=(0.1,)),
+        rehearsal=replace(
+            plain.rehearsal, raw_text_ratio=(), instruction_ratio=(), training_steering="pirate - tour_guide"
+        ),
+    )
+    verdict = run(config, ("2", "4", "5", "6"))
+    results = read_study(tmp_path / "study")
+    done = {cell.name: cell for cell in results.cells if cell.status == "done"}
+    assert [cell.error for cell in results.cells if cell.status == "failed"] == [] and not verdict.failed
+    assert set(tables) < set(done) and {"shuffled responses", "random", "lambda=0.1 xT", "collapse (training)"} < set(
+        done
+    )
+    base, baseline = results.base, results.baseline
+    assert base is not None and baseline is not None
+    assert done["blocks"].final.m1 == base.m1 and baseline.final.m1 != base.m1  # what the control shows
+    m1 = {name: cell.final.m1 for name, cell in done.items()}
+    assert len(set(m1.values())) == len(m1)  # every one did something of its own
+    roles = {name: cell.role for name, cell in done.items()}
+    assert (roles["random"], roles["null space"], roles["villain - assistant"]) == ("control", "beyond", "registered")
+    assert done["villain - assistant"].labels == ("leaks",) and done["collapse (training)"].labels == ()
+    report = (tmp_path / "study" / "report.md").read_text()
+    assert all(name in report for name in tables)
 
 
 def test_a_recipe_may_be_added_to_a_study_and_taken_from_it(tmp_path: Path) -> None:

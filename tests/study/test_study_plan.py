@@ -119,7 +119,7 @@ def test_controls_and_what_is_beyond_the_registered_stand_beside_it(shipped: Stu
 
     controls = [("4B", "shuffled responses", "control"), ("5C", "random", "control")]
     beyond = [("2B", f"lambda={weight} xT", "beyond") for weight in ("0.001", "0.01", "0.1")]
-    steered = [("5C", name, "beyond") for name in ("pirate - tour_guide", "collapse of training personas")]
+    steered = [("5C", name, "beyond") for name in ("pirate - tour_guide", "collapse (training)")]
     assert found(shipped) == [*beyond, *controls, *steered]
     assert found(replace(shipped, controls=False)) == [*beyond, *steered]
     assert registered(replace(shipped, controls=False)) == registered(shipped)
@@ -129,7 +129,7 @@ def test_controls_and_what_is_beyond_the_registered_stand_beside_it(shipped: Stu
         by_name["villain - assistant"].steering, vector="random:villain - assistant"
     )
     for mine, registered_one in [("pirate - tour_guide", "villain - assistant"),
-                                 ("collapse of training personas", "collapse")]:  # fmt: skip
+                                 ("collapse (training)", "collapse")]:  # fmt: skip
         theirs = by_name[registered_one].steering
         vector = theirs.vector if mine.startswith("collapse") else mine
         assert by_name[mine].steering == replace(theirs, vector=vector, personas="training")
