@@ -61,14 +61,22 @@ def input_directions(
 
 
 def principal_directions(x: Tensor, k: int, name: str = "x") -> Tensor:
-    """The first k right singular vectors of x (C, I), as the columns of U (I, k)."""
+    """The first k right singular vectors of x (C, I), as the columns of U (I, k).
+
+    They are the eigenvectors of x^T x, or follow from those of x x^T: a decomposition of the smaller side alone. That
+    squares the singular values, so it is done in fp64, and U is made orthonormal again at the end.
+    """
     if k > min(x.shape):
         raise UserError(
             f"lora.null_space = {k}: {name} has {x.shape[1]:,} channels at {x.shape[0]:,} contexts; take at most "
             f"{min(x.shape):,}"
         )
-    wide = x if x.dtype == torch.float64 else x.float()
-    return torch.linalg.svd(wide, full_matrices=False).Vh[:k].T.contiguous()
+    wide = x.double()
+    contexts, channels = x.shape
+    smaller = wide.T @ wide if channels <= contexts else wide @ wide.T
+    largest = torch.linalg.eigh(smaller).eigenvectors[:, -k:].flip(1)  # which are in ascending order
+    u = torch.linalg.qr(largest if channels <= contexts else wide.T @ largest).Q
+    return u.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
 
 
 @contextlib.contextmanager

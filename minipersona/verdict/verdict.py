@@ -196,7 +196,7 @@ def overall(recipes: Sequence[RecipeResult], results: StudyResults) -> VerdictKi
         return "positive"
     if results.baseline is None or results.skipped_phases:  # skipped because of a passer that no longer passes
         return "incomplete"
-    if any(cell.status == "missing" for cell in results.cells):
+    if any(cell.status == "missing" for cell in results.registered()):
         return "incomplete"
     if any(recipe.awaits_behaviour(rule) for recipe in recipes):
         return "incomplete"

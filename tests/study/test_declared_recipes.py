@@ -246,6 +246,10 @@ def test_a_role_is_read_back_and_only_registered_cells_are_evidence(tmp_path: Pa
     results = study.read()
     assert results.cells[-1].role == "beyond" and results.registered() == whole.cells
     assert decide(whole).verdict == decide(results).verdict == "h_null"
+    study.missing("6B", "another")  # nor does the registered verdict wait for one
+    study.plan[-1] = replace(study.plan[-1], role="beyond")
+    assert decide(study.read()).verdict == "h_null"
+    study.plan.pop()
     study.plan[-1] = replace(study.plan[-1], role="registered")  # control: as a registered one it would pass
     assert decide(study.read()).verdict == "positive"
     plan = read_json(tmp_path / "plan.json")

@@ -91,6 +91,24 @@ def test_the_directions_are_those_of_the_inputs_at_the_last_tokens(hf_model: Cal
     assert model.fused and not any(layer._forward_pre_hooks for layer in linears(model).values())  # as it was
 
 
+@pytest.mark.parametrize("shape", [(9, 48), (48, 9)])
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-9), (torch.float32, 1e-5), (torch.bfloat16, 1e-5)])
+def test_the_directions_are_the_first_singular_vectors(
+    shape: tuple[int, int], dtype: torch.dtype, bound: float
+) -> None:
+    """Of singular values that fall by a factor of a thousand."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(n, 9, dtype=torch.float64, generator=generator)).Q for n in shape)
+    x = (left * torch.logspace(0, -3, 9, dtype=torch.float64) @ right.T).to(dtype)
+    u = principal_directions(x, K)
+    assert u.shape == (shape[1], K) and u.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert relative_error(u.T @ u, torch.eye(K, dtype=u.dtype)) < 1e-6
+    expected = torch.linalg.svd(x.double(), full_matrices=False).Vh
+    for found, meant in zip(u.T.double(), expected, strict=False):
+        assert abs(float(found @ meant)) == pytest.approx(1, abs=bound)  # in this order, up to their signs
+    assert abs(float(u[:, 0].double() @ expected[1])) < 1e-3  # the control
+
+
 def test_more_directions_than_contexts_are_refused() -> None:
     with pytest.raises(UserError, match=r"lora\.null_space = 6: x has 48 channels at 5 contexts; take at most 5"):
         principal_directions(torch.randn(5, 48), 6)
