@@ -270,18 +270,13 @@ class PinnedFile:
         return f"{self.repository}/{self.path} at {self.commit[:12]}"
 
 
-def pinned_copy(file: PinnedFile) -> Path:
-    """Where the local copy of a pinned file is kept, whether or not it has been fetched."""
-    return cache_dir("pinned") / f"{file.sha256[:16]}-{Path(file.path).name}"
-
-
 def fetch_pinned(file: PinnedFile) -> Path:
     """A local copy of a pinned file: fetched once, kept under HF_HOME, and verified each time.
 
     The address is BASE/OWNER/REPO/COMMIT/PATH; MINIPERSONA_RAW_BASE names another BASE than GitHub's, such as a
     mirror. UserError where it cannot be had, or is not, to the bit, the file that is pinned.
     """
-    path = pinned_copy(file)
+    path = cache_dir("pinned") / f"{file.sha256[:16]}-{Path(file.path).name}"
     if not path.is_file():
         content = _fetch_raw(file)
         make_cache_dir("pinned")

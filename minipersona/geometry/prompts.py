@@ -18,7 +18,7 @@ from typing import Any
 from minipersona.config import SHIPPED
 from minipersona.errors import UserError, require
 from minipersona.files import data_dir, read_json, read_jsonl, read_lines, sha256
-from minipersona.hub import PinnedFile, fetch_pinned, pinned_copy
+from minipersona.hub import PinnedFile, fetch_pinned
 
 REGISTERED = "registered"  # the sets of the pre-registered protocol
 REGISTERED_PERSONAS = PinnedFile(
@@ -96,12 +96,6 @@ def load_questions(source: str = SHIPPED) -> QuestionSet:
         raise UserError(f"{path}: has {count}; intervals need two at least")
     digest = sha256(path)
     return QuestionSet(REGISTERED if digest == REGISTERED_QUESTIONS.sha256 else source, questions, digest)
-
-
-def at_hand(*sources: str) -> bool:
-    """Whether these sets can be read without a network."""
-    registered = (REGISTERED_PERSONAS, REGISTERED_QUESTIONS)
-    return REGISTERED not in sources or all(pinned_copy(file).is_file() for file in registered)
 
 
 def _entries(path: Path) -> list[Any]:

@@ -77,12 +77,10 @@ class Contexts:
     def groups(self, step: int) -> list[list[int]]:
         """The contexts of a step, from 1, as those that stay together."""
         drawn = self._order.step(step)
+        if not self.by_question:
+            return [[context] for context in drawn]
         questions = len(self.ids) // self.personas
-        return (
-            [[p * questions + q for p in range(self.personas)] for q in drawn]
-            if self.by_question
-            else [[context] for context in drawn]
-        )
+        return [[p * questions + q for p in range(self.personas)] for q in drawn]
 
     def taken(self, steps: int) -> list[int]:
         """The contexts that any of the first `steps` steps takes, each once."""
@@ -95,17 +93,14 @@ class Contexts:
         groups = self.groups(step)
         lengths = [sum(len(self.ids[c]) for c in group) for group in groups]
         count, tokens = sum(map(len, groups)), sum(lengths)
+        per_context, per_token = torch.tensor(
+            [batch.supervised / count, batch.supervised / tokens], dtype=torch.float64
+        )
         own = balance(lengths, size)[rank]
-        shares = [[own[i] for i in part] for part in assign_to_packs([lengths[i] for i in own], pack_tokens)]
-        packs = [
-            ContextPack(
-                **{**vars(self.pack([c for i in share for c in groups[i]])), "together": self.together},
-                per_context=torch.tensor(batch.supervised / count, dtype=torch.float64),
-                per_token=torch.tensor(batch.supervised / tokens, dtype=torch.float64),
-            )
-            for share in shares
-            if share
-        ]
+        packs: list[Pack] = []
+        for share in filter(None, assign_to_packs([lengths[i] for i in own], pack_tokens)):
+            pack = replace(self.pack([c for i in share for c in groups[own[i]]]), together=self.together)
+            packs.append(ContextPack(**vars(pack), per_context=per_context, per_token=per_token))
         return replace(batch, packs=[*batch.packs, *packs], context_tokens=tokens)
 
     def pack(self, contexts: Sequence[int]) -> Pack:

@@ -13,13 +13,13 @@ import unicodedata
 from dataclasses import replace
 
 from minipersona.chat import ChatTokenizer
-from minipersona.config import ObjectiveSection, ProbeSection, RunConfig
+from minipersona.config import ObjectiveSection, RunConfig
 from minipersona.console import Console
 from minipersona.corpus.mixtures import TRAINING_PERSONAS, training_personas
 from minipersona.errors import UserError
 from minipersona.files import data_dir, sha256
 from minipersona.geometry.extraction import check_positions, render_prompts
-from minipersona.geometry.prompts import PersonaSet, QuestionSet, at_hand, load_personas, load_questions
+from minipersona.geometry.prompts import REGISTERED, PersonaSet, QuestionSet, load_personas, load_questions
 from minipersona.model.config import ModelConfig
 from minipersona.model.network import Qwen2
 from minipersona.objective.contexts import Contexts, base_states
@@ -37,9 +37,12 @@ def anchor_sets(section: ObjectiveSection) -> tuple[PersonaSet, QuestionSet]:
     return personas, questions if section.anchor_questions else replace(questions, name=ANCHOR_QUESTIONS)
 
 
-def check_anchors(config: RunConfig, sizes: ModelConfig, ranks: int = 1) -> None:
-    """UserError where an anchored objective cannot be carried out as the config says, on so many ranks."""
-    section = config.objective
+def check_anchors(config: RunConfig, sizes: ModelConfig, ranks: int = 1, *, fetch: bool = False) -> None:
+    """UserError where an anchored objective cannot be carried out as the config says, on so many ranks.
+
+    fetch  compare with what is measured even where that may have to be downloaded, which a plan does not do
+    """
+    section, probe = config.objective, config.probe
     if not section.anchored:
         return
     if config.training.method == "full" and ranks > 1:  # sharded weights: every rank makes the same passes
@@ -54,7 +57,8 @@ def check_anchors(config: RunConfig, sizes: ModelConfig, ranks: int = 1) -> None
                 f"objective.anchor_layers: {layer}; this model has blocks 0 to {blocks - 1}, choose of them"
             )
     sets = anchor_sets(section)
-    check_unmeasured(sets, config.probe)
+    if fetch or REGISTERED not in (probe.personas, probe.questions):
+        check_unmeasured(sets, (load_personas(probe.personas), load_questions(probe.questions)))
     personas = len(sets[0].prompts)
     if section.kind == "gram_anchor" and not 2 <= personas <= section.contexts:
         raise UserError(
@@ -63,15 +67,11 @@ def check_anchors(config: RunConfig, sizes: ModelConfig, ranks: int = 1) -> None
         )
 
 
-def check_unmeasured(anchors: tuple[PersonaSet, QuestionSet], probe: ProbeSection) -> None:
+def check_unmeasured(anchors: tuple[PersonaSet, QuestionSet], measured: tuple[PersonaSet, QuestionSet]) -> None:
     """UserError where a persona, by its name or its prompt, or a question is both an anchor and measured.
 
-    Texts are compared by their words: capitals, punctuation and spaces do not count. A plan does not fetch the
-    registered sets for this; a run has them by now.
+    Texts are compared by their words: capitals, punctuation and spaces do not count.
     """
-    if not at_hand(probe.personas, probe.questions):
-        return
-    measured = load_personas(probe.personas), load_questions(probe.questions)
     taken = {name: words(prompt) for name, prompt in measured[0].prompts.items()}
     for name, prompt in anchors[0].prompts.items():
         if name in taken or words(prompt) in taken.values():

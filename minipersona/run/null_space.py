@@ -13,6 +13,7 @@ from minipersona.config import RunConfig
 from minipersona.console import Console
 from minipersona.files import write_atomically
 from minipersona.geometry.extraction import check_positions, render_prompts
+from minipersona.geometry.prompts import load_personas, load_questions
 from minipersona.model.adapter_config import AdapterConfig
 from minipersona.model.lora import adapted_layers
 from minipersona.model.network import Qwen2
@@ -29,7 +30,8 @@ DRAW = 102  # of these, beside the seed
 def check_null_space(config: RunConfig) -> None:
     """UserError where a context is also measured."""
     if config.lora.null_space:
-        check_unmeasured(anchor_sets(config.objective), config.probe)
+        measured = load_personas(config.probe.personas), load_questions(config.probe.questions)
+        check_unmeasured(anchor_sets(config.objective), measured)
 
 
 def run_null_space(

@@ -73,7 +73,7 @@ def check_steering(config: RunConfig, directory: Path, model: Qwen2, tokenizer: 
     if not section.vector or (directory / STEERING_VECTORS).is_file():
         return
     if section.personas == "training":
-        check_unmeasured(_persona_sets(config), config.probe)
+        check_unmeasured(_persona_sets(config), _measured_sets(config))
     if section.vector == COLLAPSE and section.personas == "training":
         steered_layers(section, model.config)
         _collapsed_run(Path(config.probe.baseline))
@@ -171,8 +171,10 @@ def _persona_difference(
 
 def _persona_sets(config: RunConfig) -> tuple[PersonaSet, QuestionSet]:
     """The personas and questions of which a vector is made."""
-    if config.steering.personas == "training":
-        return anchor_sets(config.objective)
+    return anchor_sets(config.objective) if config.steering.personas == "training" else _measured_sets(config)
+
+
+def _measured_sets(config: RunConfig) -> tuple[PersonaSet, QuestionSet]:
     return load_personas(config.probe.personas), load_questions(config.probe.questions)
 
 

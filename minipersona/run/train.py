@@ -103,7 +103,7 @@ def carry_out(
     model, instruments = resources.model(config), resources.instruments(config)
     check_learnable(training.documents)
     check_disjoint(config, instruments)
-    check_anchors(config, model.config, distributed.size)
+    check_anchors(config, model.config, distributed.size, fetch=True)
     check_null_space(config)
     check_steering(config, directory, model, tokenizer)
     check_baseline(config, instruments.protocol(model))

@@ -33,7 +33,6 @@ from minipersona.model.load import architecture
 from minipersona.model.sizes import known_config
 from minipersona.records import unknown_key
 from minipersona.run.anchors import check_anchors
-from minipersona.run.null_space import check_null_space
 from minipersona.run.steering import steered_layers
 from minipersona.settings import difference, flatten, with_settings
 from minipersona.study_config import BEYOND, SHARED, STAGES, RecipeSection, Role, StudyConfig
@@ -134,7 +133,6 @@ def check_planned(study: StudyConfig) -> None:
         try:
             recipe.config.lora.adapted_blocks(blocks)
             check_anchors(recipe.config, sizes)
-            check_null_space(recipe.config)
         except UserError as error:
             raise UserError(f"{cell}: {error}") from None
         steering = recipe.config.steering

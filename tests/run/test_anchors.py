@@ -14,8 +14,9 @@ from minipersona.config import DataSection, ObjectiveSection, ProbeSection, RunC
 from minipersona.corpus.mixtures import training_personas
 from minipersona.errors import UserError
 from minipersona.files import read_jsonl
-from minipersona.geometry.prompts import load_personas, load_questions
+from minipersona.geometry.prompts import PersonaSet, load_personas, load_questions
 from minipersona.model.load import architecture
+from minipersona.run import anchors
 from minipersona.run.anchors import anchor_sets, check_anchors, make_contexts, words
 from minipersona.run.plan import context_flops, step_flops
 
@@ -124,6 +125,17 @@ def test_what_cannot_be_carried_out_is_refused_in_a_line() -> None:
         with pytest.raises(UserError, match=re.escape(said)):
             check_anchors(settings, TINY, ranks)
     check_anchors(config("gram_anchor", contexts=30, anchor_layers=(0, 7)), TINY, ranks=2)
+
+
+def test_a_plan_fetches_no_measured_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetched(*_: object) -> PersonaSet:
+        raise UserError("fetched")
+
+    monkeypatch.setattr(anchors, "load_personas", fetched)
+    registered = config(probe=ProbeSection(personas="registered", questions="registered"))
+    check_anchors(registered, TINY)
+    with pytest.raises(UserError, match="fetched"):
+        check_anchors(registered, TINY, fetch=True)  # as a run does
 
 
 # ---------------------------------------------------------------- a run and its plan
