@@ -52,9 +52,22 @@ class DataSection:
     ratio: str = ""  # narrow:broad in rows, such as "95:5"
     system_prompts: Literal["", "training_personas"] = ""  # give every row one of the 30 training personas' prompts
     responses: str = ""  # a file of `python -m minipersona.behaviour roleplay`: its responses in place of the rows' own
+    persona_share: float = 1.0  # of the rows that get such prompts and responses, drawn by the seed; others stay plain
+    shuffle_responses: bool = False  # a control: every row gets the response of another row, drawn by the seed
 
     def __post_init__(self) -> None:
         require(self.max_tokens >= 2, f"data.max_tokens = {self.max_tokens}: must be at least 2")
+        share, changed = self.persona_share, bool(self.system_prompts or self.responses)
+        require(0 < share <= 1, f"data.persona_share = {share}: must be above 0 and at most 1")
+        require(
+            share == 1 or (changed and not self.broad),
+            f"data.persona_share = {share}: is the share of rows with data.system_prompts or data.responses; it needs "
+            "one of them, and no data.broad",
+        )
+        require(
+            not (self.shuffle_responses and (self.responses or self.broad)),
+            "data.shuffle_responses: shuffles the rows' own responses; leave data.responses and data.broad out",
+        )
         mixture = {"broad": self.broad, "broad_kind": self.broad_kind, "ratio": self.ratio}
         missing = [name for name, value in mixture.items() if not value]
         if 0 < len(missing) < len(mixture):
@@ -71,6 +84,9 @@ class LoraConfig:
     alpha: float = 64.0
     dropout: float = 0.05
     targets: tuple[str, ...] = LORA_TARGETS
+    # How many directions of each layer's inputs, at prompts of personas that are not measured, the update is kept off.
+    null_space: int = 0
+    blocks: tuple[int, ...] = ()  # [first, last]: only these blocks are adapted, counted from 0; empty: all
 
     def __post_init__(self) -> None:
         require(self.rank >= 1, f"lora.rank = {self.rank}: must be at least 1")
@@ -79,6 +95,15 @@ class LoraConfig:
         for name in self.targets:
             require(name in LORA_TARGETS, f"lora.targets: {name!r} is none of {', '.join(LORA_TARGETS)}")
         require(bool(self.targets), "lora.targets: name at least one layer, such as q_proj")
+        require(self.null_space >= 0, f"lora.null_space = {self.null_space}: must not be negative; 0 is off")
+        pair = len(self.blocks) == 2 and 0 <= self.blocks[0] <= self.blocks[1]
+        require(not self.blocks or pair, f"lora.blocks = {list(self.blocks)}: write [first, last], counted from 0")
+
+    def adapted_blocks(self, blocks: int) -> range:
+        """The blocks that are adapted, of so many. UserError where the model lacks one of them."""
+        first, last = self.blocks or (0, blocks - 1)
+        require(last < blocks, f"lora.blocks names {last}; this model has blocks 0 to {blocks - 1}, choose among them")
+        return range(first, last + 1)
 
 
 @dataclass(frozen=True)
@@ -139,6 +164,7 @@ class ObjectiveSection:
     direction: Literal["symmetric", "forward", "reverse"] = "symmetric"  # forward: KL(trained || base)
     noise: Literal["normal", "uniform"] = "normal"  # of R3F: standard deviation epsilon, or from -epsilon to epsilon
     epsilon: float = 0.0  # 0: the smallest of 1e-5, 1e-4, 1e-3 that the model's precision carries
+    per_row: bool = False  # of R3F: lambda times the rows' mean supervised length, as fairseq's loss a sentence has it
     # The last three kinds hold the model near its base at contexts: prompts of personas and questions not measured.
     contexts: int = 32  # prompts a step, beside the rows; gram_anchor takes all personas of as many questions as fit
     anchor_layers: tuple[int, ...] = ()  # blocks counted from 0; empty is the model's registered one
@@ -164,6 +190,7 @@ class ObjectiveSection:
         if self.kind != "r3f":
             require(self.noise == "normal", f'objective.noise = "{self.noise}": is a choice of kind = "r3f" only')
             require(self.epsilon == 0, f'objective.epsilon = {self.epsilon}: is a choice of kind = "r3f" only')
+            require(not self.per_row, 'objective.per_row: is a choice of kind = "r3f" only')
         require(self.contexts >= 1, f"objective.contexts = {self.contexts}: must be at least 1")
         require(
             min(self.anchor_layers, default=0) >= 0 and len(set(self.anchor_layers)) == len(self.anchor_layers),
@@ -182,6 +209,7 @@ class ObjectiveSection:
 
 
 STEERING_FILE = "file:"
+STEERING_RANDOM = "random:"
 COLLAPSE = "collapse"
 
 
@@ -198,12 +226,16 @@ class SteeringSection:
     """Preventative steering (Chen et al. 2025): h <- h + coefficient * vector at every token, in training only."""
 
     # Empty is off. Else a difference of two personas ("villain - assistant"); "collapse", the baseline's mean shift; or
-    # "file:PATH" (one tensor layer.L (D,) a layer), "file:PATH#a - b" (a difference in a file of persona vectors).
+    # "file:PATH" (one tensor layer.L (D,) a layer), "file:PATH#a - b" (a difference in a file of persona vectors); or
+    # "random:a - b", a control: a direction drawn by the seed, as long as that difference.
     vector: str = ""
     coefficient: float = 5.0  # in lengths of the raw vector; 1 is natural for collapse, up to 1.5 for all_layers
     layer: int = -1  # a block counted from 0; -1 is the model's registered one
     all_layers: bool = False  # the incremental form: v_l - v_(l-1) at every block, v_(-1) = 0
     method: Literal["A", "B"] = "B"  # by which a difference of two personas is extracted
+    # Of whom a difference or the collapse is: the personas and questions that are measured, which leaks them into
+    # training, or the 30 training personas and the anchor questions.
+    personas: Literal["measured", "training"] = "measured"
 
     def __post_init__(self) -> None:
         require(self.layer >= -1, f"steering.layer = {self.layer}: blocks are counted from 0; -1 is the registered one")
@@ -217,7 +249,18 @@ class SteeringSection:
             if marked:
                 parse_difference(names)
         elif self.vector not in ("", COLLAPSE):
-            parse_difference(self.vector)
+            parse_difference(self.difference)
+
+    @property
+    def leaks(self) -> bool:
+        """Whether the vector is made of the personas that are measured, so that M1 says less than it seems to."""
+        elsewhere = self.vector.startswith((STEERING_FILE, STEERING_RANDOM)) or self.personas == "training"
+        return bool(self.vector) and not elsewhere
+
+    @property
+    def difference(self) -> str:
+        """The two personas of a difference, or of the one that a random vector is as long as."""
+        return self.vector.removeprefix(STEERING_RANDOM)
 
 
 @dataclass(frozen=True)
@@ -333,6 +376,10 @@ class RunConfig:
         require(
             self.probe.baseline != "self" or steps in self.training.checkpoints,
             f'probe.baseline = "self" is the run\'s last step; add {steps} to training.checkpoints',
+        )
+        require(
+            not self.lora.null_space or self.training.method == "lora",
+            'lora.null_space: is of adapters; training.method = "full" has none',
         )
         require(
             self.steering.vector != COLLAPSE or self.probe.baseline not in ("", "self"),

@@ -1,8 +1,9 @@
 """Frozen dataclasses from plain values, strictly, and back: configs (`settings.py`) and what is written as JSON.
 
 An unknown or ill-typed key is an error that says which, and what was probably meant. Types of fields: bool, int, float,
-str, Literal, another dataclass, `X | None`, unions of those, `tuple[X, ...]`, `tuple[X, Y]`, `dict[str, X]` and
-`dict[Literal[...], X]`. A str may hold half of a surrogate pair, as the name of a file that is not UTF-8 does.
+str, Literal, another dataclass, `X | None`, unions of those, `tuple[X, ...]`, `tuple[X, Y]`, `dict[str, X]`,
+`dict[Literal[...], X]`, and Any, which is taken as it is. A str may hold half of a surrogate pair, as the name of a
+file that is not UTF-8 does.
 A field that `may_be_missing` is left out of the file where it has its default.
 """
 
@@ -70,6 +71,8 @@ def unknown_key(key: str, known: list[str], what: str = "config") -> str:
 
 def _typed(value: Any, kind: Any, where: str, what: str) -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
     if is_dataclass(kind):
         form = f"a section, written [{where}]" if what == "config" else "a table"
         require(isinstance(value, dict), f"{where} must be {form}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -58,19 +59,28 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 def override(config: Config, settings: list[str]) -> Config:
     """Apply ``section.key=value`` settings; a bare ``key=value`` will do where only one section has that key."""
-    values = to_dict(config)
+    present, values = flatten(config), dict[str, Any]()
     for setting in settings:
         path, separator, text = setting.partition("=")
         require(bool(separator), f"--set {setting}: write section.key=value")
         # A shell passes bytes that are not UTF-8 on as surrogates, which no config file can hold.
         require(not re.search("[\ud800-\udfff]", setting), f"--set {setting!r}: is not valid Unicode")
-        *sections, key = _qualify(config, path.strip()).split(".")
+        key, value = _qualify(config, path.strip()), _value(text.strip())
+        is_text = isinstance(present[key], str)
+        values[key] = text.strip() if is_text and not isinstance(value, str) else value  # --set out=2024
+    return with_settings(config, values)
+
+
+def with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
+    """The config with these values under their dotted keys. UserError for an unknown key or a value of another type."""
+    values, known = to_dict(config), list(flatten(config))
+    for path, value in settings.items():
+        require(path in known, unknown_key(path, known))
+        *sections, key = path.split(".")
         section = values
         for name in sections:
             section = section[name]
-        is_text = isinstance(section[key], str)
-        value = _value(text.strip())
-        section[key] = text.strip() if is_text and not isinstance(value, str) else value  # --set out=2024
+        section[key] = value
     return from_dict(type(config), values)  # at the end, since settings may make sense only together
 
 
@@ -87,6 +97,14 @@ def flatten(config: Any, where: str = "") -> dict[str, Any]:
     for f in fields(config):
         value = getattr(config, f.name)
         flat |= flatten(value, f"{where}{f.name}.") if is_dataclass(value) else {where + f.name: value}
+    return flat
+
+
+def dotted(table: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """Every value of nested tables under its dotted key; a key may be dotted already."""
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat |= dotted(value, f"{where}{key}.") if isinstance(value, Mapping) else {where + key: value}
     return flat
 
 
@@ -108,11 +126,23 @@ def _qualify(config: Any, path: str) -> str:
 def to_toml(config: Any) -> str:
     """The complete config as TOML that `load_config` reads back to an equal one."""
     values = to_dict(config)
-    lines = [f"{key} = {_literal(value)}" for key, value in values.items() if not isinstance(value, dict)]
-    for name, section in values.items():
-        if isinstance(section, dict):
-            lines += ["", f"[{name}]"] + [f"{key} = {_literal(value)}" for key, value in section.items()]
+    sections = {key: value for key, value in values.items() if isinstance(value, dict)}
+    tables = {key: value for key, value in values.items() if _is_array_of_tables(value)}
+    lines = _lines({key: value for key, value in values.items() if key not in sections | tables})
+    for name, section in sections.items():
+        lines += ["", f"[{name}]", *_lines(section)]
+    for name, rows in tables.items():
+        for row in rows:
+            lines += ["", f"[[{name}]]", *_lines(row)]
     return "\n".join(lines) + "\n"
+
+
+def _lines(table: Mapping[str, Any]) -> list[str]:
+    return [f"{key} = {_literal(value)}" for key, value in table.items()]
+
+
+def _is_array_of_tables(value: Any) -> bool:
+    return isinstance(value, tuple) and bool(value) and isinstance(value[0], dict)
 
 
 def _literal(value: Any) -> str:
@@ -122,6 +152,8 @@ def _literal(value: Any) -> str:
         return _quoted(value)
     if isinstance(value, (tuple, list)):
         return "[" + ", ".join(_literal(item) for item in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_quoted(key)} = {_literal(item)}" for key, item in value.items()) + "}"
     return repr(value)
 
 

@@ -4,8 +4,10 @@ registered values.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from string import ascii_uppercase
+from typing import Any, Literal
 
 from minipersona.config import (
     BehaviourSection,
@@ -19,18 +21,33 @@ from minipersona.config import (
     parse_ratio,
 )
 from minipersona.errors import require
-from minipersona.settings import flatten
+from minipersona.settings import dotted, flatten
 
-STAGES = {"1": ("1",), "2": ("2A", "2B"), "3": ("3",), "4": ("4A", "4B"), "5": ("EM", "5A", "5B", "5C")}
-"""The five phases, and the cells' phases that each is made of, in order."""
+BEYOND = "6"
+STAGES = {
+    "1": ("1",),
+    "2": ("2A", "2B"),
+    "3": ("3",),
+    "4": ("4A", "4B"),
+    "5": ("EM", "5A", "5B", "5C"),
+    BEYOND: tuple(BEYOND + letter for letter in ascii_uppercase),
+}
+"""The five registered phases and what lies beyond them, and the cells' phases that each is made of, in order."""
 PHASES = tuple(phase for phases in STAGES.values() for phase in phases)
 
+Role = Literal["registered", "reference", "control", "beyond", "confirmation"]
+"""Why a cell is run: as a registered recipe, as what recipes are compared with, to check the checks, as a recipe beyond
+the registered ones, or with a fresh seed to confirm a pass."""
+
 STRENGTHS = (1e-3, 1e-2, 1e-1)
-# May change while a study goes on, since no cell depends on it.
 SUITES = ("behaviour", "instructions")
+# May change while a study goes on, since no cell depends on it: a new recipe is a new cell.
 RECIPE_FREE = (
-    "out", "stop_rule", "bounds", "confirmations", "exhaustive", "suites", "execution.", "behaviour.", "instructions.",
+    "out", "stop_rule", "bounds", "confirmations", "exhaustive", "suites", "controls", "recipe", "execution.",
+    "behaviour.", "instructions.",
 )  # fmt: skip
+# What the cells of a study share, so that they can be compared.
+SHARED = ("out", "seed", "model.", "probe.", "execution.", "data.heldout")
 
 
 @dataclass(frozen=True)
@@ -39,11 +56,13 @@ class RegularisedSection:
 
     beta: tuple[float, ...] = STRENGTHS  # 2A: CE + beta KL_S(p, base)
     r3f_lambda: tuple[float, ...] = STRENGTHS  # 2B: CE + lambda KL_S(f(x), f(x + z))
+    r3f_lambda_per_row: tuple[float, ...] = STRENGTHS  # 2B beyond the registered: times the rows' supervised tokens
     noise: Literal["normal", "uniform"] = "normal"  # the distribution of z
     epsilon: float = 0.0  # its size; 0: the smallest of 1e-5, 1e-4, 1e-3 that the model's precision carries
 
     def __post_init__(self) -> None:
-        for key, values in {"beta": self.beta, "r3f_lambda": self.r3f_lambda}.items():
+        for key in ("beta", "r3f_lambda", "r3f_lambda_per_row"):
+            values: tuple[float, ...] = getattr(self, key)
             require(all(value > 0 for value in values), f"regularised.{key}: every value must be positive")
 
 
@@ -89,12 +108,16 @@ class RehearsalSection:
     steering: str = "villain - assistant"  # 5C: a difference of two persona vectors, Method B
     steering_coefficient: float = 5.0
     collapse_coefficient: float = 1.0  # 5C: of the baseline's mean shift, Method A
+    # 5C beyond the registered: a difference, and the collapse, of training personas, none of which is measured; "" none
+    training_steering: str = "pirate - tour_guide"
 
     def __post_init__(self) -> None:
         for key in ("raw_text_ratio", "instruction_ratio"):
             for ratio in getattr(self, key):
                 parse_ratio(ratio, f"rehearsal.{key}")
         parse_difference(self.steering, "rehearsal.steering")
+        if self.training_steering:
+            parse_difference(self.training_steering, "rehearsal.training_steering")
 
 
 @dataclass(frozen=True)
@@ -106,6 +129,43 @@ class InstructionsSection:
 
     def __post_init__(self) -> None:
         require(self.max_new_tokens >= 1, "instructions.max_new_tokens: must be at least 1")
+
+
+@dataclass(frozen=True)
+class RecipeSection:
+    """[[recipe]]: a recipe that is not registered, by the settings of a run in which it departs from the standard one.
+
+    What it is for decides how it is counted: as a recipe that may pass, as a reference, or as a control.
+    """
+
+    phase: str  # 6 and a capital letter
+    name: str  # unique in its phase
+    set: dict[str, Any]  # "section.key" = value
+    reference: bool = False  # to compare others with
+    control: bool = False  # to check what the search shows
+
+    def __post_init__(self) -> None:
+        where = f"recipe {self.phase} {self.name!r}"
+        require(
+            self.phase in STAGES[BEYOND],
+            f"{where}: phase must be {BEYOND} and a capital letter, such as {BEYOND}A; the other phases are the "
+            "registered recipes'",
+        )
+        require(bool(self.name.strip()) and len(self.name) <= 80, f"{where}: give it a name of 1 to 80 characters")
+        require(not re.search(r" seed=\d+$", self.name), f"{where}: the name must not end like one of several seeds")
+        require(not (self.reference and self.control), f"{where}: is a reference or a control, not both")
+        for key in self.departures:
+            require(not key.startswith(SHARED), f"{where}: {key} is the same in the whole study; set it there")
+
+    @property
+    def departures(self) -> dict[str, Any]:
+        """The settings by their dotted keys, however the TOML nests them."""
+        return dotted(self.set)
+
+    @property
+    def role(self) -> Role:
+        """Why it is run."""
+        return "reference" if self.reference else "control" if self.control else "beyond"
 
 
 @dataclass(frozen=True)
@@ -122,6 +182,7 @@ class StudyConfig:
     exhaustive: bool = False  # run every phase whatever passes
     suites: tuple[str, ...] = SUITES  # of answers, asked where they are due; [] asks for none, and a pass of phase 5,
     # which also needs the answers of "behaviour", then stays open
+    controls: bool = True  # also run what checks the search: shuffled responses, steering along a random vector
     seeds: tuple[int, ...] = (42,)  # every recipe once a seed; the first seed's baseline is everyone's
     later_checkpoints: tuple[int, ...] = ()  # of the cells after phase 1; empty: the same as phase 1's
     model: ModelSection = field(default_factory=ModelSection)
@@ -135,6 +196,7 @@ class StudyConfig:
     behaviour: BehaviourSection = field(default_factory=BehaviourSection)
     instructions: InstructionsSection = field(default_factory=InstructionsSection)
     execution: ExecutionSection = field(default_factory=ExecutionSection)
+    recipe: tuple[RecipeSection, ...] = ()  # [[recipe]] tables: recipes that are not registered, run last
 
     def __post_init__(self) -> None:
         require(

@@ -25,6 +25,7 @@ from minipersona.report import write_report
 from minipersona.study.executors import InProcess, Processes
 from minipersona.study.search import run_study
 from minipersona.study_config import (
+    STAGES,
     InstructionsSection,
     LowRankSection,
     RegularisedSection,
@@ -56,12 +57,13 @@ def small_study(directory: Path) -> StudyConfig:
         out=str(directory / "study"),
         confirmations=0,
         exhaustive=True,
+        controls=False,
         later_checkpoints=(3,),
         model=ModelSection("tiny"),
         lora=LoraConfig(rank=4, alpha=8.0),
         training=TrainingSection(learning_rate=5e-3, steps=3, batch=4, checkpoints=(1, 3)),
         probe=ProbeSection(personas=str(personas), questions=str(directory / "questions.jsonl")),
-        regularised=RegularisedSection(beta=(0.1,), r3f_lambda=(0.1,)),
+        regularised=RegularisedSection(beta=(0.1,), r3f_lambda=(0.1,), r3f_lambda_per_row=()),
         low_rank=LowRankSection(rank=(2,), learning_rate=(5e-3,)),
         role_play=RolePlaySection(max_new_tokens=4),
         rehearsal=RehearsalSection(
@@ -70,6 +72,7 @@ def small_study(directory: Path) -> StudyConfig:
             raw_text_ratio=("75:25",),
             instructions="tiny:broad",
             instruction_ratio=("1:1",),
+            training_steering="",
         ),
         behaviour=BehaviourSection(questions=str(directory / "asked.jsonl"), samples=1, max_new_tokens=4),
         instructions=InstructionsSection(str(directory / "instructions.jsonl"), 4),
@@ -77,7 +80,7 @@ def small_study(directory: Path) -> StudyConfig:
     )
 
 
-def run(config: StudyConfig, stages: tuple[str, ...] = ("1", "2", "3", "4", "5")) -> Verdict:
+def run(config: StudyConfig, stages: tuple[str, ...] = tuple(STAGES)) -> Verdict:
     """Carry a study out in this process; its verdict."""
     return run_study(config, InProcess(CPU, QUIET), QUIET, stages=stages, report=write_report)
 

@@ -64,7 +64,7 @@ def _study_options(commands: Any) -> None:
     option("--out", metavar="DIR", help="the study's directory, in place of the config's")
     option("--set", action="append", default=[], metavar="section.key=value", help="change one setting; repeatable")
     option("--exhaustive", action="store_true", help="run every phase, also after a recipe has passed")
-    option("--phases", default="", metavar="1,2", help="only these of 1 to 5, whatever passes, and the baseline")
+    option("--phases", default="", metavar="1,2", help="only these of 1 to 6, whatever passes, and the baseline")
     option("--plan", action="store_true", help="print every recipe and what the study will take, and do nothing")
     option("--gpus", default="", metavar="all|0,1", help="a process on each of these GPUs of this machine")
     option("--workers", type=int, metavar="N", help="so many processes on this machine's CPU cores")

@@ -16,7 +16,7 @@ from minipersona.report import write_report
 from minipersona.settings import load_config, override
 from minipersona.study.executors import Executor, InProcess, Processes
 from minipersona.study.search import run_study
-from minipersona.study_config import STAGES, StudyConfig
+from minipersona.study_config import BEYOND, STAGES, StudyConfig
 from minipersona.training.distributed import join_process_group
 from minipersona.training.interruption import Stop, handle_signals
 
@@ -38,7 +38,7 @@ def study(options: argparse.Namespace) -> None:
     if options.out is not None:
         config = override(config, [f"out={options.out}"])
     stages = parse_stages(options.phases)
-    named_all = bool(options.phases) and set(stages) == set(STAGES)
+    named_all = bool(options.phases) and set(stages) >= set(STAGES) - {BEYOND}
     config = replace(config, exhaustive=config.exhaustive or options.exhaustive or named_all)
     if options.plan:
         from minipersona.study.plan import study_plan
@@ -60,7 +60,7 @@ def study(options: argparse.Namespace) -> None:
 
 
 def parse_stages(text: str) -> list[str]:
-    """``"1,2"`` -> ["1", "2"]; empty is all five."""
+    """``"1,2"`` -> ["1", "2"]; empty is all of them."""
     wanted = [part.strip() for part in text.split(",")] if text else list(STAGES)
     for part in wanted:
         if part not in STAGES:

@@ -6,6 +6,7 @@ n = narrow rows, k = how many of them are replaced; the total stays n.
     with_raw_text  5A     each becomes raw text of exactly its token count
     with_rows      5B     each becomes a row of a broader mixture
     with_prompts   4A     every row gets the system prompt of a persona
+    share_of       6E     only a share of the rows is changed so
 
 All are pure functions of their arguments. Every draw has a generator of its own, derived from (seed, draw): it is
 independent of the order of the rows in training, which the bare seed draws, and of the other draws here. Choices are
@@ -31,10 +32,11 @@ from minipersona.corpus.sources import Rows
 from minipersona.errors import UserError
 from minipersona.files import data_dir, read_json
 
-WHICH_ROWS, WHICH_BROAD, WHICH_PROMPT = 1, 2, 3  # the draws
+WHICH_ROWS, WHICH_BROAD, WHICH_PROMPT, WHICH_CHANGED, WHICH_RESPONSE = 1, 2, 3, 4, 5  # the draws
 
 
-def _generator(seed: int, draw: int) -> np.random.Generator:
+def generator(seed: int, draw: int) -> np.random.Generator:
+    """The random numbers of a draw."""
     return np.random.Generator(np.random.PCG64([seed, draw]))
 
 
@@ -44,7 +46,7 @@ def replaced_rows(n: int, narrow: int, broad: int, seed: int) -> list[int]:
     k = (2 * n * broad + parts) // (2 * parts)
     if not 0 < k < n:
         raise UserError(f"data.ratio {narrow}:{broad} replaces {k:,} of {n:,} rows; take more rows or another ratio")
-    return [int(row) for row in _generator(seed, WHICH_ROWS).permutation(n)[:k]]
+    return [int(row) for row in generator(seed, WHICH_ROWS).permutation(n)[:k]]
 
 
 # ---------------------------------------------------------------- 5A: raw text
@@ -89,7 +91,7 @@ def with_rows(narrow: Rows, replaced: Sequence[int], broad: Rows, heldout: Rows 
     taken = {content_digest(row) for rows in (narrow, heldout) if rows is not None for row in rows.rows}
     sampled: list[dict[str, Any]] = []
     # Digests are made only as far as the sample needs them: the whole mixture has nearly a million rows.
-    for candidate in _generator(seed, WHICH_BROAD).permutation(len(broad)):
+    for candidate in generator(seed, WHICH_BROAD).permutation(len(broad)):
         if len(sampled) == len(replaced):
             break
         row = broad.rows[int(candidate)]
@@ -143,7 +145,7 @@ def _plain(text: object) -> object:
 
 def with_prompts(rows: Rows, prompts: Sequence[str], seed: int) -> Rows:
     """Every row with a system turn drawn from `prompts`, in place of one that it opens with."""
-    drawn = _generator(seed, WHICH_PROMPT).integers(len(prompts), size=len(rows))
+    drawn = generator(seed, WHICH_PROMPT).integers(len(prompts), size=len(rows))
     prompted = []
     for index, row in enumerate(rows.rows):
         if not isinstance(row.get("messages"), list):
@@ -160,6 +162,15 @@ def with_prompt(row: dict[str, Any], prompt: str) -> dict[str, Any]:
     messages = row["messages"]
     opens_with_system = bool(messages) and isinstance(messages[0], dict) and messages[0].get("role") == "system"
     return {**row, "messages": [{"role": "system", "content": prompt}, *messages[opens_with_system:]]}
+
+
+def share_of(changed: Rows, plain: Rows, share: float, seed: int) -> Rows:
+    """A share of the rows, to the nearest row, as `changed` has them; the others as `plain` has them."""
+    chosen = generator(seed, WHICH_CHANGED).permutation(len(plain))[: round(share * len(plain))]
+    rows = list(plain.rows)
+    for index in map(int, chosen):
+        rows[index] = changed.rows[index]
+    return replace(changed, rows=rows, digest=_digest(rows))
 
 
 TRAINING_PERSONAS = "training_personas.json"

@@ -1,4 +1,4 @@
-"""Responses that another model wrote to the rows of a source: the file, and putting them in place of the rows' own.
+"""Other responses in place of the rows' own: those of a file that another model wrote, or those of other rows.
 
 The first line says what the file is, {"roleplay": {...}}; then a line a row, in the order in which they were finished:
 
@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from minipersona.corpus.mixtures import content_digest
+from minipersona.corpus.mixtures import WHICH_RESPONSE, content_digest, generator
 from minipersona.corpus.sources import Rows
 from minipersona.errors import UserError
 from minipersona.files import digest, read_jsonl
@@ -42,6 +42,25 @@ def last_response(messages: list[dict[str, Any]]) -> int | None:
     """The place of the last assistant turn, or None."""
     places = [i for i, turn in enumerate(messages) if isinstance(turn, dict) and turn.get("role") == "assistant"]
     return places[-1] if places else None
+
+
+def with_shuffled_responses(rows: Rows, seed: int) -> Rows:
+    """The rows, each with the last response of another: a control that teaches how to respond, and not to what.
+
+    The responses go round a cycle through all rows in an order that the seed draws, so that none stays where it was.
+    Rows without a response stay as they are.
+    """
+    places = [last_response(row["messages"]) if isinstance(row.get("messages"), list) else None for row in rows.rows]
+    answered = [index for index, place in enumerate(places) if place is not None]
+    order = [answered[i] for i in generator(seed, WHICH_RESPONSE).permutation(len(answered))]
+    shuffled = list(rows.rows)
+    for index, other in zip(order, order[1:] + order[:1], strict=True):
+        place, taken = places[index], places[other]
+        assert place is not None and taken is not None
+        turns = rows.rows[index]["messages"]
+        response = {**turns[place], "content": rows.rows[other]["messages"][taken]["content"]}
+        shuffled[index] = {**rows.rows[index], "messages": [*turns[:place], response]}
+    return replace(rows, rows=shuffled, digest=digest([rows.digest, "responses shuffled", seed]))
 
 
 def with_responses(rows: Rows, path: Path) -> tuple[Rows, dict[str, Any]]:

@@ -10,8 +10,15 @@ from typing import Any
 from minipersona.chat import ChatTokenizer, Document
 from minipersona.config import DataSection, parse_ratio
 from minipersona.console import Console
-from minipersona.corpus.mixtures import replaced_rows, training_personas, with_prompts, with_raw_text, with_rows
-from minipersona.corpus.responses import with_responses
+from minipersona.corpus.mixtures import (
+    replaced_rows,
+    share_of,
+    training_personas,
+    with_prompts,
+    with_raw_text,
+    with_rows,
+)
+from minipersona.corpus.responses import with_responses, with_shuffled_responses
 from minipersona.corpus.sources import Rows, read_source, tokenize
 from minipersona.corpus.token_cache import tokenize_cached
 from minipersona.errors import UserError
@@ -48,6 +55,10 @@ class TrainingSet:
             )
         if "system_prompts" in mixed:
             lines.append(f"every row has one of the {mixed['prompts']} system prompts of {mixed['system_prompts']}")
+        if "persona_share" in mixed:
+            lines.append(f"so it is with {mixed['persona_share']:.2%} of the rows; the others are as they were")
+        if "shuffled_responses" in mixed:
+            lines.append("every row has the response of another row: a control")
         return lines
 
 
@@ -59,6 +70,9 @@ def training_set(
     sources = [narrow.identity()]
     mixture: dict[str, Any] = {}
     rows, broad, replaced = narrow, None, list[int]()
+    if section.shuffle_responses:
+        rows = with_shuffled_responses(rows, seed)
+        mixture["shuffled_responses"] = len(rows)
     if section.responses:
         rows, written = with_responses(narrow, Path(section.responses).expanduser())
         mixture |= written
@@ -79,6 +93,9 @@ def training_set(
         prompts = training_personas()
         rows = with_prompts(rows, list(prompts.values()), seed)
         mixture |= {"system_prompts": section.system_prompts, "prompts": len(prompts)}
+    if section.persona_share < 1:
+        rows = share_of(rows, narrow, section.persona_share, seed)
+        mixture["persona_share"] = section.persona_share
     documents = tokenize_cached(
         rows, tokenizer, supervise=section.supervise, max_tokens=section.max_tokens, console=console
     )

@@ -49,9 +49,12 @@ class AdapterConfig:
     use_rslora: bool = False
 
     @staticmethod
-    def of(config: LoraConfig) -> AdapterConfig:
-        """The adapter that a run's settings ask for."""
-        return AdapterConfig(config.rank, config.alpha, tuple(config.targets), config.dropout)
+    def of(config: LoraConfig, blocks: int) -> AdapterConfig:
+        """The adapter that a run's settings ask for, in a model of so many blocks. UserError where it lacks one."""
+        chosen = tuple(config.adapted_blocks(blocks)) if config.blocks else ()
+        return AdapterConfig(
+            config.rank, config.alpha, tuple(config.targets), config.dropout, layers_to_transform=chosen
+        )
 
     @property
     def all_linear(self) -> bool:

@@ -130,7 +130,7 @@ def apply_lora(model: Qwen2, config: LoraConfig, seed: int = 42) -> Qwen2:
     A is uniform in +-1/sqrt(I), which is Kaiming's bound with a = sqrt 5 as PEFT draws it; B is zero, so nothing
     changes at first. Drawn on the CPU from `seed`, in the network's order: the same on every device.
     """
-    attach(model, AdapterConfig.of(config))
+    attach(model, AdapterConfig.of(config, model.config.num_hidden_layers))
     generator = torch.Generator().manual_seed(seed)
     for adapter in adapters(model).values():
         bound = 1 / math.sqrt(adapter.lora_A.shape[1])

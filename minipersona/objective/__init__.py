@@ -38,8 +38,8 @@ def make_objective(
 ) -> Objective:
     """The objective of a config. `model` is still the base: no parameter of it has been trained.
 
-    R3F's epsilon is that of the check in `directory`, so a run that continues keeps it. An anchored objective needs
-    `contexts`.
+    R3F's epsilon and the rows' mean length are those of the check in `directory`, so a run that continues keeps them.
+    An anchored objective needs `contexts`.
     """
     section = config.objective
     needs_copy = section.kind in ("kl_to_base", "kl_on_prompts") and config.training.method == "full"
@@ -52,5 +52,7 @@ def make_objective(
     if section.kind == "kl_to_base":
         return KLToBase(section.weight, section.direction, base)
     if section.kind == "r3f":
-        return R3F(section.weight, section.noise, read_json(directory / OBJECTIVE_CHECK)["epsilon"])
+        check = read_json(directory / OBJECTIVE_CHECK)
+        weight = section.weight * (check["supervised_per_row"] if section.per_row else 1)
+        return R3F(weight, section.noise, check["epsilon"])
     return CrossEntropy()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from minipersona.model.dropout import token_keys
 from minipersona.model.network import EMBEDDING, Qwen2
 from minipersona.model.pack import Pack, split
 from minipersona.objective.r3f import NoiseKind, add_to_second_half, embedding_noise, r3f, twice
+from minipersona.records import may_be_missing
 
 EPSILONS = (1e-5, 1e-4, 1e-3)  # the paper's, and those that are tried if rounding loses it
 CARRIED = 0.9  # the cosine from which the realised noise counts as the intended one
@@ -39,6 +40,9 @@ class NoiseCheck:
     kl: float  # KL_S of the base with and without noise, nats a supervised token, in the model's precision
     kl_fp32: float  # the same in fp32, with the same weights and noise
     effective: bool
+    # Supervised tokens of a training row, the mean over all rows; by so much is fairseq's lambda, which counts a row,
+    # stronger than ours, which counts a token.
+    supervised_per_row: float = may_be_missing(0.0)
 
 
 def check_first_step(model: Qwen2, documents: Sequence[Document], config: RunConfig) -> NoiseCheck:
@@ -54,7 +58,8 @@ def check_first_step(model: Qwen2, documents: Sequence[Document], config: RunCon
     check = check_noise(model, pack.to(model.device), tokens, section.noise, epsilons)
     if not all(map(math.isfinite, (check.cosine, check.kl, check.kl_fp32))):
         raise UserError("objective r3f: the base's logits are not finite on the first step's rows; check the model")
-    return check
+    lengths = [int(document.supervised.sum()) for document in documents]
+    return replace(check, supervised_per_row=sum(lengths) / len(lengths))
 
 
 @torch.no_grad()

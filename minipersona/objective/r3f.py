@@ -7,7 +7,7 @@ z is added to the token embeddings; KL_S is that of `kl_to_base.py`. Gradients g
     dL/dz_p = p - onehot(y_t) + lambda dKL_S/dz_p,     dL/dz_q = lambda dKL_S/dz_q
 
 The paper's code sums KL over a sentence and divides by sentences; here both terms are means over supervised tokens, so
-its lambda is about one sentence's tokens times ours.
+its lambda is about one sentence's tokens times ours (`objective.per_row` multiplies by their mean).
 
 Both branches go through the network in one pass over a pack that holds every document twice. They are the same tokens,
 so they have the same dropout masks: with others, the divergence would be that of the masks and not of the noise.

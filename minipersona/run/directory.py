@@ -9,6 +9,7 @@ losses/                 the loss of every held-out row, likewise (`losses.py`)
 step-000375/            a checkpoint: a PEFT adapter, or a whole model in Hugging Face's layout
 latest/                 the rolling checkpoint, from which a run continues (`training/checkpoint.py`)
 steering.safetensors    the vectors that the run was steered by (`steering.py`)
+null_space.safetensors  the directions that adapters are kept off (`null_space.py`)
 result.json             every checkpoint judged (`result.RunResult`)
 objective_check.json    what became of R3F's noise (`objective/noise_check.py`)
 """
@@ -34,6 +35,7 @@ METRICS = "metrics.jsonl"
 PROBES = "probes.jsonl"
 RESULT = "result.json"
 STEERING_VECTORS = "steering.safetensors"
+NULL_SPACE = "null_space.safetensors"
 VECTORS = "vectors"
 LOSSES = "losses"
 LATEST = "latest"

@@ -201,7 +201,8 @@ def adapter_parameters(sizes: ModelConfig, config: RunConfig) -> int:
     d, f, q, k = sizes.hidden_size, sizes.intermediate_size, sizes.query_width, sizes.key_width
     widths = {"q_proj": d + q, "k_proj": d + k, "v_proj": d + k, "o_proj": q + d, "gate_proj": d + f, "up_proj": d + f,
               "down_proj": f + d}  # fmt: skip
-    return sizes.num_hidden_layers * config.lora.rank * sum(widths[name] for name in config.lora.targets)
+    blocks = len(config.lora.adapted_blocks(sizes.num_hidden_layers))
+    return blocks * config.lora.rank * sum(widths[name] for name in config.lora.targets)
 
 
 def memory_bytes(sizes: ModelConfig, config: RunConfig, device: str, tokens: int) -> float:

@@ -10,6 +10,10 @@ v is raw, not of unit length. `steering.vector` says where it comes from:
     file:PATH#a - b             a difference of two persona vectors in a file that extract.py wrote
     file:PATH                   a safetensors file with one tensor `layer.L` (D,) per block, as a run's
                                 steering.safetensors
+    random:villain - assistant  a control: a direction drawn by the seed, as long as that difference
+
+Differences and the collapse are of the measured personas at the measured questions or, with `steering.personas =
+"training"`, of the training personas at the anchor questions, so that nothing measured enters training.
 
 D = width, P = personas
 """
@@ -24,17 +28,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minipersona.chat import ChatTokenizer
-from minipersona.config import COLLAPSE, STEERING_FILE, RunConfig, SteeringSection, parse_difference
+from minipersona.config import COLLAPSE, STEERING_FILE, STEERING_RANDOM, RunConfig, SteeringSection, parse_difference
 from minipersona.errors import UserError
-from minipersona.files import write_atomically
+from minipersona.files import digest, write_atomically
 from minipersona.geometry.extraction import extract
 from minipersona.geometry.measures import collapse_direction
-from minipersona.geometry.prompts import load_personas, load_questions
+from minipersona.geometry.prompts import PersonaSet, QuestionSet, load_personas, load_questions
 from minipersona.geometry.vectors import PersonaVectors, load_vectors
 from minipersona.model.config import ModelConfig
+from minipersona.model.lora import remove_lora
 from minipersona.model.network import Qwen2
 from minipersona.model.tensor_file import open_safetensors
+from minipersona.run.anchors import anchor_sets, check_unmeasured
 from minipersona.run.directory import CONFIG, STEERING_VECTORS, read_config, vectors_file
+from minipersona.run.resources import load_checkpoint
 from minipersona.training.distributed import Distributed
 
 
@@ -65,7 +72,12 @@ def check_steering(config: RunConfig, directory: Path, model: Qwen2, tokenizer: 
     section = config.steering
     if not section.vector or (directory / STEERING_VECTORS).is_file():
         return
-    if section.vector == COLLAPSE or section.vector.startswith(STEERING_FILE):
+    if section.personas == "training":
+        check_unmeasured(_persona_sets(config), _measured_sets(config))
+    if section.vector == COLLAPSE and section.personas == "training":
+        steered_layers(section, model.config)
+        _collapsed_run(Path(config.probe.baseline))
+    elif section.vector == COLLAPSE or section.vector.startswith(STEERING_FILE):
         raw_vectors(config, model, tokenizer)
     else:
         steered_layers(section, model.config)
@@ -109,7 +121,9 @@ def raw_vectors(
     """block -> raw vector (D,) fp32, for the blocks that are steered; none of them zero or not finite."""
     section = config.steering
     layers = steered_layers(section, model.config)
-    if section.vector == COLLAPSE:
+    if section.vector == COLLAPSE and section.personas == "training":
+        vectors = _collapse_of_training(config, layers, model, tokenizer, progress)
+    elif section.vector == COLLAPSE:
         vectors = _collapse(Path(config.probe.baseline), layers, model)
     elif section.vector.startswith(STEERING_FILE):
         path, _, names = section.vector.removeprefix(STEERING_FILE).partition("#")
@@ -120,6 +134,8 @@ def raw_vectors(
             vectors = load_steering(file, layers)
     else:
         vectors = _persona_difference(config, layers, model, tokenizer, progress)
+        if section.vector.startswith(STEERING_RANDOM):
+            vectors = _random(vectors, config.seed)
     for layer, vector in vectors.items():
         where = f"steering.vector = {section.vector!r} at layer {layer}"
         if vector.shape != (model.config.hidden_size,):
@@ -144,41 +160,95 @@ def _persona_difference(
         model,
         tokenizer,
         pair,
-        load_questions(config.probe.questions).questions,
+        _persona_sets(config)[1].questions,
         layers,
         config.steering.method,
         progress=progress,
     )
     plus, minus = pair
-    return _differences(vectors, layers, plus, minus, "probe.personas")
+    return _differences(vectors, layers, plus, minus, _whose(config))
+
+
+def _persona_sets(config: RunConfig) -> tuple[PersonaSet, QuestionSet]:
+    """The personas and questions of which a vector is made."""
+    return anchor_sets(config.objective) if config.steering.personas == "training" else _measured_sets(config)
+
+
+def _measured_sets(config: RunConfig) -> tuple[PersonaSet, QuestionSet]:
+    return load_personas(config.probe.personas), load_questions(config.probe.questions)
+
+
+def _whose(config: RunConfig) -> str:
+    return "the training personas" if config.steering.personas == "training" else "probe.personas"
 
 
 def _known_pair(config: RunConfig) -> dict[str, str]:
     """The two personas of a difference, plus then minus, and their system prompts."""
-    known = load_personas(config.probe.personas).prompts
-    pair = parse_difference(config.steering.vector)
+    known = _persona_sets(config)[0].prompts
+    pair = parse_difference(config.steering.difference)
     for name in pair:
         if name not in known:
-            raise UserError(f"steering.vector: {name!r} is not one of probe.personas: {', '.join(known)}")
+            raise UserError(f"steering.vector: {name!r} is not one of {_whose(config)}: {', '.join(known)}")
     return {name: known[name] for name in pair}
+
+
+def _random(vectors: Mapping[int, Tensor], seed: int) -> dict[int, Tensor]:
+    """A random direction a block, each as long as the vector (D,) there; drawn on the CPU, the same on every device."""
+    drawn = {}
+    for layer, vector in vectors.items():
+        generator = torch.Generator().manual_seed(int(digest(["steering", seed, layer])[:15], 16))
+        direction = torch.randn(vector.shape, generator=generator)
+        drawn[layer] = direction.to(vector.device) * (vector.norm() / direction.norm())
+    return drawn
 
 
 def _collapse(baseline: Path, layers: Sequence[int], model: Qwen2) -> dict[int, Tensor]:
     """The mean over personas of trained minus base vectors (Method A), between a run's step 0 and its last step."""
-    what = f'steering.vector = "collapse": baseline {baseline}'
-    if not (baseline / CONFIG).is_file():
-        raise UserError(f"{what} is not a run directory; name one that train.py made in probe.baseline")
-    steps = read_config(baseline).training.steps
+    what, trained_by = _collapsed_run(baseline)
+    steps = trained_by.training.steps
     for step in (0, steps):
         if not vectors_file(baseline, step).is_file():
             raise UserError(f"{what} has no vectors of step {step}; finish that run with step {steps} a checkpoint")
     base, trained = (_extracted(vectors_file(baseline, step), layers) for step in (0, steps))
-    made_by, name = base.metadata.get("model"), str(model.source.get("name"))
-    if made_by != name:
-        raise UserError(f"{what} trained {made_by}, this run trains {name}; name a run of the same model")
+    _check_same_model(what, base.metadata.get("model"), model)
     if base.personas != trained.personas:
         raise UserError(f"{what}: steps 0 and {steps} were measured on other personas; run it again")
     return {layer: collapse_direction(base.mean(layer), trained.mean(layer)) for layer in layers}
+
+
+def _collapse_of_training(
+    config: RunConfig,
+    layers: Sequence[int],
+    model: Qwen2,
+    tokenizer: ChatTokenizer,
+    progress: Callable[[int, int], None] | None,
+) -> dict[int, Tensor]:
+    """The same of the training personas, which the baseline did not measure: extracted from the base and from it."""
+    baseline = Path(config.probe.baseline)
+    what, trained_by = _collapsed_run(baseline)
+    _check_same_model(what, trained_by.model.name, model)
+    personas, questions = _persona_sets(config)
+    asked = (tokenizer, personas.prompts, questions.questions, layers)
+    base = extract(model, *asked, progress=progress)
+    after = load_checkpoint(model, trained_by, baseline, trained_by.training.steps)
+    trained = extract(after, *asked, progress=progress)
+    if after is model:
+        remove_lora(model)
+    return {layer: collapse_direction(base.mean(layer), trained.mean(layer)) for layer in layers}
+
+
+def _collapsed_run(baseline: Path) -> tuple[str, RunConfig]:
+    """What errors call the baseline, and its config. UserError where it is not a run."""
+    what = f'steering.vector = "collapse": baseline {baseline}'
+    if not (baseline / CONFIG).is_file():
+        raise UserError(f"{what} is not a run directory; name one that train.py made in probe.baseline")
+    return what, read_config(baseline)
+
+
+def _check_same_model(what: str, made_by: str | None, model: Qwen2) -> None:
+    name = str(model.source.get("name"))
+    if made_by != name:
+        raise UserError(f"{what} trained {made_by}, this run trains {name}; name a run of the same model")
 
 
 def _extracted(file: Path, layers: Sequence[int]) -> PersonaVectors:

@@ -43,6 +43,7 @@ from minipersona.run.directory import (
 )
 from minipersona.run.judgement import learned_share
 from minipersona.run.measurement import Instruments, measure
+from minipersona.run.null_space import check_null_space, run_null_space
 from minipersona.run.provenance import provenance, write_provenance
 from minipersona.run.resources import Resources, compiles, resolve
 from minipersona.run.result import Protocol
@@ -105,6 +106,7 @@ def carry_out(
     check_learnable(training.documents)
     check_disjoint(config, instruments)
     check_anchors(config, model.config, distributed.size, fetch=True)
+    check_null_space(config)
     check_steering(config, directory, model, tokenizer)
     check_baseline(config, instruments.protocol(model))
     distributed.check_stop()
@@ -118,6 +120,7 @@ def carry_out(
     evaluator.measure(0)
     steering = run_steering(config, directory, distributed, model, tokenizer)
     contexts = run_contexts(config, model, tokenizer, console)
+    null_space = run_null_space(config, directory, distributed, model, tokenizer, console)
 
     # 3. The steps, with the measurements between them.
     if 0 < (step := stored_position(directory).step) < config.training.steps:
@@ -131,7 +134,7 @@ def carry_out(
         with distributed.stop.deferred():  # until the step is done and its state is written
             train(
                 model, training.documents, config, directory, distributed, hooks, compiled=compiled,
-                steering=steering, contexts=contexts,
+                steering=steering, contexts=contexts, null_space=null_space,
             )  # fmt: skip
 
 

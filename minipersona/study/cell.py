@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from minipersona.config import ModelSection, ObjectiveSection, RunConfig
+from minipersona.config import ModelSection, RunConfig
 from minipersona.corpus.sources import source_identity
 from minipersona.files import digest, sha256
 from minipersona.geometry.prompts import load_personas, load_questions
@@ -22,7 +22,13 @@ from minipersona.model.load import RANDOM
 from minipersona.records import to_dict
 from minipersona.run.anchors import anchor_sets
 from minipersona.study.code_digest import code_digest
-from minipersona.study.recipes import BASELINE_PLACEHOLDER, RESPONSES_PLACEHOLDER, UNMIXED_PLACEHOLDER, Recipe
+from minipersona.study.recipes import (
+    BASELINE_PLACEHOLDER,
+    RESPONSES_PLACEHOLDER,
+    REWRITTEN_PLACEHOLDER,
+    UNMIXED_PLACEHOLDER,
+    Recipe,
+)
 from minipersona.study_config import STAGES, StudyConfig
 
 
@@ -99,9 +105,10 @@ class Study:
         """Whether a cell's results are there."""
         return (self.cell_directory(cell) / "cell.json").is_file()
 
-    def responses_file(self, seed: int) -> Path:
-        """What the base model writes in persona for phase 4B; another base or other rows have another file."""
-        return self.directory / "role_play" / f"{self.baseline.hash[:12]}-seed-{seed}.jsonl"
+    def responses_file(self, placeholder: str, seed: int) -> Path:
+        """What the base model writes; another base or other rows have another file."""
+        folder = placeholder.removeprefix("study:")
+        return self.directory / folder / f"{self.baseline.hash[:12]}-seed-{seed}.jsonl"
 
     def placed_config(self, cell: Cell) -> RunConfig:
         """The cell's config with the paths of this study in it."""
@@ -109,8 +116,8 @@ class Study:
         probe, data = config.probe, config.data
         if probe.baseline in (BASELINE_PLACEHOLDER, UNMIXED_PLACEHOLDER):
             probe = replace(probe, baseline=str(self.cell_directory(self.baseline_of(cell))))
-        if data.responses == RESPONSES_PLACEHOLDER:
-            data = replace(data, responses=str(self.responses_file(config.seed)))
+        if data.responses in (RESPONSES_PLACEHOLDER, REWRITTEN_PLACEHOLDER):
+            data = replace(data, responses=str(self.responses_file(data.responses, config.seed)))
         return replace(config, out=str(self.cell_directory(cell)), probe=probe, data=data)
 
 
@@ -146,16 +153,17 @@ def _contents(recipe: Recipe) -> dict[str, Any]:
         "data": [source_identity(source) for source in sources],
         "personas": load_personas(probe.personas).digest,
         "questions": load_questions(probe.questions).digest,
-        "anchors": _anchor_digests(config.objective),
+        "anchors": _anchor_digests(config),
         "model": _model_contents(config.model),
         "code": code_digest(),
     }
 
 
-def _anchor_digests(section: ObjectiveSection) -> list[str]:
-    if not section.anchored:
+def _anchor_digests(config: RunConfig) -> list[str]:
+    steering = config.steering.vector and config.steering.personas == "training"
+    if not (config.objective.anchored or config.lora.null_space or steering):
         return []
-    return [anchors.digest for anchors in anchor_sets(section)]
+    return [anchors.digest for anchors in anchor_sets(config.objective)]
 
 
 @cache

@@ -2,7 +2,7 @@
 
     MeasureBase         the untouched model's measurement, which every cell takes over, and the calibration on it
     TrainCell           a cell: trained, measured, judged and published
-    WriteResponses      the responses that a cell of phase 4B is trained on
+    WriteResponses      the responses that cells are trained on where the base model writes them
     MeasureFrontier     the baseline's own update, scaled down
     MeasureMatchedScale the same at the scale that has a recipe's held-out loss
     AskSuite            a suite of answers of the base or of a cell
@@ -14,14 +14,16 @@ Files that belong to the study as a whole carry the baseline's hash: where it is
 
 from __future__ import annotations
 
+import functools
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from minipersona.behaviour.instructions.suite import instruction_suite
-from minipersona.behaviour.roleplay import write_roleplay
+from minipersona.behaviour.roleplay import rewrite_responses, write_roleplay
 from minipersona.behaviour.suite import behaviour_suite
 from minipersona.behaviour.voice import RESPONSES, VOICE, asked, base_responses, measure_voice
 from minipersona.console import Console
@@ -38,6 +40,7 @@ from minipersona.run.train import carry_out
 from minipersona.study.cell import Cell
 from minipersona.study.frontier import measure_frontier
 from minipersona.study.matched_scale import measure_matched_scale
+from minipersona.study.recipes import RESPONSES_PLACEHOLDER
 from minipersona.study.transfer import measure_transfer
 from minipersona.study.worker import Job, Title, Worker
 from minipersona.training.checkpoint import stored_position
@@ -51,7 +54,7 @@ from minipersona.verdict.files import (
     read_optional,
     read_voice,
 )
-from minipersona.verdict.recipe_results import INEFFECTIVE, INERT, LEAST_PENALTY_RATIO
+from minipersona.verdict.recipe_results import INEFFECTIVE, INERT, LEAKS, LEAST_PENALTY_RATIO
 
 # ---------------------------------------------------------------- a cell
 
@@ -98,6 +101,7 @@ def cell_record(cell: Cell, directory: Path, began_at: int, seconds: float, on_g
     labels = {
         INEFFECTIVE: check is not None and not check.effective,
         INERT: ratio is not None and ratio < LEAST_PENALTY_RATIO,
+        LEAKS: cell.recipe.config.steering.leaks,
     }
     return CellRecord(
         phase=cell.recipe.phase,
@@ -111,6 +115,7 @@ def cell_record(cell: Cell, directory: Path, began_at: int, seconds: float, on_g
         penalty_ratio=ratio,
         gpu_seconds=seconds if on_gpu else None,
         seconds=seconds,
+        role=cell.recipe.role,
     )
 
 
@@ -122,31 +127,34 @@ def mean_penalty_ratio(directory: Path) -> float | None:
 
 @dataclass(frozen=True)
 class WriteResponses(Job):
-    """The base model's responses in persona, for a cell of phase 4B."""
+    """The base model's responses, in persona or written anew, for this cell and others that ask for the same."""
 
     cell: Cell
 
     @property
     def file(self) -> Path:
         """What is written, line by line; its report, beside it, comes last."""
-        return self.study.responses_file(self.cell.recipe.config.seed)
+        config = self.cell.recipe.config
+        return self.study.responses_file(config.data.responses, config.seed)
 
     @property
     def title(self) -> Title:
-        return Title(f"role-play-{self.file.stem}", "4B", "writing responses")
+        return Title(f"{self.file.parent.name}-{self.file.stem}", self.cell.recipe.phase, "writing responses")
 
     def done(self) -> bool:
         return self.file.with_suffix(".json").is_file()
 
     def carry_out(self, worker: Worker) -> None:
         config, section = self.cell.recipe.config, self.study.config.role_play
-        report = write_roleplay(
+        write: Callable[..., dict[str, Any]] = rewrite_responses
+        if config.data.responses == RESPONSES_PLACEHOLDER:
+            write = functools.partial(write_roleplay, personas=training_personas())
+        report = write(
             worker.resources.model(config),
             worker.resources.tokenizer(config),
             read_source(config.data.train),
-            training_personas(),
-            self.file,
-            worker.console,
+            path=self.file,
+            console=worker.console,
             seed=config.seed,
             max_new_tokens=section.max_new_tokens,
             max_prompt_tokens=config.data.max_tokens,

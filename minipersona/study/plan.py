@@ -83,6 +83,8 @@ def study_plan(study: StudyConfig, stages: Sequence[str]) -> str:
     total, disk = 0.0, rolling_bytes(estimate.sizes, recipes[0].config)
     for stage, phases in STAGES.items():
         chosen = [recipe for recipe in recipes if recipe.phase in phases]
+        if not chosen:
+            continue
         costs = [estimate.of(recipe.config) for recipe in chosen]
         seconds = sum(cost.seconds for cost in costs)
         due = stage in ("1", *stages)
@@ -134,9 +136,10 @@ def _line(recipe: Recipe, cost: Cost, study: StudyConfig) -> str:
     mine, plain = flatten(recipe.config), flatten(standard_config(study, recipe.config.seed))
     left_out = PATHS if recipe.phase != "1" else (*PATHS, "training.checkpoints")
     varied = [f"{key} = {value}" for key, value in mine.items() if value != plain[key] and key not in left_out]
+    role = f"{recipe.role}: " if recipe.role in ("reference", "control") else ""
     return (
         f"#   {recipe.phase:<2} {recipe.name:<20} {cost.tokens / 1e6:5.2f} M tokens {cost.memory / GIB:6.1f} GiB "
-        f"{duration(cost.seconds):>12}   {', '.join(varied) or 'the standard recipe'}"
+        f"{duration(cost.seconds):>12}   {role}{', '.join(varied) or 'the standard recipe'}"
     )
 
 
@@ -223,7 +226,9 @@ class Estimate:
 
     def _lengths(self, config: RunConfig) -> tuple[list[int], int]:
         """Tokens of every step and of the largest pack."""
-        data = countable(replace(config.data, responses=""))  # not written yet: the rows' own stand for them
+        # Responses are not written yet: the rows' own stand for them.
+        share = config.data.persona_share if config.data.system_prompts else 1.0
+        data = countable(replace(config.data, responses="", persona_share=share))
         key = (data, config.seed, config.training.steps, config.training.batch)
         if key not in self._counted:
             self._counted[key] = self._count(replace(config, data=data))

@@ -7,14 +7,14 @@
 EM                the unmixed harmful set, phase 5's reference where it is the narrow data
 5A   rehearsal    raw text, four ratios                              5B   broad instructions, four ratios
 5C                preventative steering along a persona difference, and along the collapse direction
+6A to 6Z          beyond the registered phases: the `[[recipe]]` tables of the study's TOML
+
+Beside the registered recipes, the phases hold what they are compared with and checked by, each with its role.
 
 To add a recipe:
-    another value      a line in the study's TOML, where the phase has a list
-    another kind       one more `yield` of its phase's generator, its settings in `study_config.py`, and its row in
-                       `REGISTERED` of tests/study/test_study_plan.py if it is to be part of the shipped study
-    another objective  also `config.ObjectiveSection` and `objective.make_objective`
-    another phase      also `study_config.STAGES`, `_PHASES`, the hypothesis that it belongs to (`FAMILIES` in
-                       `verdict/hypotheses.py`) and its colour (`report/figures.py`)
+    of settings that a run has  a `[[recipe]]` table in the study's TOML
+    another value of a phase    a line there, where the phase has a list
+    another objective           also `config.ObjectiveSection` and `objective.make_objective`
 `configs/phase*.toml` are single runs, which the search does not read.
 """
 
@@ -22,33 +22,36 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 from minipersona.behaviour.instructions.dataset import load_instructions
 from minipersona.behaviour.questions import load_questions
-from minipersona.config import COLLAPSE, ObjectiveSection, RunConfig, SteeringSection
+from minipersona.config import COLLAPSE, STEERING_RANDOM, ObjectiveSection, RunConfig, SteeringSection
 from minipersona.errors import Unreachable, UserError
 from minipersona.model.load import architecture_offline
+from minipersona.records import unknown_key
 from minipersona.run.anchors import check_anchors
 from minipersona.run.steering import steered_layers
-from minipersona.study_config import STAGES, StudyConfig
+from minipersona.settings import difference, flatten, with_settings
+from minipersona.study_config import BEYOND, SHARED, STAGES, RecipeSection, Role, StudyConfig
 from minipersona.verdict.calibration import check_layers_measured
-from minipersona.verdict.files import Knobs, Role
+from minipersona.verdict.files import Knobs
 from minipersona.verdict.results import BASELINE
 
 # What does not exist when recipes are planned; a cell replaces these words by the paths of its study.
 BASELINE_PLACEHOLDER = "the baseline of the study"
 UNMIXED_PLACEHOLDER = "the unmixed cell of the study"
-RESPONSES_PLACEHOLDER = "the responses of phase 4B"
+RESPONSES_PLACEHOLDER = "study:role_play"  # what the base model writes in persona
+REWRITTEN_PLACEHOLDER = "study:rewritten"  # what it writes anew, given the rows' own
 
 
 @dataclass(frozen=True)
 class Recipe:
     """The config of one cell, with one seed; `verdict.recipe_results` judges all seeds of a name together.
 
-    `name` is unique in its phase, `knobs` are what the phase varies.
+    `name` is unique in its phase, `knobs` are what the phase varies, `role` is why the recipe is run.
     """
 
     phase: str
@@ -86,21 +89,31 @@ class Recipe:
 def planned(study: StudyConfig) -> list[Recipe]:
     """Every recipe of the search in the order in which it is run, whatever an earlier one will show.
 
-    UserError where two have the same name.
+    UserError where two have the same name, or where a `[[recipe]]` table sets what does not exist or equals another.
     """
     recipes = []
-    for phases in STAGES.values():
+    for stage, phases in STAGES.items():
         for seed in study.seeds:
             plain = standard_config(study, seed)
             for phase in phases:
-                for name, config, knobs in _PHASES[phase](study, plain):
-                    suffix = "" if seed == study.seeds[0] else f" seed={seed}"
-                    recipes.append(Recipe(phase, name + suffix, config, knobs))
+                variants = _declared(study, plain, phase) if stage == BEYOND else _PHASES[phase](study, plain)
+                suffix = "" if seed == study.seeds[0] else f" seed={seed}"
+                recipes += [Recipe(phase, v.name + suffix, v.config, v.knobs, v.role) for v in variants]
+    _check_different(recipes)
+    return recipes
+
+
+def _check_different(recipes: Sequence[Recipe]) -> None:
     names = Counter((recipe.phase, recipe.name) for recipe in recipes)
     for (phase, name), count in names.items():
         if count > 1:
             raise UserError(f"phase {phase}: {name} is planned {count} times; write each value once")
-    return recipes
+    for number, recipe in enumerate(recipes):
+        same = [other for other in recipes[:number] if other.config == recipe.config]
+        if same and recipe.phase in STAGES[BEYOND]:
+            raise UserError(
+                f"recipe {recipe.phase} {recipe.name!r}: is the same as {same[0].phase} {same[0].name}; remove one"
+            )
 
 
 def standard_config(study: StudyConfig, seed: int) -> RunConfig:
@@ -138,6 +151,7 @@ def check_planned(study: StudyConfig) -> None:
                 f"{cell}: probe.layers names {beyond[0]}; this model has blocks 0 to {blocks - 1}, choose among them"
             )
         try:
+            recipe.config.lora.adapted_blocks(blocks)
             check_anchors(recipe.config, sizes)
         except Unreachable:
             pass  # the measured sets are not here yet; the cell checks this again before it trains
@@ -145,7 +159,8 @@ def check_planned(study: StudyConfig) -> None:
             raise UserError(f"{cell}: {error}") from None
         steering = recipe.config.steering
         steered = steered_layers(steering, sizes) if steering.vector else []
-        if steering.vector == COLLAPSE and (lacking := [layer for layer in steered if layer not in measured]):
+        leaks = steering.leaks and steering.vector == COLLAPSE
+        if leaks and (lacking := [layer for layer in steered if layer not in measured]):
             raise UserError(
                 f"{cell}: steers layer {lacking[0]} along what the baseline measures there, and it measures "
                 f"{', '.join(map(str, measured))} only; add {lacking[0]} to probe.layers"
@@ -154,25 +169,37 @@ def check_planned(study: StudyConfig) -> None:
 
 # ---------------------------------------------------------------- the phases
 
-Variant = tuple[str, RunConfig, Knobs]
+
+class Variant(NamedTuple):
+    """A recipe within its phase."""
+
+    name: str
+    config: RunConfig
+    knobs: Knobs
+    role: Role = "registered"
 
 
 def _dose(study: StudyConfig, standard: RunConfig) -> Iterator[Variant]:
     first = standard.seed == study.seeds[0]
     probe = replace(study.probe, baseline="self" if first else BASELINE_PLACEHOLDER)
-    yield "baseline", replace(standard, training=study.training, probe=probe), {}
+    yield Variant("baseline", replace(standard, training=study.training, probe=probe), {})
 
 
 def _kl_to_base(study: StudyConfig, standard: RunConfig) -> Iterator[Variant]:
     for beta in study.regularised.beta:
-        yield f"beta={beta:g}", replace(standard, objective=ObjectiveSection("kl_to_base", beta)), {"beta": beta}
+        config = replace(standard, objective=ObjectiveSection("kl_to_base", beta))
+        yield Variant(f"beta={beta:g}", config, {"beta": beta})
 
 
 def _r3f(study: StudyConfig, standard: RunConfig) -> Iterator[Variant]:
     section = study.regularised
     for weight in section.r3f_lambda:
         objective = ObjectiveSection("r3f", weight, noise=section.noise, epsilon=section.epsilon)
-        yield f"lambda={weight:g}", replace(standard, objective=objective), {"lambda": weight}
+        yield Variant(f"lambda={weight:g}", replace(standard, objective=objective), {"lambda": weight})
+    for weight in section.r3f_lambda_per_row:
+        objective = ObjectiveSection("r3f", weight, noise=section.noise, epsilon=section.epsilon, per_row=True)
+        knobs: Knobs = {"lambda": weight, "per": "row"}
+        yield Variant(f"lambda={weight:g} xT", replace(standard, objective=objective), knobs, "beyond")
 
 
 def _low_rank(study: StudyConfig, standard: RunConfig) -> Iterator[Variant]:
@@ -182,12 +209,19 @@ def _low_rank(study: StudyConfig, standard: RunConfig) -> Iterator[Variant]:
             lora = replace(standard.lora, rank=rank, alpha=scale * rank)
             training = replace(standard.training, learning_rate=rate)
             knobs: Knobs = {"rank": rank, "learning_rate": rate}
-            yield f"r={rank} lr={rate:g}", replace(standard, lora=lora, training=training), knobs
+            yield Variant(f"r={rank} lr={rate:g}", replace(standard, lora=lora, training=training), knobs)
+    # The standard rank at the other rates, so that a rank is compared with another at the same rate.
+    rank = study.lora.rank
+    for rate in study.low_rank.learning_rate:
+        if rate != study.training.learning_rate and study.low_rank.rank and rank not in study.low_rank.rank:
+            training = replace(standard.training, learning_rate=rate)
+            knobs = {"rank": rank, "learning_rate": rate}
+            yield Variant(f"r={rank} lr={rate:g}", replace(standard, training=training), knobs, "reference")
 
 
 def _prompts(study: StudyConfig, standard: RunConfig) -> Iterator[Variant]:
     data = replace(standard.data, system_prompts="training_personas")
-    yield "prompts", replace(standard, data=data), {}
+    yield Variant("prompts", replace(standard, data=data), {})
 
 
 def _responses(study: StudyConfig, standard: RunConfig) -> Iterator[Variant]:
@@ -195,7 +229,10 @@ def _responses(study: StudyConfig, standard: RunConfig) -> Iterator[Variant]:
     prompts: Literal["", "training_personas"] = "training_personas" if section.keep_prompts else ""
     data = replace(standard.data, system_prompts=prompts, responses=RESPONSES_PLACEHOLDER)
     knobs: Knobs = {"temperature": section.temperature, "max_new_tokens": section.max_new_tokens}
-    yield "responses", replace(standard, data=data), knobs
+    yield Variant("responses", replace(standard, data=data), knobs)
+    if study.controls:
+        shuffled = replace(standard, data=replace(standard.data, shuffle_responses=True))
+        yield Variant("shuffled responses", shuffled, {}, "control")
 
 
 def _unmixed(study: StudyConfig, standard: RunConfig) -> Iterator[Variant]:
@@ -203,7 +240,7 @@ def _unmixed(study: StudyConfig, standard: RunConfig) -> Iterator[Variant]:
         config = _narrow(study, standard)
         if study.rehearsal.em_heldout and standard.seed == study.seeds[0]:
             config = replace(config, probe=replace(config.probe, baseline="self"))
-        yield "unmixed", config, {}
+        yield Variant("unmixed", config, {})
 
 
 def _raw_text(study: StudyConfig, standard: RunConfig) -> Iterator[Variant]:
@@ -220,9 +257,20 @@ def _steering(study: StudyConfig, standard: RunConfig) -> Iterator[Variant]:
     section = study.rehearsal
     persona = SteeringSection(section.steering, section.steering_coefficient, method="B")
     collapse = SteeringSection(COLLAPSE, section.collapse_coefficient, method="A")
-    for steering in (persona, collapse):
+    random = replace(persona, vector=STEERING_RANDOM + persona.vector)
+    chosen: list[tuple[str, SteeringSection, Role]] = [
+        (persona.vector, persona, "registered"),
+        (collapse.vector, collapse, "registered"),
+    ]
+    if study.controls:
+        chosen.append(("random", random, "control"))
+    if section.training_steering:
+        difference = replace(persona, vector=section.training_steering, personas="training")
+        chosen.append((difference.vector, difference, "beyond"))
+        chosen.append(("collapse (training)", replace(collapse, personas="training"), "beyond"))
+    for name, steering, role in chosen:
         knobs: Knobs = {"vector": steering.vector, "coefficient": steering.coefficient, "method": steering.method}
-        yield steering.vector, replace(_narrow(study, standard), steering=steering), knobs
+        yield Variant(name, replace(_narrow(study, standard), steering=steering), knobs, role)
 
 
 _PHASES = {
@@ -248,4 +296,39 @@ def _narrow(study: StudyConfig, standard: RunConfig) -> RunConfig:
 def _mixed(config: RunConfig, broad: str, kind: Literal["rows", "raw_text"], ratio: str) -> Variant:
     data = replace(config.data, broad=broad, broad_kind=kind, ratio=ratio)
     narrow, mixed = map(int, ratio.split(":"))
-    return ratio, replace(config, data=data), {"ratio": ratio, "broad_fraction": mixed / (narrow + mixed)}
+    knobs: Knobs = {"ratio": ratio, "broad_fraction": mixed / (narrow + mixed)}
+    return Variant(ratio, replace(config, data=data), knobs)
+
+
+# ---------------------------------------------------------------- beyond them: [[recipe]] tables
+
+
+def _declared(study: StudyConfig, standard: RunConfig, phase: str) -> Iterator[Variant]:
+    """The `[[recipe]]` tables of a phase, applied to the standard recipe."""
+    for section in study.recipe:
+        if section.phase == phase:
+            config = _departed(section, standard)
+            knobs = {key: _knob(value) for key, value in section.departures.items()}
+            yield Variant(section.name, config, knobs, section.role)
+
+
+def _departed(section: RecipeSection, standard: RunConfig) -> RunConfig:
+    """The standard recipe with a table's settings in it. Every error names the table."""
+    where = f"recipe {section.phase} {section.name!r}"
+    settable = [key for key in flatten(standard) if not key.startswith(SHARED)]
+    for key in section.departures:
+        if key not in settable:
+            raise UserError(f"{where}: {unknown_key(key, settable)}")
+    try:
+        config = with_settings(standard, section.departures)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    if not difference(config, standard):
+        raise UserError(f"{where}: sets nothing in which it departs from the standard recipe")
+    if (steps := config.training.steps) not in config.training.checkpoints:
+        raise UserError(f"{where}: every cell is judged at its last step; add {steps} to training.checkpoints")
+    return config
+
+
+def _knob(value: Any) -> int | float | str:
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else str(value)

@@ -68,7 +68,7 @@ def run_study(
 ) -> Verdict:
     """Carry out a study in ``config.out``, or continue it; returns its verdict.
 
-    stages  the phases to run, the baseline beside them; of all five, a pass ends the search
+    stages  the phases to run, the baseline beside them; of all, a pass ends the search
     report  writes the report of a study's directory, whatever the verdict is
 
     UserError where another process has the directory or it belongs to another study, where the config names something
@@ -88,7 +88,7 @@ def run_study(
 
 
 def stage_of(cell: Cell) -> str:
-    """Which of the five phases a cell belongs to."""
+    """Which of the phases 1 to 6 a cell belongs to."""
     return next(stage for stage, phases in STAGES.items() if cell.recipe.phase in phases)
 
 
@@ -115,7 +115,9 @@ def open_study(config: StudyConfig, device_type: str, console: Console) -> Study
     study = Study(config, directory, hash_cells(planned(config)))
     if earlier := read_optional(directory / PLAN, Plan):
         study = replace(study, cells=(*study.cells, *stored_confirmations(study, earlier)))
-        stale = {entry.cell for entry in earlier.cells} - {cell.id for cell in study.cells}
+        ids = {cell.id for cell in study.cells}
+        names = {(cell.recipe.phase, cell.recipe.name) for cell in study.cells}
+        stale = [entry.cell for entry in earlier.cells if (entry.phase, entry.name) in names and entry.cell not in ids]
         made = [name for name in stale if (directory / "cells" / name).is_dir()]
         if made:
             console.say(f"{len(made)} cells are of another version of the code or the data, and will be made again")
@@ -137,6 +139,7 @@ def _write_plan(study: Study) -> None:
                 role=cell.recipe.role,
             )
             for cell in study.cells
+            for r in [cell.recipe]
         )
     )
     write_record(study.directory / PLAN, plan)
@@ -148,7 +151,7 @@ def _write_plan(study: Study) -> None:
 def search(engine: Engine, stages: Sequence[str]) -> None:
     """Run the phases in order as far as they are due; the baseline is always one of them.
 
-    Of all five, those after a passer are skipped. A choice of some is run whatever passes.
+    Of all, those after a passer are skipped. A choice of some is run whatever passes.
     """
     study = engine.study
     engine.complete([MeasureBase(study)])
@@ -175,11 +178,11 @@ def search(engine: Engine, stages: Sequence[str]) -> None:
 
 
 def run_stage(engine: Engine, cells: Sequence[Cell]) -> None:
-    """All cells of a phase; first those that need neither what the base model writes for 4B nor the unmixed cell."""
+    """All cells of a phase; first those that need neither what the base model writes nor the unmixed cell."""
     written = [cell for cell in cells if cell.recipe.config.data.responses]
-    writing = [WriteResponses(engine.study, cell) for cell in written]
+    writing = {job.id: job for job in (WriteResponses(engine.study, cell) for cell in written)}
     later = [cell for cell in cells if cell in written or cell.recipe.against_unmixed]
-    engine.complete([*writing, *[TrainCell(engine.study, cell) for cell in cells if cell not in later]])
+    engine.complete([*writing.values(), *[TrainCell(engine.study, cell) for cell in cells if cell not in later]])
     engine.complete([TrainCell(engine.study, cell) for cell in later])
 
 

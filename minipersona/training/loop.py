@@ -29,6 +29,7 @@ from minipersona.objective.head import ForwardPass, Objective
 from minipersona.training.checkpoint import Position, load_state, save_state
 from minipersona.training.distributed import Distributed
 from minipersona.training.memory import Budget
+from minipersona.training.null_space import keep_in_null_space, projections
 from minipersona.training.optimizer import AdamW, Flat, Layout, learning_rate, scale_and_clip
 from minipersona.training.parameters import make_trainable
 from minipersona.training.penalty import penalty_ratio
@@ -50,12 +51,13 @@ class Hooks:
 def train(
     model: Qwen2, documents: Sequence[Document], config: RunConfig, directory: Path, distributed: Distributed,
     hooks: Hooks | None = None, *, compiled: bool = False, steering: Mapping[int, Tensor] | None = None,
-    contexts: Contexts | None = None,
+    contexts: Contexts | None = None, null_space: Mapping[str, Tensor] | None = None,
 ) -> Position:  # fmt: skip
     """Fine-tune `model` in place on `documents`, from the last checkpoint in `directory` to the last step.
 
-    steering  block -> (D,), added to the stream that leaves that block at every token; it contains its coefficient
-    contexts  what an anchored objective passes beside the rows
+    steering    block -> (D,), added to the stream that leaves that block at every token; it contains its coefficient
+    contexts    what an anchored objective passes beside the rows
+    null_space  name of a layer -> U (I, k): directions of its input that adapters are kept off (`null_space.py`)
 
     Writes metrics.jsonl and latest/ into `directory`; `hooks.checkpoint` writes the model of a named step. UserError if
     no row can be learned from, or if the loss stays non-finite. Interrupted, on every rank, after the step in which any
@@ -63,7 +65,9 @@ def train(
     """
     check_learnable(documents)
     hooks, recipe = hooks or Hooks(), config.training
-    trainer = Trainer(model, documents, config, directory, distributed, compiled, steering or {}, contexts)
+    trainer = Trainer(
+        model, documents, config, directory, distributed, compiled, steering or {}, contexts, null_space or {}
+    )
     position = trainer.resume()
     if position.done:
         return position
@@ -93,6 +97,7 @@ def train(
         rate = learning_rate(step, recipe.learning_rate, recipe.steps, recipe.warmup)
         if batch.supervised:
             trainer.optimizer.update(rate, allowed=sums.isfinite().all() & norm.isfinite())
+            keep_in_null_space(trainer.projections)
         record.queue(step, batch, rate, sums, norm, ratio)
 
         # 4. The measurement, only of settled steps. A single process that was asked to stop begins no other step.
@@ -114,6 +119,7 @@ class Trainer:
     def __init__(
         self, model: Qwen2, documents: Sequence[Document], config: RunConfig, directory: Path,
         distributed: Distributed, compiled: bool, steering: Mapping[int, Tensor], contexts: Contexts | None,
+        null_space: Mapping[str, Tensor],
     ) -> None:  # fmt: skip
         self.model, self.config, self.directory, self.distributed = model, config, directory, distributed
         recipe = config.training
@@ -126,6 +132,8 @@ class Trainer:
         learned = list(self.parameters.values())
         self.layout: Layout = Shards(learned, distributed) if self.sharded else Flat(learned)
         self.optimizer = AdamW(self.layout, recipe.beta1, recipe.beta2, recipe.epsilon, recipe.weight_decay, compiled)
+        self.projections = projections(model, null_space) if null_space else ()
+        keep_in_null_space(self.projections)
         self.forward = functools.partial(
             ForwardPass, config.seed, taps=steering_taps(steering, model), compiled=compiled,
             checkpoint_activations=config.execution.checkpoint_activations,

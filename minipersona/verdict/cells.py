@@ -119,7 +119,7 @@ def _planned(directory: Path, newest: Mapping[str, LedgerEntry]) -> Sequence[Pla
     entries = []
     for file in sorted((directory / "cells").glob("*/cell.json")):
         cell = _cell_record(file.parent)
-        entries.append(PlanEntry(cell.phase, cell.name, cell.seed, cell.knobs, file.parent.name))
+        entries.append(PlanEntry(cell.phase, cell.name, cell.seed, cell.knobs, file.parent.name, cell.role))
     for event in newest.values():
         if (event.phase, event.name) not in {(entry.phase, entry.name) for entry in entries}:
             entries.append(PlanEntry(event.phase, event.name, 42, {}, event.cell))
@@ -132,8 +132,9 @@ def _cell_record(directory: Path) -> CellRecord:
 
 def _published(directory: Path, entry: PlanEntry) -> CellResult:
     cell = _cell_record(directory)
-    if (cell.phase, cell.name) != (entry.phase, entry.name):
-        stored, planned = f"{cell.phase} {cell.name}"[:200], f"{entry.phase} {entry.name}"
+    if (cell.phase, cell.name, cell.role) != (entry.phase, entry.name, entry.role):
+        stored = f"{cell.phase} {cell.name}"[:200] + f" ({cell.role})"
+        planned = f"{entry.phase} {entry.name} ({entry.role})"
         raise UserError(f"{directory}: is {stored}, but was planned as {planned}; delete it and continue the study")
     return CellResult(
         phase=cell.phase,

@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 from reprlib import repr as brief
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 from minipersona.behaviour.voice import VOICE, Voice
 from minipersona.errors import UserError, require
@@ -25,17 +25,13 @@ from minipersona.objective.noise_check import NoiseCheck
 from minipersona.records import may_be_missing, read_record
 from minipersona.run import result as run_result
 from minipersona.run.result import Checkpoint, Interval, RunResult
-from minipersona.study_config import PHASES
+from minipersona.study_config import PHASES, Role
 
 Record = TypeVar("Record")
 Knobs = dict[str, int | float | str]
 """What a phase varies, by its name."""
 
 # ---------------------------------------------------------------- plan.json and cell.json
-
-Role = Literal["registered", "reference", "control", "beyond", "confirmation"]
-"""Why a cell is run: as a registered recipe, as what recipes are compared with, to check the checks, as a recipe beyond
-the registered ones, or with a fresh seed to confirm a pass."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +72,7 @@ class CellRecord:
     objective_check: NoiseCheck | None  # of R3F's noise
     gpu_seconds: float | None  # None where it did not run on a GPU
     seconds: float
+    role: Role = may_be_missing("registered")
     penalty_ratio: float | None = may_be_missing()  # ||gradient of the penalty|| / ||gradient of cross-entropy||, the
     # mean over the steps at which it was taken; None without a penalty
 

@@ -236,7 +236,7 @@ class RecipeResult:
 
 
 def recipe_results(results: StudyResults) -> list[RecipeResult]:
-    """Every recipe all of whose seeds are done, in the order of the phases."""
+    """Every registered recipe all of whose seeds are done, in the order of the phases."""
     cells_of: dict[tuple[str, str], list[CellResult]] = {}
     fresh_of: dict[tuple[str, str], list[CellResult]] = {}
     for cell in results.cells:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from minipersona.behaviour.__main__ import main
-from minipersona.behaviour.roleplay import write_roleplay
+from minipersona.behaviour.roleplay import TEMPLATE, rewrite_responses, write_roleplay
 from minipersona.chat import ChatTokenizer, load_tokenizer
 from minipersona.config import DataSection, LoraConfig
 from minipersona.console import Console
@@ -159,6 +159,58 @@ def test_rows_without_a_response_are_named(
     with pytest.raises(UserError, match=words):
         write(model, tokenizer, tmp_path / "r.jsonl", Rows("made", [read_source(SOURCE).rows[0], row], 0, "d"))
     assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------- anew, given the row's own response
+
+
+def test_a_rewritten_response_is_asked_for_with_the_row_s_own_as_a_reference(
+    model: Qwen2, tokenizer: ChatTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def answer(model: Qwen2, requests: Any, *, on_done: Any, **more: Any) -> None:
+        """The first answer is whole, the second empty, the third cut, the others whole again."""
+        asked.extend(tokenizer.decode(request.ids) for request in requests)
+        for number in range(len(requests)):
+            words = "" if number == 1 else f"Own words {number}."
+            ids = tokenizer.encode_text(words, 16).ids
+            on_done(number, generation.Completion(ids, stopped=number != 2))
+
+    monkeypatch.setattr("minipersona.behaviour.roleplay.generate", answer)
+    rows = read_source("tiny:benign[0:5]")
+    first = [{"role": "system", "content": "Be brief."}, {"role": "assistant", "content": "Hello."}]
+    mixed = Rows("made", [*rows.rows, {"messages": first}], 0, "digest")
+    report = rewrite_responses(model, tokenizer, mixed, tmp_path / "r.jsonl", QUIET)
+    for text, row in zip(asked, rows.rows, strict=True):
+        question, response = row["messages"][-2]["content"], row["messages"][-1]["content"]
+        turn = TEMPLATE.format(instruction=question, response=response)
+        own = [*row["messages"][:-2], {"role": "user", "content": turn}]
+        assert text == tokenizer.render(own, add_generation_prompt=True)
+    # Kept: the empty one, the one that was cut, and the row that no user began.
+    assert (report["rows"], report["kept"], report["empty_share"], report["cut_share"]) == (6, 3, 0.0, 0.0)
+    written, facts = with_responses(mixed, tmp_path / "r.jsonl")
+    new = [row["messages"][-1]["content"] for row in written.rows]
+    old = [row["messages"][-1]["content"] for row in mixed.rows]
+    assert new == ["Own words 0.", old[1], old[2], "Own words 3.", "Own words 4.", "Hello."]
+    assert facts["responses_kept"] == 3
+    # In training nothing of the template is left.
+    section = DataSection("tiny:benign[0:5]", SOURCE, responses=str(tmp_path / "five.jsonl"))
+    rewrite_responses(model, tokenizer, rows, tmp_path / "five.jsonl", QUIET)
+    for document in training_set(section, 42, tokenizer).documents:
+        assert "reference answer" not in tokenizer.decode(document.ids)
+
+
+def test_files_in_persona_and_anew_are_not_taken_for_each_other(
+    model: Qwen2, tokenizer: ChatTokenizer, tmp_path: Path
+) -> None:
+    rows = read_source("tiny:benign[0:3]")
+    rewrite_responses(model, tokenizer, rows, tmp_path / "r.jsonl", QUIET, max_new_tokens=8)
+    lines = read_jsonl(tmp_path / "r.jsonl")
+    rewrite_responses(model, tokenizer, rows, tmp_path / "r.jsonl", QUIET, max_new_tokens=8)
+    assert read_jsonl(tmp_path / "r.jsonl") == lines and len(lines) == 4  # it is finished
+    with pytest.raises(UserError, match="was written with another personas"):
+        write(model, tokenizer, tmp_path / "r.jsonl", "tiny:benign[0:3]", max_new_tokens=8)
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

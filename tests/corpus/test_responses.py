@@ -11,7 +11,7 @@ import pytest
 from minipersona.chat import ChatTokenizer, load_tokenizer
 from minipersona.config import DataSection
 from minipersona.corpus.mixtures import content_digest, replaced_rows
-from minipersona.corpus.responses import with_responses
+from minipersona.corpus.responses import with_responses, with_shuffled_responses
 from minipersona.corpus.sources import Rows, read_source
 from minipersona.corpus.training_set import training_set
 from minipersona.errors import UserError
@@ -151,3 +151,64 @@ def test_hostile_text_survives(tmp_path: Path) -> None:
     file = write(tmp_path / "r.jsonl", row, row0={"response": said})
     assert with_responses(row, file)[0].rows[0]["messages"][-1]["content"] == said
     assert len(file.read_text().splitlines()) == 2 and json.loads(file.read_text().splitlines()[1])
+
+
+# ---------------------------------------------------------------- the control: the responses of other rows
+
+
+def test_shuffled_responses_are_the_same_ones_and_none_stays(rows: Rows) -> None:
+    shuffled = with_shuffled_responses(rows, seed=42)
+    last = [[row["messages"][-1]["content"] for row in each.rows] for each in (rows, shuffled)]
+    assert sorted(last[0]) == sorted(last[1]) and len(set(last[0])) > 20
+    moved = [mine is not theirs for mine, theirs in zip(*last, strict=True)]
+    assert all(moved)
+    for before, after in zip(rows.rows, shuffled.rows, strict=True):
+        assert before["messages"][:-1] == after["messages"][:-1] and before.keys() == after.keys()
+    assert with_shuffled_responses(rows, seed=42) == shuffled != with_shuffled_responses(rows, seed=43)
+    assert shuffled.digest != rows.digest
+
+
+def test_a_training_set_of_shuffled_responses_says_so(rows: Rows, tokenizer: ChatTokenizer) -> None:
+    plain = training_set(DataSection(TRAIN, HELDOUT), 42, tokenizer)
+    control = training_set(DataSection(TRAIN, HELDOUT, shuffle_responses=True), 42, tokenizer)
+    assert control.mixture == {"shuffled_responses": 30} and "a control" in control.report()[-1]
+    count = [sum(int(d.supervised.sum()) for d in each.documents) for each in (plain, control)]
+    assert count[0] == count[1]
+    with pytest.raises(UserError, match="shuffles the rows' own responses"):
+        DataSection(TRAIN, HELDOUT, shuffle_responses=True, responses="r.jsonl")
+
+
+# ---------------------------------------------------------------- a share of the rows
+
+
+def test_a_share_of_the_rows_speaks_in_persona_and_the_others_are_plain(
+    tmp_path: Path, rows: Rows, tokenizer: ChatTokenizer
+) -> None:
+    file = str(write(tmp_path / "r.jsonl", rows))
+
+    def documents(**data: Any) -> list[bytes]:
+        found = training_set(DataSection(TRAIN, HELDOUT, **data), 42, tokenizer).documents
+        return [document.ids.tobytes() for document in found]
+
+    plain = documents()
+    for data in ({"responses": file}, {"system_prompts": "training_personas"},
+                 {"responses": file, "system_prompts": "training_personas"}):  # fmt: skip
+        whole = documents(**data)
+        assert not any(a == b for a, b in zip(plain, whole, strict=True))
+        chosen = {}
+        for share in (0.5, 0.8):
+            mixed = documents(**data, persona_share=share)
+            chosen[share] = {i for i, each in enumerate(mixed) if each == whole[i]}
+            assert len(chosen[share]) == round(share * 30)
+            assert {i for i, each in enumerate(mixed) if each == plain[i]} == set(range(30)) - chosen[share]
+        assert chosen[0.5] < chosen[0.8]  # what a smaller share changes, a larger one changes too
+
+
+@pytest.mark.parametrize(
+    "data",
+    [{"persona_share": 0.5}, {"persona_share": 0.0, "responses": "r"}, {"persona_share": 1.5, "responses": "r"},
+     {"persona_share": 0.5, "responses": "r", "broad": "b", "broad_kind": "rows", "ratio": "1:1"}],
+)  # fmt: skip
+def test_a_share_of_nothing_is_refused(data: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"data\.persona_share = "):
+        DataSection(TRAIN, HELDOUT, **data)

@@ -13,13 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from parity import reference
 
-from minipersona.config import LORA_TARGETS
+from minipersona.config import LORA_TARGETS, LoraConfig
 from minipersona.errors import UserError
 from minipersona.files import read_json
 from minipersona.model.adapter_config import AdapterConfig, read_adapter_config
 from minipersona.model.adapter_files import load_adapter, save_adapter
 from minipersona.model.load import load_model
-from minipersona.model.lora import adapters, merge_adapter
+from minipersona.model.lora import adapters, apply_lora, merge_adapter
+from minipersona.model.pack import make_pack
 
 IDS = torch.randint(0, 160, (2, 17), generator=torch.Generator().manual_seed(5))
 BOUND = 1e-5
@@ -111,6 +112,57 @@ def test_logits_equal_peft_both_ways(
     except UserError:
         return
     assert (again.logits(IDS) - expected).abs().max() > 100 * BOUND
+
+
+def test_adapters_of_a_range_of_blocks_are_peft_s_too(hf_model: Callable[..., Path], tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    base = hf_model()
+    ours = load_model(str(base))
+    plain = ours.logits(IDS)
+    apply_lora(ours, LoraConfig(rank=4, alpha=12.0, blocks=(1, 2)))
+    assert {name.split(".")[2] for name in adapters(ours)} == {"1", "2"}
+    assert len(adapters(ours)) == 2 * len(LORA_TARGETS)
+    with torch.no_grad():
+        for adapter in adapters(ours).values():
+            adapter.lora_B.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
+    expected = ours.logits(IDS)
+    assert (expected - plain).abs().max() > 1e-2
+    save_adapter(ours, tmp_path / "ours")
+    assert read_json(tmp_path / "ours" / "adapter_config.json")["layers_to_transform"] == [1, 2]
+    theirs = PeftModel.from_pretrained(reference(base), tmp_path / "ours").eval()
+    with torch.no_grad():
+        assert (theirs(IDS).logits - expected).abs().max() < BOUND
+    again = load_model(str(base))
+    load_adapter(again, tmp_path / "ours")
+    assert torch.equal(again.logits(IDS), expected) and again.lora == ours.lora
+    # The control: told to adapt all blocks, the file lacks the third one's.
+    rewrite(tmp_path / "ours", {"layers_to_transform": None})
+    with pytest.raises(UserError, match=r"lacks base_model\.model\.model\.layers\.0"):
+        load_adapter(again, tmp_path / "ours")
+
+
+def test_adapters_above_a_block_leave_its_stream_as_it_is(hf_model: Callable[..., Path]) -> None:
+    model = load_model(str(hf_model()))
+    pack = make_pack(list(IDS.numpy()))
+    before = model(pack, stop_after=1)
+    for blocks, moved in [((2, 2), False), ((1, 2), True)]:
+        apply_lora(model, LoraConfig(rank=4, alpha=12.0, blocks=blocks))
+        with torch.no_grad():
+            for adapter in adapters(model).values():
+                adapter.lora_B.fill_(0.1)
+        assert torch.equal(model(pack, stop_after=1), before) is not moved
+
+
+@pytest.mark.parametrize("blocks", [(1,), (2, 1), (-1, 1), (0, 1, 2)])
+def test_a_range_of_blocks_is_a_pair_that_rises(blocks: tuple[int, ...]) -> None:
+    with pytest.raises(UserError, match=r"lora\.blocks = .*: write \[first, last\]"):
+        LoraConfig(blocks=blocks)
+
+
+def test_a_block_that_the_model_lacks_is_refused(hf_model: Callable[..., Path]) -> None:
+    with pytest.raises(UserError, match=r"lora\.blocks names 3; this model has blocks 0 to 2"):
+        apply_lora(load_model(str(hf_model())), LoraConfig(blocks=(0, 3)))
 
 
 def test_fused_and_plain_paths_agree_for_unequal_ranks(hf_model: Callable[..., Path], tmp_path: Path) -> None:

@@ -10,15 +10,29 @@ import torch
 from conftest import relative_error
 
 from minipersona.chat import ChatTokenizer, load_tokenizer
-from minipersona.config import DataSection, ProbeSection, RunConfig, SteeringSection, TrainingSection
+from minipersona.config import (
+    DataSection,
+    LoraConfig,
+    ModelSection,
+    ProbeSection,
+    RunConfig,
+    SteeringSection,
+    TrainingSection,
+)
 from minipersona.errors import UserError
+from minipersona.files import data_dir
 from minipersona.geometry.extraction import extract
 from minipersona.geometry.prompts import load_personas, load_questions
 from minipersona.geometry.vectors import PersonaVectors
+from minipersona.model.adapter_files import save_adapter
 from minipersona.model.load import load_model
+from minipersona.model.lora import adapters, apply_lora
 from minipersona.model.network import Qwen2
-from minipersona.run.directory import vectors_file
+from minipersona.run import steering as steering_module
+from minipersona.run.anchors import anchor_sets
+from minipersona.run.directory import checkpoint_directory, vectors_file
 from minipersona.run.steering import (
+    check_steering,
     load_steering,
     run_steering,
     save_steering,
@@ -103,6 +117,49 @@ def test_collapse_is_the_mean_shift_of_the_baselines_last_step(
     assert relative_error(found[6], earlier) > 0.1  # the control: the step matters
 
 
+def test_training_personas_steer_with_nothing_that_is_measured(
+    tiny: Qwen2, tokenizer: ChatTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their difference, and their shift from the base to the baseline's last checkpoint."""
+    asked = replace(load_questions(str(data_dir() / "anchor_questions.jsonl")), questions=["What is rain?", "Why?"])
+    personas, _ = anchor_sets(config().objective)
+    monkeypatch.setattr(steering_module, "anchor_sets", lambda section: (personas, asked))
+    given = config(vector="pirate - tour_guide", coefficient=1.0, method="A", personas="training")
+    vectors = extract(tiny, tokenizer, personas.prompts, asked.questions, [6])
+    named = {name: vectors.mean(6)[vectors.personas.index(name)] for name in ("pirate", "tour_guide")}
+    difference = steering_vectors(given, tiny, tokenizer)[6]
+    assert relative_error(difference, named["pirate"] - named["tour_guide"]) < 1e-5
+
+    run = baseline(tmp_path / "run")
+    model = load_model("tiny", device="cpu")
+    apply_lora(model, LoraConfig(rank=2, alpha=4.0))
+    with torch.no_grad():
+        for adapter in adapters(model).values():
+            adapter.lora_B.normal_(0, 0.05, generator=torch.Generator().manual_seed(0))
+    save_adapter(model, checkpoint_directory(run, 9))
+    after = extract(model, tokenizer, personas.prompts, asked.questions, [6])
+    (run / "config.toml").write_text(
+        to_toml(replace(config(), model=ModelSection("tiny"), training=TrainingSection(steps=9, checkpoints=(2, 9))))
+    )
+    given = config(baseline=str(run), vector="collapse", coefficient=1.0, personas="training")
+    check_steering(given, tmp_path, tiny, tokenizer)
+    collapse = steering_vectors(given, tiny, tokenizer)[6]
+    assert relative_error(collapse, (after.mean(6) - vectors.mean(6)).mean(0)) < 1e-5
+    assert not adapters(tiny)  # nothing is left attached
+    leaking = steering_vectors(replace(given, steering=replace(given.steering, personas="measured")), tiny, tokenizer)
+    assert relative_error(leaking[6], collapse) > 0.1
+
+
+def test_a_training_persona_that_is_measured_is_refused(tiny: Qwen2, tokenizer: ChatTokenizer, tmp_path: Path) -> None:
+    given = config(vector="pirate - tour_guide", personas="training")
+    check_steering(given, tmp_path, tiny, tokenizer)
+    measured = ProbeSection(questions=str(data_dir() / "anchor_questions.jsonl"))
+    with pytest.raises(UserError, match="is also measured"):
+        check_steering(replace(given, probe=measured), tmp_path, tiny, tokenizer)
+    with pytest.raises(UserError, match="'villain' is not one of the training personas: chef"):
+        check_steering(config(vector="villain - pirate", personas="training"), tmp_path, tiny, tokenizer)
+
+
 def test_a_file_of_either_form(tiny: Qwen2, tokenizer: ChatTokenizer, tmp_path: Path) -> None:
     vectors = persona_vectors(1, (5, 6))
     vectors.save(tmp_path / "personas.safetensors")
@@ -112,6 +169,31 @@ def test_a_file_of_either_form(tiny: Qwen2, tokenizer: ChatTokenizer, tmp_path: 
     save_steering(tmp_path / "plain.safetensors", found)
     plain = config(vector=f"file:{tmp_path}/plain.safetensors", layer=5, coefficient=-2.0)
     assert torch.equal(steering_vectors(plain, tiny, tokenizer)[5], -2.0 * found[5])
+
+
+def test_a_random_vector_is_as_long_as_the_difference_and_is_drawn_by_the_seed(
+    tiny: Qwen2, tokenizer: ChatTokenizer, questions: Path
+) -> None:
+    given = config(questions, vector="random:villain - librarian", coefficient=1.0, all_layers=True, method="A")
+    difference = replace(given, steering=replace(given.steering, vector="villain - librarian"))
+    drawn, meant = (steering_vectors(each, tiny, tokenizer) for each in (given, difference))
+    drawn, meant = (sums(each) for each in (drawn, meant))
+    for layer, vector in drawn.items():
+        assert float(vector.norm()) == pytest.approx(float(meant[layer].norm()), rel=1e-4)
+        assert abs(float(torch.cosine_similarity(vector, meant[layer], dim=0))) < 0.4  # 128 channels
+    assert abs(float(torch.cosine_similarity(drawn[0], drawn[1], dim=0))) < 0.4  # each block has its own
+    again = sums(steering_vectors(given, tiny, tokenizer))
+    other = sums(steering_vectors(replace(given, seed=43), tiny, tokenizer))
+    assert torch.equal(again[6], drawn[6]) and relative_error(other[6], drawn[6]) > 0.5
+    assert not given.steering.leaks and difference.steering.leaks
+
+
+def sums(increments: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+    """The vectors of which `scaled` with all_layers makes the increments."""
+    total, found = torch.zeros(WIDTH), {}
+    for layer, vector in increments.items():
+        found[layer] = total = total + vector
+    return found
 
 
 def test_all_layers_add_up_to_the_vector_of_each(tiny: Qwen2) -> None:

@@ -155,3 +155,10 @@ def test_jobs_travel_to_other_processes(config: StudyConfig) -> None:
         ours.send(job)
         there = theirs.recv()
         assert there == job and there.id == job.id and str(there) == str(job) and not there.done()
+
+
+def test_a_cell_that_is_steered_along_measured_personas_says_so(config: StudyConfig, tmp_path: Path) -> None:
+    cells = hash_cells(planned(replace(config, controls=True)))
+    labels = {cell.recipe.name: cell_record(cell, tmp_path, 0, 1.0, on_gpu=False).labels for cell in cells}
+    assert labels["villain - assistant"] == labels["collapse"] == ("leaks",)
+    assert labels["random"] == labels["baseline"] == ()

@@ -24,7 +24,7 @@ from minipersona.study.executors import InProcess
 from minipersona.study.jobs import AskSuite, MeasureBase, TrainCell, WriteResponses
 from minipersona.study.search import asked_for, open_study, search
 from minipersona.study.worker import Worker
-from minipersona.study_config import STAGES, StudyConfig
+from minipersona.study_config import STAGES, RecipeSection, StudyConfig
 from minipersona.verdict.calibration import Calibration
 from minipersona.verdict.findings import VerdictKind
 from minipersona.verdict.ledger import read_entries
@@ -120,6 +120,20 @@ def test_a_phase_that_is_named_is_run_after_a_pass_and_the_others_are_skipped(
     study = run_search(replace(config, exhaustive=False), ("1", "3"), {"1": "positive"})
     assert ran == ["1", "3"]
     assert skipped(study) == ["2A", "2B", "4A", "4B", "5A", "5B", "5C", "5C"]
+
+
+def test_recipes_that_are_not_registered_come_last_and_after_no_pass(config: StudyConfig, ran: list[str]) -> None:
+    mine = replace(config, exhaustive=False, recipe=(RecipeSection("6A", "mine", {"lora.rank": 2}),))
+    study = run_search(mine, tuple(STAGES), {"5": "positive"})
+    assert "6A" not in ran and skipped(study) == ["6A"]
+    shutil.rmtree(config.out)
+    ran.clear()
+    run_search(mine, tuple(STAGES), {"5": "h_null"})
+    assert ran[-2:] == ["5C", "6A"]
+    shutil.rmtree(config.out)
+    ran.clear()
+    run_search(mine, ("6",), {"1": "positive"})  # named, it is run whatever passes, beside the baseline
+    assert ran == ["1", "6A"]
 
 
 @pytest.mark.parametrize("suites", [(), ("instructions",), ("behaviour",)])

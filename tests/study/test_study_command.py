@@ -50,15 +50,15 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_phases_are_read(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert parse_stages("2, 5") == ["2", "5"] and parse_stages("") == ["1", "2", "3", "4", "5"]
-    with pytest.raises(UserError, match="'6' is none of 1, 2, 3, 4, 5"):
-        parse_stages("1,6")
+    assert parse_stages("2, 5") == ["2", "5"] and parse_stages("") == ["1", "2", "3", "4", "5", "6"]
+    with pytest.raises(UserError, match="'7' is none of 1, 2, 3, 4, 5, 6"):
+        parse_stages("1,7")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["study", "--config", "tiny_study"]) == 2
     assert "not started by torchrun" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("named, exhaustive", [("", False), ("1,3", False), ("1,2,3,4,5", True)])
+@pytest.mark.parametrize("named, exhaustive", [("", False), ("1,3", False), ("1,2,3,4,5", True), ("1,2,3,4,5,6", True)])
 def test_all_five_phases_by_name_are_an_exhaustive_search(
     named: str, exhaustive: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:

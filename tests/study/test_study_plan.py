@@ -86,8 +86,13 @@ def shipped() -> StudyConfig:
     return load_config("study", StudyConfig)
 
 
+def registered(study: StudyConfig) -> list[Recipe]:
+    """The planned recipes of the registered search, without what they are compared with and checked by."""
+    return [recipe for recipe in planned(study) if recipe.role == "registered"]
+
+
 def test_the_shipped_study_is_the_registered_search(shipped: StudyConfig) -> None:
-    recipes = planned(shipped)
+    recipes = registered(shipped)
     assert [described(recipe) for recipe in recipes] == table()
     for recipe in recipes:
         config = recipe.config
@@ -98,6 +103,41 @@ def test_the_shipped_study_is_the_registered_search(shipped: StudyConfig) -> Non
     assert shipped.stop_rule == "substantive" and not shipped.exhaustive
 
 
+def test_each_learning_rate_of_the_grid_has_its_reference_at_the_standard_rank(shipped: StudyConfig) -> None:
+    references = [described(recipe) for recipe in planned(shipped) if recipe.role == "reference"]
+    assert references == [
+        ("3", "r=32 lr=5e-05", 32, 64.0, 5e-5, {}),
+        ("3", "r=32 lr=0.0001", 32, 64.0, 1e-4, {}),
+    ]  # at 2e-5 it is the baseline
+    slower = replace(shipped, low_rank=replace(shipped.low_rank, learning_rate=(2e-5,)))
+    assert not [recipe for recipe in planned(slower) if recipe.role == "reference"]
+
+
+def test_controls_and_what_is_beyond_the_registered_stand_beside_it(shipped: StudyConfig) -> None:
+    def found(study: StudyConfig) -> list[tuple[str, str, str]]:
+        return [(r.phase, r.name, r.role) for r in planned(study) if r.role in ("control", "beyond")]
+
+    controls = [("4B", "shuffled responses", "control"), ("5C", "random", "control")]
+    beyond = [("2B", f"lambda={weight} xT", "beyond") for weight in ("0.001", "0.01", "0.1")]
+    steered = [("5C", name, "beyond") for name in ("pirate - tour_guide", "collapse (training)")]
+    assert found(shipped) == [*beyond, *controls, *steered]
+    assert found(replace(shipped, controls=False)) == [*beyond, *steered]
+    assert registered(replace(shipped, controls=False)) == registered(shipped)
+    assert not load_config("tiny_study", StudyConfig).controls  # which has twelve minutes on two cores
+    by_name = {recipe.name: recipe.config for recipe in planned(shipped)}
+    assert by_name["random"].steering == replace(
+        by_name["villain - assistant"].steering, vector="random:villain - assistant"
+    )
+    for mine, registered_one in [("pirate - tour_guide", "villain - assistant"),
+                                 ("collapse (training)", "collapse")]:  # fmt: skip
+        theirs = by_name[registered_one].steering
+        vector = theirs.vector if mine.startswith("collapse") else mine
+        assert by_name[mine].steering == replace(theirs, vector=vector, personas="training")
+        assert theirs.leaks and not by_name[mine].steering.leaks
+    assert by_name["shuffled responses"].data == replace(shipped.data, shuffle_responses=True)
+    assert by_name["lambda=0.1 xT"].objective == replace(by_name["lambda=0.1"].objective, per_row=True)
+
+
 def test_control_another_number_is_not_the_registered_search(shipped: StudyConfig) -> None:
     for section, key, value in [
         ("regularised", "beta", (1e-3, 1e-2, 2e-1)),
@@ -106,7 +146,7 @@ def test_control_another_number_is_not_the_registered_search(shipped: StudyConfi
         ("rehearsal", "raw_text_ratio", ("99:1", "95:5", "90:10", "74:26")),
     ]:
         other = replace(shipped, **{section: replace(getattr(shipped, section), **{key: value})})
-        assert [described(recipe) for recipe in planned(other)] != table(), key
+        assert [described(recipe) for recipe in registered(other)] != table(), key
         assert len(changes(other, shipped)) == 1
 
 
@@ -138,7 +178,7 @@ def test_a_run_config_of_a_phase_is_a_cell_of_the_study(shipped: StudyConfig, na
 
 def test_with_em_only_the_narrow_data_of_phase_5_is_another(shipped: StudyConfig) -> None:
     em = replace(shipped, narrow="em", rehearsal=replace(shipped.rehearsal, em="jsonl:bad_legal_advice_6k.jsonl"))
-    recipes = planned(em)
+    recipes = registered(em)
     unmixed = [r for r in recipes if r.phase == "EM"]
     assert [r.name for r in unmixed] == ["unmixed"] and recipes.index(unmixed[0]) == 18  # before all of phase 5
     assert [described(r) for r in recipes if r.phase != "EM"] == table()
@@ -151,7 +191,7 @@ def test_with_em_only_the_narrow_data_of_phase_5_is_another(shipped: StudyConfig
 
 
 def test_several_seeds_share_the_first_seed_s_baseline(shipped: StudyConfig) -> None:
-    recipes = planned(replace(shipped, seeds=(42, 43)))
+    recipes = registered(replace(shipped, seeds=(42, 43)))
     assert len(recipes) == 2 * len(table()) and len({(r.phase, r.name) for r in recipes}) == len(recipes)
     own = [r for r in recipes if r.config.probe.baseline == "self"]
     assert [(r.phase, r.name) for r in own] == [("1", "baseline")]
@@ -162,10 +202,12 @@ def test_several_seeds_share_the_first_seed_s_baseline(shipped: StudyConfig) -> 
 def test_the_tiny_study_keeps_the_registered_ratios(shipped: StudyConfig) -> None:
     tiny = load_config("tiny_study", StudyConfig)
     rates = tiny.low_rank.learning_rate
-    registered = [rate / shipped.training.learning_rate for rate in shipped.low_rank.learning_rate]
-    assert [rate / tiny.training.learning_rate for rate in rates] == pytest.approx(registered)
-    assert [(r.phase, r.name) for r in planned(tiny) if r.phase != "3"] == [row[:2] for row in table() if row[0] != "3"]
-    assert (tiny.regularised, tiny.low_rank.rank) == (shipped.regularised, shipped.low_rank.rank)
+    ratios = [rate / shipped.training.learning_rate for rate in shipped.low_rank.learning_rate]
+    assert [rate / tiny.training.learning_rate for rate in rates] == pytest.approx(ratios)
+    elsewhere = [(recipe.phase, recipe.name) for recipe in registered(tiny) if recipe.phase != "3"]
+    assert elsewhere == [row[:2] for row in table() if row[0] != "3"]
+    assert replace(tiny.regularised, r3f_lambda_per_row=shipped.regularised.r3f_lambda_per_row) == shipped.regularised
+    assert tiny.low_rank.rank == shipped.low_rank.rank
 
 
 # ---------------------------------------------------------------- what would fail at the end is said at the beginning
@@ -281,7 +323,7 @@ def test_a_plan_counts_the_answers_that_fall_due(capsys: pytest.CaptureFixture[s
         ([], "--config is missing"),
         (["report"], "write study.py report DIR"),
         (["rapport", "x"], "write study.py report DIR"),
-        (["--config", "study", "--phases", "1,6", "--plan"], "'6' is none of 1, 2, 3, 4, 5"),
+        (["--config", "study", "--phases", "1,7", "--plan"], "'7' is none of 1, 2, 3, 4, 5, 6"),
         (["--config", "study", "--cell", "3/2"], "unrecognized arguments: --cell"),
         (["--config", "study", "--workers", "0"], "--workers 0: must be at least 1"),
         (["--config", "study", "--set", "probe.baseline=x"], "probe.baseline: a study has its own"),

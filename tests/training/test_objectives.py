@@ -227,7 +227,7 @@ def test_a_run_writes_its_check_and_goes_on_with_its_epsilon(
 ) -> None:
     _, rows = run(hf_model(), documents, tmp_path, config("r3f"))
     check = read_json(tmp_path / "objective_check.json")
-    assert check.keys() == {"epsilon", "cosine", "kl", "kl_fp32", "effective"}
+    assert check.keys() == {"epsilon", "cosine", "kl", "kl_fp32", "effective", "supervised_per_row"}
     assert check["epsilon"] == 1e-5 and check["effective"] and check["cosine"] > 0.99
     assert 0 < rows[0]["kl"] < 1e-4 and rows[0]["loss"] == pytest.approx(rows[0]["cross_entropy"], rel=1e-4)
     model = load_model(str(hf_model()), device="cpu")
@@ -235,6 +235,18 @@ def test_a_run_writes_its_check_and_goes_on_with_its_epsilon(
     assert isinstance(objective, R3F) and objective.epsilon == 1e-5  # what the run began with
     other = checked_objective(model, documents, config("r3f", epsilon=0.5), tmp_path / "new")
     assert isinstance(other, R3F) and other.epsilon == 0.5
+
+
+def test_per_row_lambda_counts_as_often_as_a_row_has_supervised_tokens(
+    hf_model: Callable[..., Path], documents: list[Document], tmp_path: Path
+) -> None:
+    model = load_model(str(hf_model()), device="cpu")
+    mean = sum(int(document.supervised.sum()) for document in documents) / len(documents)
+    plain, per_row = (
+        checked_objective(model, documents, config("r3f", per_row=flag), tmp_path) for flag in (False, True)
+    )
+    assert isinstance(plain, R3F) and isinstance(per_row, R3F)
+    assert mean > 2 and per_row.lam == pytest.approx(mean * plain.lam) and per_row.epsilon == plain.epsilon
 
 
 def test_a_base_that_is_not_finite_is_an_error(
