@@ -235,7 +235,7 @@ class SteeringSection:
     method: Literal["A", "B"] = "B"  # by which a difference of two personas is extracted
     # Of whom a difference or the collapse is: the personas and questions that are measured, which leaks them into
     # training, or the 30 training personas and the anchor questions.
-    personas: Literal["measured", "training"] = "measured"
+    persona_set: Literal["measured", "training"] = "measured"
 
     def __post_init__(self) -> None:
         require(self.layer >= -1, f"steering.layer = {self.layer}: blocks are counted from 0; -1 is the registered one")
@@ -254,7 +254,7 @@ class SteeringSection:
     @property
     def leaks(self) -> bool:
         """Whether the vector is made of the personas that are measured, so that M1 says less than it seems to."""
-        elsewhere = self.vector.startswith((STEERING_FILE, STEERING_RANDOM)) or self.personas == "training"
+        elsewhere = self.vector.startswith((STEERING_FILE, STEERING_RANDOM)) or self.persona_set == "training"
         return bool(self.vector) and not elsewhere
 
     @property

@@ -171,7 +171,7 @@ class SyntheticStudy:
         )  # fmt: skip
         record = CellRecord(
             phase, name, cell[-12:], seed, knobs or {}, notes=(), labels=labels, objective_check=None,
-            gpu_seconds=None, seconds=1.0,
+            gpu_seconds=None, seconds=1.0, role=role,
         )  # fmt: skip
         write_record(directory / "cell.json", record)
         if answers is not None:

@@ -12,7 +12,7 @@ v is raw, not of unit length. `steering.vector` says where it comes from:
                                 steering.safetensors
     random:villain - assistant  a control: a direction drawn by the seed, as long as that difference
 
-Differences and the collapse are of the measured personas at the measured questions or, with `steering.personas =
+Differences and the collapse are of the measured personas at the measured questions or, with `steering.persona_set =
 "training"`, of the training personas at the anchor questions, so that nothing measured enters training.
 
 D = width, P = personas
@@ -72,9 +72,9 @@ def check_steering(config: RunConfig, directory: Path, model: Qwen2, tokenizer: 
     section = config.steering
     if not section.vector or (directory / STEERING_VECTORS).is_file():
         return
-    if section.personas == "training":
+    if section.persona_set == "training":
         check_unmeasured(_persona_sets(config), _measured_sets(config))
-    if section.vector == COLLAPSE and section.personas == "training":
+    if section.vector == COLLAPSE and section.persona_set == "training":
         steered_layers(section, model.config)
         _collapsed_run(Path(config.probe.baseline))
     elif section.vector == COLLAPSE or section.vector.startswith(STEERING_FILE):
@@ -121,7 +121,7 @@ def raw_vectors(
     """block -> raw vector (D,) fp32, for the blocks that are steered; none of them zero or not finite."""
     section = config.steering
     layers = steered_layers(section, model.config)
-    if section.vector == COLLAPSE and section.personas == "training":
+    if section.vector == COLLAPSE and section.persona_set == "training":
         vectors = _collapse_of_training(config, layers, model, tokenizer, progress)
     elif section.vector == COLLAPSE:
         vectors = _collapse(Path(config.probe.baseline), layers, model)
@@ -171,7 +171,7 @@ def _persona_difference(
 
 def _persona_sets(config: RunConfig) -> tuple[PersonaSet, QuestionSet]:
     """The personas and questions of which a vector is made."""
-    return anchor_sets(config.objective) if config.steering.personas == "training" else _measured_sets(config)
+    return anchor_sets(config.objective) if config.steering.persona_set == "training" else _measured_sets(config)
 
 
 def _measured_sets(config: RunConfig) -> tuple[PersonaSet, QuestionSet]:
@@ -179,7 +179,7 @@ def _measured_sets(config: RunConfig) -> tuple[PersonaSet, QuestionSet]:
 
 
 def _whose(config: RunConfig) -> str:
-    return "the training personas" if config.steering.personas == "training" else "probe.personas"
+    return "the training personas" if config.steering.persona_set == "training" else "probe.personas"
 
 
 def _known_pair(config: RunConfig) -> dict[str, str]:

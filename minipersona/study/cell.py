@@ -160,7 +160,7 @@ def _contents(recipe: Recipe) -> dict[str, Any]:
 
 
 def _anchor_digests(config: RunConfig) -> list[str]:
-    steering = config.steering.vector and config.steering.personas == "training"
+    steering = config.steering.vector and config.steering.persona_set == "training"
     if not (config.objective.anchored or config.lora.null_space or steering):
         return []
     return [anchors.digest for anchors in anchor_sets(config.objective)]

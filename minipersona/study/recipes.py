@@ -265,9 +265,9 @@ def _steering(study: StudyConfig, standard: RunConfig) -> Iterator[Variant]:
     if study.controls:
         chosen.append(("random", random, "control"))
     if section.training_steering:
-        difference = replace(persona, vector=section.training_steering, personas="training")
+        difference = replace(persona, vector=section.training_steering, persona_set="training")
         chosen.append((difference.vector, difference, "beyond"))
-        chosen.append(("collapse (training)", replace(collapse, personas="training"), "beyond"))
+        chosen.append(("collapse (training)", replace(collapse, persona_set="training"), "beyond"))
     for name, steering, role in chosen:
         knobs: Knobs = {"vector": steering.vector, "coefficient": steering.coefficient, "method": steering.method}
         yield Variant(name, replace(_narrow(study, standard), steering=steering), knobs, role)

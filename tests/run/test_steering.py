@@ -124,7 +124,7 @@ def test_training_personas_steer_with_nothing_that_is_measured(
     asked = replace(load_questions(str(data_dir() / "anchor_questions.jsonl")), questions=["What is rain?", "Why?"])
     personas, _ = anchor_sets(config().objective)
     monkeypatch.setattr(steering_module, "anchor_sets", lambda section: (personas, asked))
-    given = config(vector="pirate - tour_guide", coefficient=1.0, method="A", personas="training")
+    given = config(vector="pirate - tour_guide", coefficient=1.0, method="A", persona_set="training")
     vectors = extract(tiny, tokenizer, personas.prompts, asked.questions, [6])
     named = {name: vectors.mean(6)[vectors.personas.index(name)] for name in ("pirate", "tour_guide")}
     difference = steering_vectors(given, tiny, tokenizer)[6]
@@ -141,23 +141,23 @@ def test_training_personas_steer_with_nothing_that_is_measured(
     (run / "config.toml").write_text(
         to_toml(replace(config(), model=ModelSection("tiny"), training=TrainingSection(steps=9, checkpoints=(2, 9))))
     )
-    given = config(baseline=str(run), vector="collapse", coefficient=1.0, personas="training")
+    given = config(baseline=str(run), vector="collapse", coefficient=1.0, persona_set="training")
     check_steering(given, tmp_path, tiny, tokenizer)
     collapse = steering_vectors(given, tiny, tokenizer)[6]
     assert relative_error(collapse, (after.mean(6) - vectors.mean(6)).mean(0)) < 1e-5
     assert not adapters(tiny)  # nothing is left attached
-    leaking = steering_vectors(replace(given, steering=replace(given.steering, personas="measured")), tiny, tokenizer)
+    leaking = steering_vectors(replace(given, steering=replace(given.steering, persona_set="measured")), tiny, tokenizer)
     assert relative_error(leaking[6], collapse) > 0.1
 
 
 def test_a_training_persona_that_is_measured_is_refused(tiny: Qwen2, tokenizer: ChatTokenizer, tmp_path: Path) -> None:
-    given = config(vector="pirate - tour_guide", personas="training")
+    given = config(vector="pirate - tour_guide", persona_set="training")
     check_steering(given, tmp_path, tiny, tokenizer)
     measured = ProbeSection(questions=str(data_dir() / "anchor_questions.jsonl"))
     with pytest.raises(UserError, match="is also measured"):
         check_steering(replace(given, probe=measured), tmp_path, tiny, tokenizer)
     with pytest.raises(UserError, match="'villain' is not one of the training personas: chef"):
-        check_steering(config(vector="villain - pirate", personas="training"), tmp_path, tiny, tokenizer)
+        check_steering(config(vector="villain - pirate", persona_set="training"), tmp_path, tiny, tokenizer)
 
 
 def test_a_file_of_either_form(tiny: Qwen2, tokenizer: ChatTokenizer, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from minipersona.study.recipes import Recipe, check_planned, planned, standard_c
 from minipersona.study.search import open_study
 from minipersona.study_config import RecipeSection, StudyConfig, changes
 from minipersona.verdict.results import read_study
-from minipersona.verdict.verdict import decide
+from minipersona.verdict.decision import decide
 
 TABLE = """
 [[recipe]]

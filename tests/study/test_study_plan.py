@@ -132,7 +132,7 @@ def test_controls_and_what_is_beyond_the_registered_stand_beside_it(shipped: Stu
                                  ("collapse (training)", "collapse")]:  # fmt: skip
         theirs = by_name[registered_one].steering
         vector = theirs.vector if mine.startswith("collapse") else mine
-        assert by_name[mine].steering == replace(theirs, vector=vector, personas="training")
+        assert by_name[mine].steering == replace(theirs, vector=vector, persona_set="training")
         assert theirs.leaks and not by_name[mine].steering.leaks
     assert by_name["shuffled responses"].data == replace(shipped.data, shuffle_responses=True)
     assert by_name["lambda=0.1 xT"].objective == replace(by_name["lambda=0.1"].objective, per_row=True)
@@ -283,7 +283,7 @@ def test_a_plan_shows_every_recipe(capsys: pytest.CaptureFixture[str]) -> None:
         assert all(f"{value:g}" in line if isinstance(value, float) else value in line
                    for key, value in varied.items() if key not in ("coefficient", "method"))  # fmt: skip
     assert any("tokens are an estimate, 450 a row" in line for line in lines)
-    assert any("at the one with the loss of each of 11 recipes" in line for line in lines)  # 6 cells and 5 early steps
+    assert any("at the one with the loss of each of 14 recipes" in line for line in lines)  # 9 cells and 5 early steps
     assert any(line.startswith("# confirmation of a passer: 3 seeds of it and of the baseline, ") for line in lines)
     assert sum("not asked for by --phases" in line for line in lines) == 3
 
