@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, Protocol
 
 from minipersona.chat.rows import BESIDE, FORMS, read_row
 from minipersona.corpus.ranges import overlap, within
-from minipersona.errors import UserError
+from minipersona.errors import UserError, require
 
 LABEL = "source"  # which of a mixture's subsets a row is from
 BATCH = 512  # rows decoded at a time
@@ -73,8 +73,15 @@ def read_parquet(files: Sequence[File], wanted: slice, name: str) -> tuple[int, 
     rows = 0
     for file in files:
         with file.open(most=False) as handle, _undamaged(file):
-            footers.append(require_pyarrow().read_metadata(handle))
-        rows += footers[-1].num_rows
+            footer = require_pyarrow().read_metadata(handle)
+        in_groups = sum(footer.row_group(group).num_rows for group in range(footer.num_row_groups))
+        require(
+            footer.num_rows == in_groups,
+            f"{file.name}: damaged: its footer says {footer.num_rows:,} rows and, of its groups, {in_groups:,}; fetch "
+            "it again",
+        )
+        footers.append(footer)
+        rows += footer.num_rows
         if wanted.stop is not None and rows >= wanted.stop:
             break  # the files after it need not even be opened
     chosen = within(wanted, rows, name)
@@ -82,7 +89,9 @@ def read_parquet(files: Sequence[File], wanted: slice, name: str) -> tuple[int, 
 
 
 def _rows(chosen: range, stored: Iterator[dict[str, Any]], name: str) -> Iterator[dict[str, Any]]:
-    for index, row in zip(chosen, stored, strict=True):
+    for index in chosen:
+        row = next(stored, None)
+        require(row is not None, f"{name}: row {index} is missing, although a footer counts it; fetch the file again")
         try:
             yield read_row(row)
         except UserError as error:

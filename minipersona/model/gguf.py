@@ -44,6 +44,7 @@ BLOCK = {
 }
 OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 ROPE_FACTORS = "rope_freqs.weight"
+MOST_VALUES = 1_000_000  # of a list; vocabularies have some hundred thousand, and each value takes some hundred bytes
 
 # Keys behind the name of the architecture, and the key of config.json that says the same.
 SIZES = {
@@ -94,11 +95,30 @@ def from_gguf(file: Path, out: Path) -> Qwen2:
 
 def _open(file: Path) -> Any:
     try:
-        from gguf import GGUFReader
+        from gguf import GGUFReader, GGUFValueType
     except ImportError:
         raise UserError("reading GGUF needs the package gguf; pip install 'minipersona[gguf]'") from None
     require(file.is_file(), f"{file}: no such file; check the path")
-    return GGUFReader(file)
+
+    class Reader(GGUFReader):  # type: ignore[misc, unused-ignore]
+        """Alone, gguf's reads empty values beyond the end of a file, as many as a damaged count says."""
+
+        def _get(self, offset: int, dtype: Any, count: Any = 1, override_order: Any = None) -> Any:
+            end = int(offset) + np.dtype(dtype).itemsize * int(count)
+            if end > len(self.data):
+                raise ValueError(f"it ends before byte {end:,}, which it speaks of")
+            return super()._get(offset, dtype, count, override_order)
+
+        def _get_field_parts(self, orig_offs: int, raw_type: Any) -> Any:
+            if raw_type == GGUFValueType.ARRAY:
+                kind, length = self._get(orig_offs, np.uint32)[0], int(self._get(orig_offs + 4, np.uint64)[0])
+                if length > MOST_VALUES:
+                    raise ValueError(f"a list of {length:,} values; at most {MOST_VALUES:,} are read")
+                least = np.dtype(self.gguf_scalar_to_np.get(kind, np.uint64)).itemsize  # bytes; a text has its length
+                self._get(orig_offs + 12, np.uint8, length * least)  # the whole list, before its values one by one
+            return super()._get_field_parts(orig_offs, raw_type)
+
+    return Reader(file)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import itertools
 import json
@@ -221,6 +222,26 @@ def test_parquet_digests_cover_every_file(shards: Path) -> None:
     both = read_source(f"parquet:{shards}/*.parquet[0:1]").digest
     assert both == sha256(shards / "a.parquet", shards / "b.parquet")
     assert read_source(f"parquet:{shards}/a.parquet").digest == sha256(shards / "a.parquet") != both
+
+
+def test_parquet_whose_footer_counts_other_rows_is_refused(shards: Path) -> None:
+    """Such a file would shift the rows of those that follow it."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = shards / "a.parquet"
+    good, rows, said = path.read_bytes(), 7, set()
+    assert len(read_source(f"parquet:{shards}/*.parquet")) == 12  # the control
+    for at in range(len(good) - 8 - int.from_bytes(good[-8:-4], "little"), len(good) - 8):
+        if good[at] not in (2 * rows, 2 * 3):  # of the file, of a group, as thrift writes numbers
+            continue
+        path.write_bytes(good[:at] + bytes([good[at] + 2]) + good[at + 1 :])
+        with contextlib.suppress(OSError):
+            footer = parquet.read_metadata(path)
+            groups = sum(footer.row_group(number).num_rows for number in range(footer.num_row_groups))
+            if (footer.num_rows, groups) != (rows, rows):
+                with pytest.raises(UserError, match=r"a\.parquet: damaged: its footer says "):
+                    read_source(f"parquet:{shards}/*.parquet")
+                said.add((footer.num_rows, groups))
+    assert {(rows + 1, rows), (rows, rows + 1)} <= said
 
 
 def test_parquet_that_cannot_be_read(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:

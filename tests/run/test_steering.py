@@ -146,7 +146,9 @@ def test_training_personas_steer_with_nothing_that_is_measured(
     collapse = steering_vectors(given, tiny, tokenizer)[6]
     assert relative_error(collapse, (after.mean(6) - vectors.mean(6)).mean(0)) < 1e-5
     assert not adapters(tiny)  # nothing is left attached
-    leaking = steering_vectors(replace(given, steering=replace(given.steering, persona_set="measured")), tiny, tokenizer)
+    leaking = steering_vectors(
+        replace(given, steering=replace(given.steering, persona_set="measured")), tiny, tokenizer
+    )
     assert relative_error(leaking[6], collapse) > 0.1
 
 

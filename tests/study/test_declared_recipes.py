@@ -22,8 +22,8 @@ from minipersona.settings import difference, load_config, to_toml
 from minipersona.study.recipes import Recipe, check_planned, planned, standard_config
 from minipersona.study.search import open_study
 from minipersona.study_config import RecipeSection, StudyConfig, changes
-from minipersona.verdict.results import read_study
 from minipersona.verdict.decision import decide
+from minipersona.verdict.results import read_study
 
 TABLE = """
 [[recipe]]
