@@ -210,16 +210,17 @@ def all_measures(samples: Tensor) -> Measures:
     between, within = variances(samples)
     return Measures(
         m1=m1(vectors),
-        centred_cosine=_none_if_nan(centred_cosine(vectors)),
-        shared_mean_share=_none_if_nan(shared_mean_share(vectors)),
-        between_variance=_none_if_nan(between),
-        within_variance=_none_if_nan(within),
-        effective_rank=_none_if_nan(effective_rank(vectors)),
+        centred_cosine=none_if_nan(centred_cosine(vectors)),
+        shared_mean_share=none_if_nan(shared_mean_share(vectors)),
+        between_variance=none_if_nan(between),
+        within_variance=none_if_nan(within),
+        effective_rank=none_if_nan(effective_rank(vectors)),
         nearest_centroid_accuracy=nearest_centroid_accuracy(samples),
     )
 
 
-def _none_if_nan(value: float) -> float | None:
+def none_if_nan(value: float) -> float | None:
+    """None for a measure without a value."""
     return None if math.isnan(value) else value
 
 

@@ -122,10 +122,14 @@ def jackknife_m1(vectors: Tensor, level: float = 0.95) -> tuple[float, float]:
     """
     if (without := m1_without(vectors)) is None:
         raise UserError("2 personas: a jackknife over personas needs at least three")
+    return jackknife_interval(m1(vectors), without, level)
+
+
+def jackknife_interval(estimate: float, without: Tensor, level: float = 0.95) -> tuple[float, float]:
+    """The same from M1 and from M1 with each persona left out, (P,) -> (low, high)."""
     personas = len(without)
     deviation = float(((personas - 1) / personas * (without - without.mean()).square().sum()).sqrt())
     reach = student_quantile((1 + level) / 2, personas - 1) * deviation
-    estimate = m1(vectors)
     return _at_most_one((estimate - reach, estimate + reach))
 
 

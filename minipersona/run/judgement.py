@@ -16,13 +16,16 @@ collapsed     M1 reaches the upper bound and the personas drew together. Where t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
+
 from minipersona.config import DEFAULT_MODEL
+from minipersona.geometry.measures import discriminability, none_if_nan, spread
 from minipersona.geometry.prompts import REGISTERED
+from minipersona.geometry.statistics import jackknife_interval
 from minipersona.hub import PINNED
 from minipersona.run.result import Baseline, Checkpoint, Interval, Protocol, RunResult
 
@@ -96,27 +99,29 @@ def separation(m1: float, base_m1: float) -> float | None:
     return (1 - m1) / (1 - base_m1) if base_m1 < 1 else None
 
 
-def spread(row: Checkpoint, base: Checkpoint) -> float | None:
-    """The between-persona variance as a share of the base's."""
-    return _ratio(row.between_variance, base.between_variance)
+def spread_of(row: Checkpoint, base: Checkpoint) -> float | None:
+    """The between-persona variance as a share of the base's; None where it is not known."""
+    if row.between_variance is None or base.between_variance is None:
+        return None
+    return none_if_nan(spread(row.between_variance, base.between_variance))
 
 
-def discriminability(row: Checkpoint, base: Checkpoint) -> float | None:
-    """Between- over within-persona variance as a share of the base's."""
-    return _ratio(
-        _ratio(row.between_variance, row.within_variance), _ratio(base.between_variance, base.within_variance)
+def discriminability_of(row: Checkpoint, base: Checkpoint) -> float | None:
+    """Between- over within-persona variance as a share of the base's; None where it is not known."""
+    if row.within_variance is None or base.within_variance is None or spread_of(row, base) is None:
+        return None
+    assert row.between_variance is not None and base.between_variance is not None
+    return none_if_nan(
+        discriminability(row.between_variance, row.within_variance, base.between_variance, base.within_variance)
     )
 
 
-def _ratio(value: float | None, by: float | None) -> float | None:
-    return value / by if value is not None and by is not None and by > 0 else None
-
-
-def jackknife_interval(m1: float, without: Sequence[float]) -> Interval:
-    """The 95% interval of M1 over personas, from M1 with each left out in turn (Efron and Stein 1981)."""
-    mean, personas = sum(without) / len(without), len(without)
-    error = math.sqrt((personas - 1) / personas * sum((value - mean) ** 2 for value in without))
-    return m1 - 1.96 * error, m1 + 1.96 * error
+def over_personas(row: Checkpoint) -> Interval | None:
+    """The 95% interval of M1 over personas, by the jackknife."""
+    without = row.m1_without
+    return (
+        None if without is None else jackknife_interval(row.m1, torch.tensor([*without.values()], dtype=torch.float64))
+    )
 
 
 # ---------------------------------------------------------------- the rules
@@ -142,9 +147,9 @@ def judge_row(row: Checkpoint, base: Checkpoint, baseline: Baseline | Checkpoint
         learned=learned,
         learned_personas=learned_share(row.persona_loss, base.persona_loss, losses[1]),
         separation=separation(row.m1, base.m1),
-        spread=spread(row, base),
-        discriminability=discriminability(row, base),
-        m1_ci95_personas=None if row.m1_without is None else jackknife_interval(row.m1, [*row.m1_without.values()]),
+        spread=spread_of(row, base),
+        discriminability=discriminability_of(row, base),
+        m1_ci95_personas=over_personas(row),
         registered_pass=registered_pass(row.m1, row.eval_loss, losses[0]),
     )
     conditions = [_kept(row, bounds), *_taught(row), _discriminable(row), _without_any(row, base)]

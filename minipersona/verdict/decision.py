@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from minipersona.study_config import PHASES, STAGES
 from minipersona.verdict.cells import CellResult
@@ -30,6 +30,7 @@ from minipersona.verdict.recipe_results import RecipeResult, RecipeSummary, reci
 from minipersona.verdict.results import StudyResults
 
 Scope = Literal["registered", "beyond"]
+SCOPES: tuple[Scope, ...] = get_args(Scope)
 WITNESSED = ("2", "3", "4", "5")  # the registered phases that must each bear witness for H_null
 
 
@@ -52,7 +53,7 @@ def decide(results: StudyResults) -> Decision:
 def decision(verdict: VerdictKind, recipes: Sequence[RecipeResult], results: StudyResults) -> Decision:
     """The verdict with the recipe that it names, if it is one that names one."""
     best = best_passer(recipes, results) if verdict in ("positive", "unconfirmed") else None
-    return Decision(verdict, None) if best is None else Decision(verdict, best.summary(results.base), best.confirmed)
+    return Decision(verdict, None) if best is None else Decision(verdict, best.summary(), best.confirmed)
 
 
 def overall(
@@ -127,8 +128,7 @@ def awaiting_confirmation(recipes: Sequence[RecipeResult], results: StudyResults
     """The passers that are to be run with fresh seeds, or with more of them; those that fresh seeds refuted are not."""
     if results.config.stop_rule == "registered" or not results.config.confirmations:
         return []
-    scopes: tuple[Scope, ...] = ("registered", "beyond")
-    passers = [recipe for scope in scopes for recipe in passers_of_whole_phases(recipes, results, scope)]
+    passers = [recipe for scope in SCOPES for recipe in passers_of_whole_phases(recipes, results, scope)]
     return [recipe for recipe in passers if recipe.confirmed is None]
 
 

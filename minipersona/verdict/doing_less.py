@@ -223,7 +223,14 @@ def _against(cell: CellResult, row: Checkpoint, results: StudyResults, bootstrap
     own_m1, own_loss = bootstrap.m1_of(cell, row), bootstrap.loss_of(cell, row)
     if own_m1 is None or own_loss is None or scaled_m1 is None or scaled_loss is None:
         return _Against(None, "vectors or losses by row are missing", matched.scale)
-    return _tested((own_m1 - scaled_m1) - (own_loss - scaled_loss) * matched.slope, matched.scale)
+    return _tested(difference_at_equal_loss(own_m1, own_loss, scaled_m1, scaled_loss, matched.slope), matched.scale)
+
+
+def difference_at_equal_loss(
+    own_m1: Resampled, own_loss: Resampled, scaled_m1: Resampled, scaled_loss: Resampled, slope: float
+) -> Resampled:
+    """The d of this file's head."""
+    return (own_m1 - scaled_m1) - (own_loss - scaled_loss) * slope
 
 
 def _beyond(cell: CellResult, row: Checkpoint, results: StudyResults, bootstrap: Bootstrap) -> _Against:

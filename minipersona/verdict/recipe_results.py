@@ -29,19 +29,11 @@ from minipersona.verdict.files import Role, step_of
 from minipersona.verdict.results import UNMIXED, StudyResults
 
 INEFFECTIVE = "ineffective"  # the label of an R3F cell whose noise is lost in the rounding of the embeddings
-INERT = "inert"  # of a cell whose penalty has under 1% of the gradient of cross-entropy
+INERT = "inert"  # of a cell whose penalty has less than this share of the gradient of cross-entropy
 LEAST_PENALTY_RATIO = 0.01
 LEAKS = "leaks"  # of a cell that was made from measured personas or questions, as the registered 5C is
 NOT_IGNITED = "not ignited"  # `consistency.py`
 Rule = Literal["registered", "substantive"]
-
-
-@dataclass(frozen=True)
-class PersonaChange:
-    """A persona's mean cosine with the others."""
-
-    base: float
-    recipe: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +66,6 @@ class RecipeSummary:
     consistent: bool | None  # None too in a phase that does not ask for it
     consistency: tuple[str, ...]  # the reason of each seed
     labels: tuple[str, ...]
-    m1_by_persona: dict[str, PersonaChange]  # empty where it was not measured
 
 
 @dataclass(frozen=True)
@@ -207,8 +198,8 @@ class RecipeResult:
     def _open_by_answers(self, rule: Rule) -> bool:
         return self.passes_by_numbers(rule) is True and self.passes(rule) is None
 
-    def summary(self, base: Checkpoint | None) -> RecipeSummary:
-        """The recipe in verdict.json, beside the base."""
+    def summary(self) -> RecipeSummary:
+        """The recipe in verdict.json."""
         m1s, alone = [row.m1 for row in self.rows], len(self.rows) == 1
         asked = self.phase in REHEARSAL
         return RecipeSummary(
@@ -238,16 +229,7 @@ class RecipeResult:
             consistent=self.consistent if asked else None,
             consistency=tuple(answers.reason for answers in self.consistency) if asked else (),
             labels=self.labels,
-            m1_by_persona=_by_persona(self.rows, base),
         )
-
-
-def _by_persona(rows: Sequence[Checkpoint], base: Checkpoint | None) -> dict[str, PersonaChange]:
-    before, after = None if base is None else base.m1_by_persona, [row.m1_by_persona for row in rows]
-    known = [values for values in after if values is not None]
-    if before is None or len(known) < len(after):
-        return {}
-    return {p: PersonaChange(m1, sum(row[p] for row in known) / len(known)) for p, m1 in before.items()}
 
 
 # ---------------------------------------------------------------- from the cells

@@ -30,6 +30,7 @@ from minipersona.verdict.findings import Finding, Nothing, RecipePoint, VerdictK
 from minipersona.verdict.hypotheses import Hypothesis, hypotheses
 from minipersona.verdict.mixture_threshold import Threshold, mixture_threshold
 from minipersona.verdict.obstacles import obstacles
+from minipersona.verdict.personas import Personas, by_persona
 from minipersona.verdict.phase_five import MIXTURES, Mixture, Question, phase_five
 from minipersona.verdict.recipe_results import RecipeResult, RecipeSummary, Rule, recipe_results
 from minipersona.verdict.results import StudyResults
@@ -99,6 +100,7 @@ class Verdict(Decision):
     bounds: Bounds
     registered: Passers
     substantive: Passers
+    personas: dict[str, Personas]  # of every recipe that passes a rule, and counts
     trade_offs: tuple[RecipePoint, ...]  # M1 below the bound, learned between 0.5 and 0.9; scaled baselines too
     sentence: str  # the verdict in one paragraph
     beyond: Beyond | None
@@ -143,6 +145,7 @@ def judge_study(results: StudyResults) -> Verdict:
         bounds=results.bounds,
         registered=_passers(recipes, results, "registered"),
         substantive=_passers(recipes, results, "substantive"),
+        personas=by_persona(recipes, results),
         trade_offs=tuple(trade_offs),
         sentence=said if apart is None else f"{said} {apart.sentence}",
         beyond=apart,
@@ -184,7 +187,7 @@ def current_verdict(results: StudyResults) -> Verdict:
 def _passers(recipes: Sequence[RecipeResult], results: StudyResults, rule: Rule) -> Passers:
     """The registered recipes that pass, whether that counts or not: their labels say so."""
     found = [recipe for recipe in recipes if recipe.role == "registered" and recipe.passes(rule)]
-    return Passers(tuple(recipe.summary(results.base) for recipe in found))
+    return Passers(tuple(recipe.summary() for recipe in found))
 
 
 def _beyond(recipes: Sequence[RecipeResult], results: StudyResults, comparisons: Sequence[DoingLess]) -> Beyond | None:
@@ -196,10 +199,10 @@ def _beyond(recipes: Sequence[RecipeResult], results: StudyResults, comparisons:
     passers = [r for r in recipes if r.role == scope and r.passes(results.config.stop_rule)]
     return Beyond(
         verdict=kind,
-        recipe=None if best is None else best.summary(results.base),
+        recipe=None if best is None else best.summary(),
         confirmed=None if best is None else best.confirmed,
         sentence=beyond_summary(kind, recipes, best, comparisons, results),
-        passers=tuple(recipe.summary(results.base) for recipe in passers),
+        passers=tuple(recipe.summary() for recipe in passers),
     )
 
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from minipersona.config import DEFAULT_MODEL
+from minipersona.geometry.statistics import student_quantile
 from minipersona.hub import PINNED
 from minipersona.run.judgement import (
     ABSOLUTE,
     Bounds,
     bounds_for,
-    jackknife_interval,
     judge_row,
     learned_share,
     registered_pass,
@@ -97,7 +97,7 @@ PASSING: dict[str, Any] = {"m1": 0.94, "loss": 1.05}
         ({"persona_loss": None}, None, "learned under personas is not known"),
         ({"within_variance": None}, None, "discriminability is not known"),
         ({"m1_without": None}, None, "left out is not known"),
-        ({"m1_without": {"pirate": 0.94}}, None, "left out is not known"),
+        ({"m1_without": {"pirate": 0.94, "poet": 0.94}}, None, "left out is not known"),
         ({"persona_loss": None, "m1_ci95": (0.93, 0.96)}, False, "upper 95% bound"),  # a failure stays one
     ],
 )
@@ -178,9 +178,10 @@ def test_the_jackknife_uses_the_base_without_the_same_persona() -> None:
 
 def test_the_interval_over_personas_is_the_jackknife_s() -> None:
     values = np.array([0.93, 0.94, 0.96])
-    low, high = jackknife_interval(0.943, values.tolist())
+    low, high = judged(0.943, 1.05, m1_without=dict(zip(NAMES, values.tolist(), strict=True))).m1_ci95_personas
     error = ((3 - 1) / 3 * ((values - values.mean()) ** 2).sum()) ** 0.5
-    assert (low, high) == (pytest.approx(0.943 - 1.96 * error), pytest.approx(0.943 + 1.96 * error))
+    assert 0.943 - low == pytest.approx(student_quantile(0.975, 2) * error) and high == 1.0
+    assert judged(0.943, 1.05, m1_without=None).m1_ci95_personas is None
 
 
 PROTOCOL = Protocol(

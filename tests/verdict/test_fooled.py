@@ -320,7 +320,9 @@ def test_a_pass_that_hangs_on_one_persona_is_none(tmp_path: Path) -> None:
     assert found.verdict == "unconfirmed"
     low, high = found.recipe.m1_ci95_personas
     assert low < 0.935 and high > 0.945  # wider than over questions
-    assert found.recipe.m1_by_persona["p0"].base == 0.90 and found.recipe.m1_by_persona["p0"].recipe == 0.94
+    change = found.personas["2A beta=0.2"]["p0"]
+    assert change.base == pytest.approx(0.90) and change.recipe == pytest.approx(0.94)
+    assert change.base_ci95[0] < 0.90 < change.base_ci95[1] and change.recipe_ci95[0] < 0.94 < change.recipe_ci95[1]
 
 
 def test_each_persona_is_left_out_of_the_base_as_well(tmp_path: Path) -> None:
