@@ -96,6 +96,18 @@ def test_a_family_is_supported_by_a_confirmed_pass_and_refuted_by_none(tmp_path:
         assert hypothesis(family(tmp_path / "half", phases[:1], 0.95, 0.91), name).verdict == "undecided"
 
 
+def test_what_a_phase_runs_beside_its_registered_cells_counts_for_its_hypothesis(tmp_path: Path) -> None:
+    """R3F is inert at the registered strengths; at one that is not, H2 can be refuted."""
+    study = SyntheticStudy(tmp_path)
+    study.baseline()
+    study.witnesses("2A")
+    study.cell("2B", "lambda=0.1", 0.98, 1.0, labels=("inert",))
+    study.cell("2B", "shuffled", 0.98, 1.0, role="control")
+    assert hypothesis(study, "H2").verdict == "undecided"
+    study.cell("2B", "lambda=0.1 xT", 0.98, 0.99, role="beyond")
+    assert hypothesis(study, "H2").verdict == "refuted"
+
+
 def test_the_evidence_has_the_numbers(tmp_path: Path) -> None:
     found = hypothesis(family(tmp_path, ("3",), 0.9612, 0.95), "H3")
     assert "0 of 2" in found.evidence and "0.9612" in found.evidence and "0.9800" in found.evidence
