@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from math import comb
 
 import numpy as np
@@ -10,16 +11,19 @@ import torch
 from torch import Tensor
 
 from minipersona.errors import UserError
-from minipersona.geometry.measures import m1
+from minipersona.geometry.measures import m1, m1_by_persona
 from minipersona.geometry.statistics import (
+    bootstrap_by_persona,
     bootstrap_interval,
     bootstrap_m1,
     bootstrap_m1_difference,
+    jackknife_m1,
     noise_floor,
     permutation_test,
     question_weights,
     resampled_m1,
     separation_test,
+    student_quantile,
     wilson_interval,
 )
 
@@ -111,6 +115,40 @@ def test_paired_difference_cancels_what_the_questions_do_to_both() -> None:
     unpaired_low, unpaired_high = bootstrap_interval(unpaired, 0.0)
     assert high - low < 0.5 * (unpaired_high - unpaired_low)
     assert bootstrap_m1_difference(a, a) == (0, 0)
+
+
+# by persona, and over personas
+
+
+def test_intervals_by_persona_equal_a_loop() -> None:
+    samples, weights = world(15), question_weights(Q, 150)  # more than a piece
+    naive = torch.stack([m1_by_persona(torch.einsum("q,pqd->pd", row, samples)) for row in weights])  # (R, P)
+    estimates = m1_by_persona(samples.mean(1))
+    found = bootstrap_by_persona(samples, list("abcde"), 150)
+    assert [each.persona for each in found] == list("abcde")
+    for p, each in enumerate(found):
+        assert each.cosine == pytest.approx(float(estimates[p]), abs=1e-7)
+        assert (each.low, each.high) == pytest.approx(bootstrap_interval(naive[:, p], float(estimates[p])), abs=1e-6)
+    assert np.mean([each.cosine for each in found]) == pytest.approx(m1(samples.mean(1)), abs=1e-7)
+
+
+def test_the_jackknife_over_personas_by_hand() -> None:
+    vectors = world(16).mean(1)
+    without = [m1(torch.cat([vectors[:p], vectors[p + 1 :]])) for p in range(P)]
+    deviation = ((P - 1) / P * np.square(np.array(without) - np.mean(without)).sum()) ** 0.5
+    low, high = jackknife_m1(vectors)
+    assert (low + high) / 2 == pytest.approx(m1(vectors), abs=1e-12)
+    assert (high - low) / 2 == pytest.approx(2.776445 * deviation, rel=1e-3)  # Student's with 4 degrees of freedom
+    assert jackknife_m1(torch.eye(5)) == (0, 0)  # every pair alike
+    with pytest.raises(UserError, match="at least three"):
+        jackknife_m1(vectors[:2])
+
+
+@pytest.mark.parametrize("degrees", [4, 7, 11, 40])
+def test_student_quantile_is_scipys(degrees: int) -> None:
+    scipy_stats = pytest.importorskip("scipy.stats")
+    assert student_quantile(0.975, degrees) == pytest.approx(scipy_stats.t.ppf(0.975, degrees), rel=1e-3)
+    assert student_quantile(0.975, degrees) != pytest.approx(1.96, rel=1e-2)
 
 
 # noise floor
@@ -205,7 +243,8 @@ def test_seeds_reproduce_and_differ() -> None:
 
 
 def test_too_few_is_a_user_error() -> None:
-    for statistic in (bootstrap_m1, noise_floor, separation_test):
+    by_persona = partial(bootstrap_by_persona, personas=list("abcde"))
+    for statistic in (bootstrap_m1, by_persona, noise_floor, separation_test):
         for few in (world(0)[:1], world(0)[:, :1]):
             with pytest.raises(UserError, match="at least two"):
                 statistic(few)

@@ -152,6 +152,7 @@ def test_jobs_travel_to_other_processes(config: StudyConfig) -> None:
         jobs.AskSuite(study, "behaviour", study.cells[1], 3),
         jobs.MeasureMatchedScale(study, study.cells[1], 3),
         jobs.MeasureTransfer(study, study.cells[1], 3),
+        jobs.AskVoice(study, study.cells[1], 3),
     ):
         ours.send(job)
         there = theirs.recv()

@@ -17,10 +17,12 @@ from minipersona.geometry.vectors import load_vectors
 from minipersona.records import read_record
 from minipersona.run.measurement import measure
 from minipersona.study.cell import Cell, Study
+from minipersona.study.engine import Engine
+from minipersona.study.executors import InProcess
 from minipersona.study.frontier import scaled_baseline
-from minipersona.study.jobs import MeasureMatchedScale
+from minipersona.study.jobs import MeasureBase, MeasureMatchedScale
 from minipersona.study.matched_scale import PROPOSALS, Scaled, matches, midpoint, slope
-from minipersona.study.search import open_study
+from minipersona.study.search import open_study, run_stage
 from minipersona.study.worker import Worker
 from minipersona.study_config import StudyConfig
 from minipersona.verdict.files import MatchedScale, matched_file, read_result
@@ -184,3 +186,26 @@ def test_a_loss_that_the_update_does_not_have_is_not_matched(copied: Study) -> N
     with_loss(copied, cell, rows[-1].eval_loss)  # the control: the whole update
     assert (cell, 3) in matches(copied, read_study(copied.directory))
     assert matched(copied, cell).scale == pytest.approx(1.0, abs=5e-3)
+
+
+def test_on_harmful_rows_the_update_of_the_unmixed_cell_is_scaled(tmp_path: Path) -> None:
+    small = small_study(tmp_path)
+    rehearsal = replace(small.rehearsal, em_heldout="tiny:em[60:66]")
+    study = open_study(replace(small, narrow="em", rehearsal=rehearsal), "cpu", QUIET)
+    engine = Engine(study, InProcess(CPU, QUIET), QUIET, study.cells)
+    unmixed, mixed = (next(c for c in study.cells if c.recipe.phase == phase) for phase in ("EM", "5A"))
+    engine.complete([MeasureBase(study)])
+    run_stage(engine, [study.baseline])
+    run_stage(engine, [mixed, unmixed])  # in the other order
+    due = matches(study, read_study(study.directory))
+    assert unmixed.id not in {cell.id for cell, _ in due}
+    engine.complete([MeasureMatchedScale(study, cell, step) for cell, step in due if cell == mixed])
+    ours, theirs, ordinary = (read_result(study.cell_directory(cell)) for cell in (mixed, unmixed, study.baseline))
+    assert ours.protocol == theirs.protocol and ours.protocol.heldout_digest != ordinary.protocol.heldout_digest
+    assert ours.base.eval_loss == theirs.base.eval_loss != ordinary.base.eval_loss
+    assert ours.baseline is not None and ours.baseline.eval_loss == theirs.checkpoints[-1].eval_loss
+    results = read_study(study.directory)
+    learned = {cell.phase: cell.final.learned for cell in results.cells if cell.status == "done"}
+    assert learned["EM"] == 1.0 and learned["5A"] is not None
+    against = {one.cell: one.baseline for one in results.matched}
+    assert against == {mixed.hash: unmixed.hash}

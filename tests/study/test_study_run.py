@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_study import run, small_study, start
+from small_study import CPU, PERSONAS, QUIET, run, small_study, start
 
 from minipersona.cli import main
 from minipersona.errors import UserError
@@ -28,9 +28,15 @@ from minipersona.geometry.measures import m1
 from minipersona.geometry.prompts import QuestionSet, load_questions
 from minipersona.geometry.vectors import load_vectors
 from minipersona.records import to_dict
+from minipersona.run.directory import losses_file
+from minipersona.run.losses import load_losses
 from minipersona.settings import read_toml
 from minipersona.study import transfer
+from minipersona.study.jobs import AskVoice
+from minipersona.study.search import open_study
+from minipersona.study.worker import Worker
 from minipersona.study_config import StudyConfig
+from minipersona.verdict.files import frontier_losses, read_voice
 from minipersona.verdict.ledger import read_entries
 from minipersona.verdict.verdict import Verdict
 
@@ -107,8 +113,9 @@ def test_the_base_is_measured_once_and_shared(finished: StudyConfig) -> None:
     for cell in cells_of(directory):
         first = read_jsonl(cell / "probes.jsonl")[0]
         assert {**first, "learned": None} == base
-        vectors = Path("vectors") / "step-000000.safetensors"
-        assert (cell / vectors).samefile(directory / "base" / vectors)
+        for parts in ("vectors", "losses"):
+            file = Path(parts) / "step-000000.safetensors"
+            assert (cell / file).samefile(directory / "base" / file)
 
 
 def test_the_frontier_runs_from_the_base_to_the_baseline(finished: StudyConfig) -> None:
@@ -125,6 +132,34 @@ def test_the_frontier_runs_from_the_base_to_the_baseline(finished: StudyConfig) 
     for point in points:
         vectors = load_vectors(directory / "frontier" / f"scale-{point['scale']:.1f}.safetensors")
         assert m1(vectors.mean(6)) == pytest.approx(point["m1"], abs=1e-6)
+        losses = load_losses(frontier_losses(directory, point["scale"]))
+        assert losses.eval_loss == pytest.approx(point["eval_loss"], rel=1e-12)
+
+
+def test_every_checkpoint_has_what_the_rules_judge_by(finished: StudyConfig) -> None:
+    for cell in cells_of(Path(finished.out)):
+        result = read_json(cell / "result.json")
+        for row in (result["base"], *result["checkpoints"]):
+            assert set(row["m1_by_persona"]) == set(row["m1_without"]) == set(PERSONAS)
+            losses = load_losses(losses_file(cell, row["step"]))
+            assert row["eval_loss"] == losses.eval_loss and row["persona_loss"] == losses.persona_loss
+
+
+def test_the_voice_of_a_cell_is_measured_on_the_base_s_responses(finished: StudyConfig) -> None:
+    study = open_study(finished, "cpu", QUIET)
+    worker = Worker(CPU, QUIET)
+    found = []
+    for job in (AskVoice(study), AskVoice(study, study.baseline, 1), AskVoice(study, study.baseline)):
+        (job.directory / "voice.json").unlink(missing_ok=True)  # the search has asked some of them
+        assert not job.done() and worker.attempt(job).event == "done"
+        voice = read_voice(job.directory)
+        assert voice is not None
+        found.append(voice)
+    base, first, last = found
+    assert (base.step, first.step, last.step) == (0, 1, 3)
+    assert base.responses == first.responses == last.responses
+    assert base.value == first.value != last.value and base.value > 0.1  # the first update has rate 0
+    assert len(read_jsonl(study.base / "voice_responses.jsonl")) == 3 * 3  # generated once
 
 
 def test_what_the_results_ask_for_is_measured(finished: StudyConfig) -> None:
