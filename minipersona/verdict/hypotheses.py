@@ -29,6 +29,7 @@ from minipersona.verdict.recipe_results import RecipeResult
 from minipersona.verdict.results import StudyResults
 
 Hypothesis = Literal["H1", "H2", "H3", "H4", "H5"]
+ROLES = ("registered", "beyond")  # also what a phase runs beside its registered cells, such as R3F at other strengths
 
 
 def hypotheses(
@@ -92,8 +93,8 @@ def _family(
     comparisons: Sequence[DoingLess],
     bootstrap: Bootstrap,
 ) -> Finding:
-    cells = results.registered(*family.phases)
-    measured = [recipe for recipe in recipes if recipe.phase in family.phases and recipe.role == "registered"]
+    cells = [cell for cell in results.of_phase(*family.phases) if cell.role in ROLES]
+    measured = [recipe for recipe in recipes if recipe.phase in family.phases and recipe.role in ROLES]
     counted = [recipe for recipe in measured if recipe.effective]
     if not measured and not any(cell.status == "failed" for cell in cells):
         return Finding(family.claim, "not tested", "None of its cells is done.", "None yet.")

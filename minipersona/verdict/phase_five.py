@@ -37,7 +37,7 @@ def phase_five(recipes: Sequence[RecipeResult], results: StudyResults, bootstrap
     """The three questions, each in the form of a hypothesis."""
     registered = [recipe for recipe in recipes if recipe.role == "registered"]
     mixtures = [recipe for recipe in registered if recipe.phase in MIXTURES]
-    steering = [recipe for recipe in registered if recipe.phase == "5C"]
+    steering = [recipe for recipe in recipes if recipe.phase == "5C" and recipe.role in ("registered", "beyond")]
     complete = all(cell.status == "done" for cell in results.registered(*MIXTURES))
     return {
         "recovers_0.90": _recovers(mixtures, results, complete),

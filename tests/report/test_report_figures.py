@@ -129,13 +129,19 @@ def test_the_decomposition_is_relative_to_the_base(series: dict[str, Series]) ->
         assert {(round(asdict(row)[key], 9), i) for i, row in enumerate(one.rows)} == points(axes)
 
 
-def test_the_mixture_curve_is_the_verdicts_fit(series: dict[str, Series]) -> None:
+def test_the_mixtures_of_one_seed_are_points_without_a_curve(series: dict[str, Series]) -> None:
     one = series["mixture"]
+    assert {row.kind for row in one.rows} == {"measured"}
     for axes, rows in zip(drawn(one).axes, grouped(one.rows, lambda row: row.phase).values(), strict=True):
-        kinds = grouped(rows, lambda row: row.kind)
-        assert {(round(100 * row.fraction, 9), round(row.m1, 9)) for row in kinds["measured"]} <= points(axes)
-        curve = [[100 * row.fraction, row.m1] for row in kinds["fit"]]
-        assert any(line.get_xydata().tolist() == curve for line in axes.lines)
+        assert {(round(100 * row.fraction, 9), round(row.m1, 9)) for row in rows} <= points(axes)
+
+
+def test_a_fitted_mixture_curve_is_drawn() -> None:
+    measured = [MixtureRow("5A", "measured", "75:25", seed, 0.25, 0.94, 0.93, 0.95) for seed in (42, 43)]
+    fit = [MixtureRow("5A", "fit", None, None, 0.05 * k, 0.98 - 0.008 * k) for k in range(6)]
+    (axes,) = drawn(Series("mixture", "", "", [*measured, *fit])).axes
+    curve = [[100 * row.fraction, row.m1] for row in fit]
+    assert any(line.get_xydata().tolist() == curve for line in axes.lines)
 
 
 def test_a_threshold_is_marked_with_its_interval() -> None:

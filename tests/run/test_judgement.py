@@ -128,6 +128,11 @@ def test_between_half_and_nine_tenths_learned_a_kept_geometry_is_a_trade_off(
     assert judged(m1, loss).trade_off is trade_off
 
 
+def test_each_loss_is_held_against_the_baseline_s_own() -> None:
+    found = judge_row(row(0.94, 1.1, persona_loss=1.4), BASE, replace(BASELINE, persona_loss=1.5), ABSOLUTE)
+    assert (found.learned, found.learned_personas) == (pytest.approx(0.9), pytest.approx(1.2))
+
+
 def test_learned_share() -> None:
     assert learned_share(2.0, 3.0, 1.0) == 0.5
     assert learned_share(0.5, 3.0, 1.0) == 1.25

@@ -61,6 +61,7 @@ def family(path: Path, phases: tuple[str, ...], m1: float, learned: float) -> Sy
     ([(10, 0.94, 0.1), (50, 0.979, 0.6), (200, 0.9805, 0.9), (375, 0.98, 1.0)], 50),
     ([(10, 0.94, 0.1), (50, 0.975, 0.6), (200, 0.9805, 0.9), (375, 0.98, 1.0)], 200),
     ([(10, 0.98, 0.1), (50, 0.97, 0.6), (375, 0.98, 1.0)], 375),  # it has to stay there
+    ([(10, 0.94, 0.1), (50, 0.985, 0.6), (375, 0.98, 1.0)], 375),  # it was higher
     ([(10, 0.94, 0.1), (375, 0.98, 1.0)], 375),
     ([(10, 0.90, 0.1), (375, 0.901, 1.0)], None),  # there is no collapse to saturate
 ])  # fmt: skip
@@ -94,6 +95,18 @@ def test_a_family_is_supported_by_a_confirmed_pass_and_refuted_by_none(tmp_path:
     assert found.verdict == "undecided" and "70:30" in found.evidence
     if len(phases) > 1:
         assert hypothesis(family(tmp_path / "half", phases[:1], 0.95, 0.91), name).verdict == "undecided"
+
+
+def test_what_a_phase_runs_beside_its_registered_cells_counts_for_its_hypothesis(tmp_path: Path) -> None:
+    """R3F is inert at the registered strengths; at one that is not, H2 can be refuted."""
+    study = SyntheticStudy(tmp_path)
+    study.baseline()
+    study.witnesses("2A")
+    study.cell("2B", "lambda=0.1", 0.98, 1.0, labels=("inert",))
+    study.cell("2B", "shuffled", 0.98, 1.0, role="control")
+    assert hypothesis(study, "H2").verdict == "undecided"
+    study.cell("2B", "lambda=0.1 xT", 0.98, 0.99, role="beyond")
+    assert hypothesis(study, "H2").verdict == "refuted"
 
 
 def test_the_evidence_has_the_numbers(tmp_path: Path) -> None:

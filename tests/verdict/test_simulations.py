@@ -26,7 +26,7 @@ from minipersona.verdict.consistency import Consistency
 from minipersona.verdict.doing_less import LEVEL, RESAMPLES, RESOLUTION, ROWS_SEED, Resampled, difference_at_equal_loss
 from minipersona.verdict.recipe_results import RecipeResult
 
-P, Q, D, ROWS = 12, 240, 48, 500
+P, Q, D, ROWS = 12, 120, 24, 300
 SCALES = [round(0.1 * k, 1) for k in range(1, 10)]
 RECIPES = 30
 

@@ -15,6 +15,7 @@ from minipersona.config import DEFAULT_MODEL
 from minipersona.hub import PINNED
 from minipersona.study_config import PHASES
 from minipersona.verdict.decision import decide
+from minipersona.verdict.recipe_results import recipe_results
 from minipersona.verdict.verdict import VERDICTS, FailedCell, Verdict, current_verdict, judge_study
 
 
@@ -105,6 +106,14 @@ def test_a_fresh_seed_is_held_against_the_baseline_with_that_seed(tmp_path: Path
     assert verdict_of(other).confirmed is None
 
 
+def test_a_seed_of_the_study_is_not_a_fresh_one(tmp_path: Path) -> None:
+    study = searched(tmp_path)
+    study.cell("2A", "beta=0.1", 0.94, 0.95)
+    study.confirm("2A", "beta=0.1", (0.94, 0.95), (0.94, 0.95))
+    study.cell("2A", "beta=0.1 seed=42", 0.94, 0.95, role="confirmation")
+    assert verdict_of(study).confirmed is None
+
+
 def test_a_missing_fresh_seed_leaves_the_study_incomplete(tmp_path: Path) -> None:
     study = searched(tmp_path)
     study.cell("2A", "beta=0.1", 0.94, 0.95)
@@ -159,6 +168,8 @@ def test_references_and_controls_neither_pass_nor_bear_witness(tmp_path: Path, r
     study.cell("2A", "beta=0.1", 0.94, 0.95, role=role)
     judged = verdict_of(study)
     assert judged.verdict == "inconclusive" and f"it is a {role}" in judged.sentence  # but it is a counterexample
+    (found,) = [recipe for recipe in recipe_results(study.read()) if recipe.role == role]
+    assert found.passes("registered") is found.passes("substantive") is False
     other = SyntheticStudy(tmp_path / "witness")
     other.baseline()
     other.witnesses("2A", "4A", "5A")
