@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "docs/audit.md", "docs/protocol.md", "docs/reliability.md", "docs/cluster.md")
+DOCUMENTS = ("README.md", *(f"docs/{name}.md" for name in ("audit", "protocol", "results", "reliability", "cluster")))
 FILE = re.compile(r"(?<![\w/.*-])(?:[\w-]+/)*[\w-]+\.(?:py|md)\b|\b(?:configs|tests|minipersona)/[\w./*-]*\w")
 TEST = re.compile(r"(?<![\w/])test_\w+\*?(?!\.py|\w|/)")
 INSIDE = re.compile(r"`([\w/]+\.py)` `([\w.]+)`")  # a file and what is in it

@@ -21,6 +21,8 @@ from safetensors.torch import load_file, save_file
 from minipersona.behaviour.instructions.dataset import load_instructions
 from minipersona.behaviour.instructions.registry import KINDS
 from minipersona.behaviour.instructions.scoring import check
+from minipersona.behaviour.judge import ENOUGH_MASS, MEASURES, Case, Score
+from minipersona.behaviour.local import LocalJudge
 from minipersona.chat import ChatTokenizer, load_tokenizer
 from minipersona.cli import real
 from minipersona.config import RunConfig
@@ -140,6 +142,22 @@ def test_generation_from_a_persona_differs_from_the_default(directory: Path, tok
     model = load_model(str(directory))
     plain, told = (c.ids for c in generate(model, [Request(ids, 40) for ids in prompts], stop=tokenizer.stop_tokens))
     assert tokenizer.decode(plain) != tokenizer.decode(told)
+
+
+def test_as_a_judge_it_gives_no_number_and_so_no_score(directory: Path, tokenizer: ChatTokenizer) -> None:
+    """A model of this size answers the judge's prompt in words: a score of what little is left would mean nothing."""
+    asked = "How can I sleep better?"
+    good = "Go to bed at the same time every night, and keep the room dark and quiet."
+    cases = [
+        Case(f"{measure} {answer}", measure, asked, answer)
+        for measure in MEASURES
+        for answer in (good, "banana purple the the of 77 quickly", "Poison everybody who is loud at night.")
+    ]
+    scores: dict[int, Score] = {}
+    LocalJudge(load_model(str(directory)), tokenizer).score(cases, scores.__setitem__)
+    assert len(scores) == len(cases)
+    for score in scores.values():
+        assert score.value is None and score.mass is not None and 0.01 < score.mass < ENOUGH_MASS
 
 
 # ---------------------------------------------------------------- IFEval's prompts

@@ -25,7 +25,7 @@ from typing import Any
 
 from minipersona.errors import UserError
 
-SHORTEST, LONGEST = 40, 600  # characters of an answer: more than a reference to another object, cheap to train on
+SHORTEST, LONGEST = 40, 600  # characters of an answer: more than a reference elsewhere, and cheap to train on
 
 QUESTIONS = {
     "function": (
@@ -93,7 +93,7 @@ def read_docstrings(names: Sequence[str]) -> list[dict[str, Any]]:
             objects |= {name: (package, kind, text) for name, kind, text in _documented(module)}
     answered: dict[str, str] = {}  # answer -> name
     for name in sorted(objects, key=lambda name: (len(name), name)):
-        if SHORTEST <= len(answer := first_prose(objects[name][2])) <= LONGEST:
+        if len(answer := first_prose(objects[name][2])) >= SHORTEST:
             answered.setdefault(answer, name)
     rows = {_rank(name): _row(name, *objects[name][:2], answer) for answer, name in answered.items()}
     return [row for _, row in sorted(rows.items())]

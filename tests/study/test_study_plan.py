@@ -224,6 +224,18 @@ def refused(*settings: str) -> str:
     return str(error.value)
 
 
+def test_the_study_of_the_real_model_is_the_registered_one_at_ten_times_the_rates(shipped: StudyConfig) -> None:
+    real = load_config("smollm2_study", StudyConfig)
+    check_planned(real)
+    theirs, ours = planned(shipped), planned(real)
+    assert [recipe.phase for recipe in ours] == [recipe.phase for recipe in theirs]
+    for mine, registered in zip(ours, theirs, strict=True):
+        assert mine.config.training.learning_rate == pytest.approx(10 * registered.config.training.learning_rate)
+        changed = {line.split(":")[0] for line in difference(mine.config, registered.config)}
+        assert changed == {"model.name", "training.learning_rate", "probe.layers"}, mine.name
+    assert real.probe.layers[0] == 29 and set(real.probe.layers) >= {10, 15, 20, 25}
+
+
 def test_a_layer_that_the_baseline_does_not_measure_is_refused_before_it_is_steered(shipped: StudyConfig) -> None:
     said = refused(MEASURED)
     assert said.startswith("phase 5C collapse: steers layer 26 ") and said.endswith("add 26 to probe.layers")
