@@ -67,8 +67,9 @@ class MixtureRow:
 def mixture(results: StudyResults, verdict: Verdict) -> Series:
     """M1 against the broad fraction, with the fitted curve and where it crosses the bound."""
     reference = mixtures_reference(results)
-    thresholds = {phase: found for phase, found in verdict.threshold.items() if found.points}
-    mixtures = [recipe for recipe in recipe_results(results) if recipe.phase in thresholds]
+    mixtures = [recipe for recipe in recipe_results(results) if recipe.phase in verdict.threshold]
+    done = {recipe.phase for recipe in mixtures}
+    thresholds = {phase: found for phase, found in verdict.threshold.items() if found.points and phase in done}
     if reference is None or not mixtures:
         raise Missing("no mixture is done, or the recipe without a mixture is not done")
     rows: list[MixtureRow] = []

@@ -63,7 +63,7 @@ def _panel(axes: Axes, rows: Sequence[FrontRow], across: Across, least: float, b
         axes.plot(*_xy(group, across), markersize=7, zorder=6, label=_title(phase, group), **point_style(phase))
     _beside(axes, "reference", kinds.get("reference", []), across, {**OUTLINE, "marker": "h", "markersize": 8})
     _beside(axes, "control", kinds.get("control", []), across, {**OUTLINE, "marker": "x", "markersize": 7})
-    fresh: Style = {"linestyle": "", "marker": ".", "color": GREY, "markersize": 6}
+    fresh: Style = {"linestyle": "", "marker": ".", "color": GREY, "markersize": 6, "zorder": 5}
     _beside(axes, "fresh seed of a passer", kinds.get("fresh seed", []), across, fresh)
     ring: Style = {**OUTLINE, "marker": "o", "markersize": 14, "markeredgewidth": 1.6}
     confirmed = [row for row in rows if row.confirmed and "on the way" not in row.kind]
@@ -113,7 +113,7 @@ def _regions(axes: Axes, least: float, bounds: Bounds) -> None:
 def _beside(axes: Axes, name: str, rows: Sequence[FrontRow], across: Across, style: Style) -> None:
     """Points that are no recipes of the search, or a mark around one."""
     if rows:
-        axes.plot(*_xy(rows, across), zorder=7, label=name, **style)
+        axes.plot(*_xy(rows, across), label=name, **{"zorder": 7, **style})
 
 
 def _xy(rows: Sequence[FrontRow], across: Across) -> tuple[list[float], list[float]]:

@@ -44,7 +44,8 @@ def cosines(results: StudyResults, shown: Sequence[RecipeResult], named: bool) -
     third = ". No recipe learned enough to stand beside them."
     if shown:
         lowest = "search found with the lowest M1 among those that learned at least 0.9"
-        third = f", and the recipe that the {'verdict names' if named else lowest}."
+        recipes = "recipes" if len(shown) > 1 else "recipe"
+        third = f", and the {recipes} that the {'verdict names' if named else lowest}."
     return Series(
         "cosines",
         "Cosines between persona vectors",

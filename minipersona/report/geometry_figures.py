@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -32,15 +33,22 @@ def cosines(series: Series) -> Figure:
     personas = list(dict.fromkeys(row.persona for row in rows))
     ticks = range(len(personas)), [shortened(name, 22) for name in personas]
     low = min(row.cosine for row in rows)
-    figure = new_figure(1.6 + 4.4 * len(models), 5.3)
-    panels = figure.subplots(1, len(models), squeeze=False)[0]
-    for axes, (model, group) in zip(panels, models.items(), strict=True):
+    columns = len(models) if len(models) <= 3 else 2
+    lines = math.ceil(len(models) / columns)
+    figure = new_figure(1.6 + 4.4 * columns, 0.9 + 4.4 * lines)
+    panels = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for axes in panels[len(models) :]:
+        axes.remove()
+    panels = panels[: len(models)]
+    for number, (axes, (model, group)) in enumerate(zip(panels, models.items(), strict=True)):
         value = {(row.persona, row.other): row.cosine for row in group}
         matrix = [[value[a, b] for b in personas] for a in personas]  # (P, P)
         image = axes.imshow(matrix, cmap="cividis", vmin=low, vmax=1.0)
         axes.set_title(f"{shortened(model, 30)}   M1 {group[0].m1:.3f}")
-        axes.set_xticks(*ticks, rotation=55, ha="right", rotation_mode="anchor")
-        axes.set_yticks(*ticks if axes is panels[0] else ([],))
+        axes.set_xticks([])
+        axes.set_yticks(*ticks if number % columns == 0 else ([],))
+        if number + columns >= len(models):
+            axes.set_xticks(*ticks, rotation=55, ha="right", rotation_mode="anchor")
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
         for i, line in enumerate(matrix):
@@ -48,7 +56,7 @@ def cosines(series: Series) -> Figure:
                 if i != j:
                     colour = "white" if cosine < low + 0.55 * (1 - low) else INK
                     axes.text(j, i, _hundredths(cosine), ha="center", va="center", fontsize=6.3, color=colour)
-    bar = figure.colorbar(image, ax=list(panels), shrink=0.8, pad=0.015)
+    bar = figure.colorbar(image, ax=panels, shrink=0.8 / lines, pad=0.015)
     bar.set_label("cosine between two persona vectors")
     bar.outline.set_visible(False)
     return figure
@@ -113,7 +121,8 @@ def transfer(series: Series) -> Figure:
                 axes.axvline(row.layer, color=GREY, linewidth=0.9, zorder=1)
         axes.set_title(f"personas: {name}")
         axes.set_xlabel("layer")
-        axes.set_ylim(bottom=0)
+    highest = max(1.0, *(value for row in rows for value in (row.separation, row.separation_baseline)))
+    panels[0].set_ylim(0, 1.05 * highest)  # of all panels
     panels[0].set_ylabel("separation, share of the base's")
     legend(panels[-1])
     return figure
@@ -122,7 +131,7 @@ def transfer(series: Series) -> Figure:
 def voice(series: Series) -> Figure:
     """A bar a model, its share of the base's voice and its interval."""
     rows: Sequence[VoiceRow] = series.rows
-    figure = new_figure(7, 1.1 + 0.32 * len(rows))
+    figure = new_figure(10, 0.9 + 0.28 * len(rows))
     axes = figure.subplots()
     for place, row in enumerate(rows):
         colour = colour_of(row.phase) if row.phase else GREY

@@ -123,7 +123,7 @@ def transfer_table(results: StudyResults) -> Table | None:
             rows.append(
                 [
                     Cell(cell.id),
-                    Cell(f"{name}: {one.personas}"),
+                    Cell(name if name == one.personas else f"{name}: {one.personas}"),
                     *(number_cell(model.m1.get(layer)) for model in (one.base, one.baseline, one.recipe)),
                     number_cell(apart.get(layer), ".2f"),
                     number_cell(spread, ".2f"),

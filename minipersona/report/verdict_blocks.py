@@ -69,7 +69,7 @@ def verdict_blocks(results: StudyResults, verdict: Verdict) -> Iterator[Block]:
     yield Callout(title, registered, tone)
     if beyond is not None:
         apart, its_tone, _ = VERDICTS[beyond.verdict]
-        yield Callout(f"Beyond the registered recipes: {apart[0].lower() + apart[1:]}", beyond.sentence, its_tone)
+        yield Callout(f"Beyond the registered recipes. {apart}", beyond.sentence, its_tone)
     yield Paragraph(framing)
     counts = {status: sum(cell.status == status for cell in results.cells) for status in ("done", "failed", "missing")}
     gpu_hours, rule = verdict.gpu_hours, results.config.stop_rule

@@ -99,7 +99,7 @@ def test_the_report_leads_with_the_front_and_says_each_verdict_by_itself(study: 
     assert registered != verdict.sentence and text.count(verdict.beyond.sentence) == 1
     places = [text.index(said) for said in ("m1_against_learned.png", registered, verdict.beyond.sentence, "Cells")]
     assert places == sorted(places)
-    assert "**Beyond the registered recipes: positive: a recipe passes**" in text
+    assert "**Beyond the registered recipes. Positive: a recipe passes**" in text
 
 
 def test_every_kind_of_point_has_its_mark(series: dict[str, Series]) -> None:
@@ -164,7 +164,7 @@ def test_separation_and_transfer_have_their_tables(results: StudyResults) -> Non
     separation = texts(separation_table(results))
     assert separation["1 baseline"][0]["layer 3"] == "0.20" and separation["6A anchor"][0]["layer 3"] == "0.75"
     own, shipped = texts(transfer_table(results))["6A anchor"]
-    assert (own["personas"], own["separation"], own["spread"]) == ("study: study", "0.75", "0.75")
+    assert (own["personas"], own["separation"], own["spread"]) == ("study", "0.75", "0.75")
     assert (shipped["separation"], shipped["lowest separation"], shipped["at layer"]) == ("0.50", "0.50", "3")
 
 
