@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from minipersona.records import write_record
+from minipersona.run.judgement import LEAST_REDUCTION
 from minipersona.run.measurement import measure
 from minipersona.study.cell import Cell, Study
 from minipersona.study.frontier import scaled_baseline
@@ -72,8 +73,10 @@ def measured_scales(study: Study, baseline: Cell) -> list[Scaled]:
 
 
 def _reaches(update: Sequence[Scaled], loss: float) -> bool:
-    """Whether the update has this loss at some scale above 0."""
-    return bool(update) and min(point.loss for point in update) <= loss < update[0].loss - _tolerance(update)
+    """Whether the update has this loss at some scale above 0, and learned enough for shares of it to have a meaning."""
+    if not update or update[0].loss - update[-1].loss <= LEAST_REDUCTION:
+        return False
+    return min(point.loss for point in update) <= loss < update[0].loss - _tolerance(update)
 
 
 def _tolerance(update: Sequence[Scaled]) -> float:

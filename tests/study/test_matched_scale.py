@@ -103,6 +103,9 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> StudyConfig:
     config = replace(config, suites=(), training=replace(config.training, checkpoints=(1, 2, 3)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("minipersona.report.write.draw_all", lambda series: None)
+        patch.setattr(
+            "minipersona.study.search._settled", lambda recipes, results: []
+        )  # no passer is measured elsewhere
         run(config, ("1", "2"))
     return config
 
