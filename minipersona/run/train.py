@@ -99,6 +99,7 @@ def carry_out(
         console.say(line)
     console.say(f"loading {config.model.name}")
     model, instruments = resources.model(config), resources.instruments(config)
+    graphs = resources.graphs(config)
     check_learnable(training.documents)
     check_disjoint(config, instruments)
     check_steering(config, directory, model, tokenizer)
@@ -125,8 +126,9 @@ def carry_out(
         hooks = Hooks(checkpoint=evaluator.save_and_measure, probe=evaluator.measure_only, logged=logged)
         with distributed.stop.deferred():  # until the step is done and its state is written
             train(
-                model, training.documents, config, directory, distributed, hooks, compiled=compiled, steering=steering
-            )
+                model, training.documents, config, directory, distributed, hooks,
+                compiled=compiled, steering=steering, graphs=graphs,
+            )  # fmt: skip
 
 
 def claim(

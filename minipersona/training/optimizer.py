@@ -100,15 +100,28 @@ class Flat:
         order = sorted(range(len(parameters)), key=lambda i: parameters[i].ndim < 2)
         self._decayed = sum(p.numel() for p in parameters if p.ndim >= 2)
         self._weights, self.weights = _flat(parameters, order)
-        with torch.no_grad():
-            for parameter, weight in zip(parameters, self.weights, strict=True):
-                weight.copy_(parameter)
-                parameter.data = weight  # frees the old weight, before three more tensors of N elements are made
+        self._lay_out(parameters)  # frees the old weights, before three more tensors of N elements are made
         self._gradients, self._gradient_views = _flat(parameters, order)
-        for parameter, gradient in zip(parameters, self._gradient_views, strict=True):
-            parameter.grad = gradient
         self._exp_avg, self.exp_avg = _flat(parameters, order)
         self._exp_avg_sq, self.exp_avg_sq = _flat(parameters, order)
+        self._give_gradients(parameters)
+
+    def take_over(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Lay out other parameters, of the same shapes, in the same memory; gradients and moments become zero."""
+        self._lay_out(parameters)
+        self._give_gradients(parameters)
+        for flat in (self._gradients, self._exp_avg, self._exp_avg_sq):
+            flat.zero_()
+
+    @torch.no_grad()
+    def _lay_out(self, parameters: Sequence[nn.Parameter]) -> None:
+        for parameter, weight in zip(parameters, self.weights, strict=True):
+            weight.copy_(parameter)
+            parameter.data = weight
+
+    def _give_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        for parameter, gradient in zip(parameters, self._gradient_views, strict=True):
+            parameter.grad = gradient
 
     def update_groups(self) -> Iterator[list[Piece]]:
         """What decays, then what does not, a slice at a time."""
