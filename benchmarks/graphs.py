@@ -18,6 +18,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -223,11 +224,14 @@ def main() -> None:
                 continue
             sitting = sitting or Sitting(name, given.steps, deadline)
             print(f"\n{sitting.name}, {part}", flush=True)
-            getattr(sitting, part)()
+            try:
+                getattr(sitting, part)()
+            except Exception:  # the other parts are made all the same
+                traceback.print_exc()
             figures[sitting.name] = sitting.found
         del sitting
         free()
-    report("graphs", "done", figures, given.out)
+    report("graphs", f"{time.monotonic() - deadline + given.seconds:.0f} s in all", figures, given.out)
 
 
 if __name__ == "__main__":
