@@ -1,6 +1,6 @@
 """The registered recipe's step under every objective of the study, with activation checkpointing:
 
-python -m benchmarks.objectives [--objective-steps 20] [--out FILE]
+python -m benchmarks.objectives [--objective-steps 20] [--tokenizer DIR] [--out FILE]
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ import torch
 
 from benchmarks.common import Sitting, documents, in_words, report, sit, table
 from benchmarks.sft import BATCH, ours
+from minipersona.chat import load_tokenizer
 from minipersona.config import ObjectiveSection
 
 LAYER = 20
-MOST = {"cross-entropy": 1.0, "KL to base": 1.6, "R3F": 2.2, "steering": 1.03}  # times cross-entropy's step
+MOST = {"cross-entropy": 1.0, "KL to base": 1.6, "R3F": 2.2, "steering": 1.03, "feature anchor": 1.2,
+        "Gram anchor": 1.2, "KL on prompts": 1.2}  # times cross-entropy's step  # fmt: skip
 
 
-OPTIONS = {"objective_steps": 20, "no_checkpointing": False}
+OPTIONS = {"objective_steps": 20, "no_checkpointing": False, "tokenizer": "tiny"}
 
 
 def run(sitting: Sitting) -> None:
@@ -31,8 +33,14 @@ def run(sitting: Sitting) -> None:
         ("KL to base", ObjectiveSection("kl_to_base", 0.01), None),
         ("R3F", ObjectiveSection("r3f", 0.01), None),
         ("steering", None, {LAYER: direction}),
+        ("feature anchor", ObjectiveSection("feature_anchor", 1.0), None),
+        ("Gram anchor", ObjectiveSection("gram_anchor", 1.0), None),
+        ("KL on prompts", ObjectiveSection("kl_on_prompts", 1.0), None),
     ):
-        found[name] = ours(model, docs, given.objective_steps, not given.no_checkpointing, section, steering)
+        found[name] = ours(
+            model, docs, given.objective_steps, not given.no_checkpointing, section, steering,
+            tokenizer=load_tokenizer(given.tokenizer),
+        )  # fmt: skip
         found[name]["gib"] -= sitting.beside
         print(name, found[name]["median_step"], found[name]["gib"], in_words(found[name]["profile"]), flush=True)
     plain = found["cross-entropy"]

@@ -19,10 +19,12 @@ from typing import Any, Literal
 import torch
 
 from benchmarks.common import GIB, Profile, Sitting, documents, free, in_words, report, seconds, sit, table
-from minipersona.chat import Document
+from minipersona.chat import ChatTokenizer, Document
 from minipersona.config import DataSection, ExecutionSection, LoraConfig, ObjectiveSection, RunConfig, TrainingSection
+from minipersona.console import Console
 from minipersona.model.lora import remove_lora
 from minipersona.model.network import Qwen2
+from minipersona.run.anchors import run_contexts
 from minipersona.training.distributed import Distributed
 from minipersona.training.loop import Hooks, train
 
@@ -42,8 +44,11 @@ def ours(
     method: Literal["lora", "full"] = "lora",
     batch: int = BATCH,
     distributed: Distributed | None = None,
+    tokenizer: ChatTokenizer | None = None,
 ) -> dict[str, Any]:
     """The loop itself, `steps` times. The last four are profiled; timed is what else the second half has, one at least.
+
+    tokenizer  of the prompts of an anchored objective
 
     The first dozen are slower: packs of new sizes need products that CUDA has not loaded yet.
     """
@@ -63,11 +68,15 @@ def ours(
         if row["step"] == steps - PROFILED:
             measured.start()
 
+    contexts = run_contexts(config, model, tokenizer, Console()) if tokenizer else None
     free()
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         distributed = distributed or Distributed(0, 1, model.device)
-        train(model, docs, config, Path(scratch), distributed, Hooks(logged=logged), compiled=True, steering=steering)
+        train(
+            model, docs, config, Path(scratch), distributed, Hooks(logged=logged), compiled=True, steering=steering,
+            contexts=contexts,
+        )  # fmt: skip
     shares = measured.stop()
     trained = hashlib.sha256()
     for parameter in model.parameters():

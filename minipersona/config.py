@@ -130,13 +130,25 @@ class TrainingSection:
 
 @dataclass(frozen=True)
 class ObjectiveSection:
-    """What is minimised: cross-entropy, alone or with a divergence that holds the model near something."""
+    """What is minimised: cross-entropy, alone or with a term that holds the model near something."""
 
-    kind: Literal["cross_entropy", "kl_to_base", "r3f"] = "cross_entropy"
-    weight: float = 0.0  # of the divergence: beta of KL to the base, lambda of R3F
+    kind: Literal["cross_entropy", "kl_to_base", "r3f", "feature_anchor", "kl_on_prompts", "gram_anchor"] = (
+        "cross_entropy"
+    )
+    weight: float = 0.0  # of that term: beta of KL to the base, lambda of R3F, w of an anchor
     direction: Literal["symmetric", "forward", "reverse"] = "symmetric"  # forward: KL(trained || base)
     noise: Literal["normal", "uniform"] = "normal"  # of R3F: standard deviation epsilon, or from -epsilon to epsilon
     epsilon: float = 0.0  # 0: the smallest of 1e-5, 1e-4, 1e-3 that the model's precision carries
+    # The last three kinds hold the model near its base at contexts: prompts of personas and questions not measured.
+    contexts: int = 32  # prompts a step, beside the rows; gram_anchor takes all personas of as many questions as fit
+    anchor_layers: tuple[int, ...] = ()  # blocks counted from 0; empty is the model's registered one
+    anchor_personas: str = ""  # a file in the form of the measured ones; empty: the package's 30 training personas
+    anchor_questions: str = ""  # likewise; empty: the package's 240 anchor questions
+
+    @property
+    def anchored(self) -> bool:
+        """Whether a step passes contexts beside its rows."""
+        return self.kind in ("feature_anchor", "kl_on_prompts", "gram_anchor")
 
     def __post_init__(self) -> None:
         if self.kind == "cross_entropy":
@@ -152,6 +164,21 @@ class ObjectiveSection:
         if self.kind != "r3f":
             require(self.noise == "normal", f'objective.noise = "{self.noise}": is a choice of kind = "r3f" only')
             require(self.epsilon == 0, f'objective.epsilon = {self.epsilon}: is a choice of kind = "r3f" only')
+        require(self.contexts >= 1, f"objective.contexts = {self.contexts}: must be at least 1")
+        require(
+            min(self.anchor_layers, default=0) >= 0 and len(set(self.anchor_layers)) == len(self.anchor_layers),
+            f"objective.anchor_layers = {list(self.anchor_layers)}: list each block once, counted from 0",
+        )
+        require(
+            not self.anchor_layers or self.kind in ("feature_anchor", "gram_anchor"),
+            'objective.anchor_layers: is a choice of kind = "feature_anchor" or "gram_anchor" only',
+        )
+        if not self.anchored:
+            for name in ("contexts", "anchor_personas", "anchor_questions"):
+                require(
+                    getattr(self, name) == getattr(ObjectiveSection, name),
+                    f'objective.{name}: is a choice of kind = "feature_anchor", "kl_on_prompts" or "gram_anchor" only',
+                )
 
 
 STEERING_FILE = "file:"

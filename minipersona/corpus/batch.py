@@ -12,14 +12,14 @@ from minipersona.model.pack import Pack, make_pack
 
 
 class RowOrder:
-    """The rows of each step, from a seeded permutation an epoch.
+    """The rows of each step, from a seeded permutation an epoch. A seed is a number or several.
 
     Step k (from 1) takes the entries (k-1) * batch to k * batch of the permutations laid end to end. The first one is
     ``numpy.random.Generator(PCG64(seed)).permutation(rows)``; later ones continue the generator. A pure function of
     (rows, batch, seed, step), so a run that resumes needs to know only its step.
     """
 
-    def __init__(self, rows: int, batch: int, seed: int) -> None:
+    def __init__(self, rows: int, batch: int, seed: int | Sequence[int]) -> None:
         assert rows > 0 and batch > 0
         self.rows, self.batch = rows, batch
         self._generator = np.random.Generator(np.random.PCG64(seed))
@@ -45,6 +45,7 @@ class Batch:
     tokens: int  # likewise
     supervised: int  # tokens, likewise
     packs: list[Pack]  # of this rank
+    context_tokens: int = 0  # of the prompts that an anchor adds to the rows, of the whole step
 
 
 def make_batch(

@@ -158,7 +158,10 @@ def with_prompts(rows: Rows, prompts: Sequence[str], seed: int) -> Rows:
     return replace(rows, rows=prompted, digest=_digest(prompted))
 
 
+TRAINING_PERSONAS = "training_personas.json"
+
+
 def training_personas() -> dict[str, str]:
     """The 30 training personas, name -> system prompt, in their order. None of them is one of the 12 measured."""
-    stored = read_json(data_dir() / "training_personas.json")
+    stored = read_json(data_dir() / TRAINING_PERSONAS)
     return {name: stored["training_personas"][name] for name in stored["training_persona_order"]}

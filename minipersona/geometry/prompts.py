@@ -53,8 +53,11 @@ class QuestionSet:
     digest: str
 
 
-def load_personas(source: str = SHIPPED) -> PersonaSet:
-    """The shipped personas, the registered ones, or a file in the same form. UserErrors name the file and the entry."""
+def load_personas(source: str = SHIPPED, at_least: int = 2) -> PersonaSet:
+    """The shipped personas, the registered ones, or a file in the same form. UserErrors name the file and the entry.
+
+    at_least  how many there must be; similarities need two
+    """
     path = _file(source, "personas.json", REGISTERED_PERSONAS)
     raw = read_json(path)
     prompts = raw.get("eval_personas") if isinstance(raw, dict) else None
@@ -69,7 +72,7 @@ def load_personas(source: str = SHIPPED) -> PersonaSet:
         _encodable(f"{path}: persona {persona!r}", persona + prompts[persona])
     if len(set(prompts.values())) < len(prompts):
         raise UserError(f"{path}: two personas have the same system prompt; they could not differ")
-    if len(order) < 2:
+    if len(order) < at_least:
         raise UserError(f"{path}: has {len(order)} persona; similarities need at least two")
     digest = sha256(path)
     name = REGISTERED if digest == REGISTERED_PERSONAS.sha256 else source

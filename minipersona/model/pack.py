@@ -6,7 +6,8 @@ T = tokens in the pack, S = documents, N = supervised tokens
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ class Pack:
     boundaries  (S+1,) int32  document s is ids[boundaries[s]:boundaries[s+1]]
     documents   (S,) int64    each document's identity in its corpus; dropout masks hang on it
     longest     tokens of the longest document
+    together    of every so many consecutive documents none is separated from the others where a pack is cut
     """
 
     ids: Tensor
@@ -35,6 +37,7 @@ class Pack:
     boundaries: Tensor
     documents: Tensor
     longest: int
+    together: int = 1
 
     @property
     def tokens(self) -> int:
@@ -46,13 +49,11 @@ class Pack:
         """(S,) the stream index of each document's last token."""
         return self.boundaries[1:].long() - 1
 
-    def to(self, device: torch.device | str) -> Pack:
+    def to(self, device: torch.device | str) -> Self:
         """The same pack on another device, copied without waiting."""
-        move = {
-            name: send(getattr(self, name), device)
-            for name in ("ids", "positions", "targets", "supervised", "boundaries", "documents")
-        }
-        return Pack(**move, longest=self.longest)
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved: dict[str, Any] = {k: send(v, device) for k, v in values.items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
 
 
 def send(tensor: Tensor, device: torch.device | str) -> Tensor:

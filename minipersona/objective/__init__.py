@@ -10,8 +10,12 @@ from minipersona.chat import Document
 from minipersona.config import RunConfig
 from minipersona.files import read_json, write_json
 from minipersona.model.network import Qwen2
+from minipersona.objective.contexts import Contexts
 from minipersona.objective.cross_entropy import CrossEntropy
+from minipersona.objective.feature_anchor import FeatureAnchor
+from minipersona.objective.gram_anchor import GramAnchor
 from minipersona.objective.head import Objective
+from minipersona.objective.kl_on_prompts import KLOnPrompts
 from minipersona.objective.kl_to_base import KLToBase, frozen_copy
 from minipersona.objective.noise_check import check_first_step
 from minipersona.objective.r3f import R3F
@@ -29,14 +33,23 @@ def check_objective(model: Qwen2, documents: Sequence[Document], config: RunConf
         write_json(file, asdict(check_first_step(model, documents, config)))
 
 
-def make_objective(model: Qwen2, config: RunConfig, directory: Path, compiled: bool) -> Objective:
+def make_objective(
+    model: Qwen2, config: RunConfig, directory: Path, compiled: bool, contexts: Contexts | None = None
+) -> Objective:
     """The objective of a config. `model` is still the base: no parameter of it has been trained.
 
-    R3F's epsilon is that of the check in `directory`, so a run that continues keeps it.
+    R3F's epsilon is that of the check in `directory`, so a run that continues keeps it. An anchored objective needs
+    `contexts`.
     """
     section = config.objective
+    needs_copy = section.kind in ("kl_to_base", "kl_on_prompts") and config.training.method == "full"
+    base = frozen_copy(model, compiled) if needs_copy else None
+    if section.anchored:
+        assert contexts is not None, "an anchored objective has contexts"
+        if section.kind == "kl_on_prompts":
+            return KLOnPrompts(section.weight, contexts, base)
+        return (FeatureAnchor if section.kind == "feature_anchor" else GramAnchor)(section.weight, contexts)
     if section.kind == "kl_to_base":
-        base = frozen_copy(model, compiled) if config.training.method == "full" else None
         return KLToBase(section.weight, section.direction, base)
     if section.kind == "r3f":
         return R3F(section.weight, section.noise, read_json(directory / OBJECTIVE_CHECK)["epsilon"])

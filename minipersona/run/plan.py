@@ -12,13 +12,14 @@ from pathlib import Path
 
 import torch
 
-from minipersona.chat import Document
-from minipersona.config import DataSection, ExecutionSection, RunConfig
+from minipersona.chat import ChatTokenizer, Document
+from minipersona.config import DataSection, ExecutionSection, ObjectiveSection, RunConfig
 from minipersona.corpus.batch import RowOrder
 from minipersona.corpus.training_set import TrainingSet, training_set
 from minipersona.model.config import ModelConfig
 from minipersona.model.load import architecture
 from minipersona.objective.head import CHUNK
+from minipersona.run.anchors import anchor_sets, check_anchors, make_contexts
 from minipersona.run.resources import compiles, load_run_tokenizer, resolve
 from minipersona.settings import to_toml
 
@@ -35,7 +36,10 @@ def plan(config: RunConfig) -> str:
     device = plan_device(config.execution)
     config = resolve(config, torch.device(device))
     sizes = architecture(config.model.name, config.model.revision or None)
-    training = training_set(countable(config.data), config.seed, load_run_tokenizer(config.model))
+    check_anchors(config, sizes)
+    tokenizer = load_run_tokenizer(config.model)
+    training = training_set(countable(config.data), config.seed, tokenizer)
+    beside = context_tokens(config, tokenizer)
     lengths = step_lengths(training.documents, config)
     lines = [
         to_toml(config).rstrip(),
@@ -44,8 +48,9 @@ def plan(config: RunConfig) -> str:
         f"measured at layer {config.probe.measured(sizes.probe_layer)[0]}",
         *_data_lines(training, config),
         _training_line(training.documents, lengths, config),
+        *_anchor_lines(beside, config),
         _memory_line(training.documents, lengths, config, sizes, device),
-        _time_line(step_flops(sizes, config) * sum(lengths), device),
+        _time_line(step_flops(sizes, config) * sum(lengths) + context_flops(sizes, config) * beside, device),
         *disk_lines(kept_bytes(sizes, config) + rolling_bytes(sizes, config), config.out),
     ]
     return "\n".join(lines) + "\n"
@@ -68,6 +73,16 @@ def _training_line(documents: Sequence[Document], lengths: Sequence[int], config
         f"# training   {steps:,} steps of {batch} rows ({steps * batch / len(documents):.2f} epochs), "
         f"{sum(lengths):,} tokens, {sum(lengths) / steps:,.0f} a step"
     )
+
+
+def _anchor_lines(tokens: int, config: RunConfig) -> list[str]:
+    if not config.objective.anchored:
+        return []
+    personas, questions = anchor_sets(config.objective)
+    return [
+        f"# anchor     {config.objective.contexts} prompts a step, of {len(personas.prompts)} personas x "
+        f"{len(questions.questions)} questions; {tokens / config.training.steps:,.0f} tokens a step besides"
+    ]
 
 
 def _memory_line(
@@ -133,6 +148,27 @@ def step_flops(sizes: ModelConfig, config: RunConfig) -> float:
     return (2 * per_weight if kind == "r3f" else per_weight + 2 * (kind == "kl_to_base")) * sizes.matmul_parameters
 
 
+def context_tokens(config: RunConfig, tokenizer: ChatTokenizer) -> int:
+    """Tokens of the contexts of all steps; 0 where the objective is not anchored."""
+    if not config.objective.anchored:
+        return 0
+    contexts = make_contexts(config, tokenizer)
+    taken = (c for step in range(1, config.training.steps + 1) for group in contexts.groups(step) for c in group)
+    return sum(len(contexts.ids[c]) for c in taken)
+
+
+def context_flops(sizes: ModelConfig, config: RunConfig) -> float:
+    """The same as `step_flops` for a token of a step's contexts. KL passes them through the base too; the other anchors
+    stop after the last anchored block, and their pass through the base, once a run, is left out.
+    """
+    plain = step_flops(sizes, replace(config, objective=ObjectiveSection()))
+    if config.objective.kind == "kl_on_prompts":
+        return plain + 2 * sizes.matmul_parameters
+    blocks = max(config.objective.anchor_layers or (sizes.probe_layer,)) + 1
+    head = sizes.hidden_size * sizes.vocab_size
+    return plain * (1 - head / sizes.matmul_parameters) * blocks / sizes.num_hidden_layers
+
+
 def adapter_parameters(sizes: ModelConfig, config: RunConfig) -> int:
     """Parameters of the adapters that the config asks for."""
     d, f, q, k = sizes.hidden_size, sizes.intermediate_size, sizes.query_width, sizes.key_width
@@ -155,7 +191,7 @@ def memory_bytes(sizes: ModelConfig, config: RunConfig, device: str, tokens: int
     kept = stream + 2.1 * block if recomputed else 0.93 * block * sizes.num_hidden_layers
     fused = 1.0 if compiles(config, torch.device(device)) else 1.6  # unfused passes keep intermediates besides
     logits = min(tokens, CHUNK) * sizes.vocab_size * (4 + 2 * compute)
-    heads = 1 if config.objective.kind == "cross_entropy" else 2
+    heads = 2 if config.objective.kind in ("kl_to_base", "r3f", "kl_on_prompts") else 1
     # A chunk's logits are gone before the backward pass through the blocks begins.
     return weights + max(tokens * kept * fused, tokens * stream + logits) + (heads - 1) * logits
 

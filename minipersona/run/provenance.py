@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 
 from minipersona import __version__
-from minipersona.config import RunConfig
+from minipersona.config import ObjectiveSection, RunConfig
 from minipersona.corpus.training_set import TrainingSet
 from minipersona.errors import UserError
 from minipersona.files import PACKAGE, digest, sha256
 from minipersona.model.network import Qwen2
 from minipersona.records import from_dict, may_be_missing, read_record, write_record
+from minipersona.run.anchors import anchor_sets
 from minipersona.run.directory import PROVENANCE
 from minipersona.run.measurement import Instruments
 from minipersona.run.result import Protocol
@@ -47,7 +48,7 @@ class Environment:
 
 @dataclass(frozen=True)
 class DataSource:
-    """Rows that were trained on or held out."""
+    """Rows that were trained on or held out, or a set of personas or questions."""
 
     source: str
     rows: int
@@ -64,6 +65,7 @@ class Provenance(Environment):
     model: dict[str, str | None]
     data: tuple[DataSource, ...]
     mixture: dict[str, str | int | float | None]
+    anchors: tuple[DataSource, ...] = may_be_missing(())  # personas and questions of an anchored objective
     continued: tuple[Environment, ...] = may_be_missing(())  # of each later start
 
 
@@ -83,6 +85,7 @@ def provenance(
         model={**model.source, "compute_dtype": str(model.compute_dtype).removeprefix("torch.")},
         data=tuple(from_dict(DataSource, source) for source in [*training.sources, *heldout]),
         mixture=training.mixture,
+        anchors=_anchors(config.objective),
         versions={"python": platform.python_version(), **libraries},
         hardware=Hardware(
             machine=platform.machine(),
@@ -91,6 +94,16 @@ def provenance(
             processes=processes,
             threads=torch.get_num_threads(),
         ),
+    )
+
+
+def _anchors(section: ObjectiveSection) -> tuple[DataSource, ...]:
+    if not section.anchored:
+        return ()
+    personas, questions = anchor_sets(section)
+    return (
+        DataSource(personas.name, len(personas.prompts), personas.digest, None),
+        DataSource(questions.name, len(questions.questions), questions.digest, None),
     )
 
 

@@ -25,6 +25,7 @@ from minipersona.hub import locate
 from minipersona.locks import lock
 from minipersona.model.load import RANDOM
 from minipersona.model.network import Qwen2
+from minipersona.run.anchors import check_anchors, run_contexts
 from minipersona.run.directory import (
     CONFIG,
     LATEST,
@@ -102,6 +103,7 @@ def carry_out(
     graphs = resources.graphs(config)
     check_learnable(training.documents)
     check_disjoint(config, instruments)
+    check_anchors(config, model.config, distributed.size, fetch=True)
     check_steering(config, directory, model, tokenizer)
     check_baseline(config, instruments.protocol(model))
     distributed.check_stop()
@@ -114,6 +116,7 @@ def carry_out(
         evaluator.take_over_base(base)
     evaluator.measure(0)
     steering = run_steering(config, directory, distributed, model, tokenizer)
+    contexts = run_contexts(config, model, tokenizer, console)
 
     # 3. The steps, with the measurements between them.
     if 0 < (step := stored_position(directory).step) < config.training.steps:
@@ -126,8 +129,8 @@ def carry_out(
         hooks = Hooks(checkpoint=evaluator.save_and_measure, probe=evaluator.measure_only, logged=logged)
         with distributed.stop.deferred():  # until the step is done and its state is written
             train(
-                model, training.documents, config, directory, distributed, hooks,
-                compiled=compiled, steering=steering, graphs=graphs,
+                model, training.documents, config, directory, distributed, hooks, compiled=compiled,
+                steering=steering, contexts=contexts, graphs=graphs,
             )  # fmt: skip
 
 

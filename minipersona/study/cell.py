@@ -13,13 +13,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from minipersona.config import ModelSection, RunConfig
+from minipersona.config import ModelSection, ObjectiveSection, RunConfig
 from minipersona.corpus.sources import source_identity
 from minipersona.files import digest, sha256
 from minipersona.geometry.prompts import load_personas, load_questions
 from minipersona.hub import locate, resolved_revision
 from minipersona.model.load import RANDOM
 from minipersona.records import to_dict
+from minipersona.run.anchors import anchor_sets
 from minipersona.study.code_digest import code_digest
 from minipersona.study.recipes import BASELINE_PLACEHOLDER, RESPONSES_PLACEHOLDER, Recipe
 from minipersona.study_config import StudyConfig
@@ -113,9 +114,16 @@ def _contents(recipe: Recipe) -> dict[str, Any]:
         "data": [source_identity(source) for source in sources],
         "personas": load_personas(probe.personas).digest,
         "questions": load_questions(probe.questions).digest,
+        "anchors": _anchor_digests(config.objective),
         "model": _model_contents(config.model),
         "code": code_digest(),
     }
+
+
+def _anchor_digests(section: ObjectiveSection) -> list[str]:
+    if not section.anchored:
+        return []
+    return [anchors.digest for anchors in anchor_sets(section)]
 
 
 @cache

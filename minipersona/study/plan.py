@@ -23,6 +23,8 @@ from minipersona.objective.head import ForwardPass
 from minipersona.run.plan import (
     EFFICIENCY,
     GIB,
+    context_flops,
+    context_tokens,
     countable,
     disk_lines,
     duration,
@@ -46,6 +48,7 @@ from minipersona.training.parameters import make_trainable
 
 ROW_TOKENS = 450  # assumed of a row, and PROBE_TOKENS of a measurement, where the data is not here to be counted
 PROBE_TOKENS = 400_000
+CONTEXT_TOKENS = 60  # likewise, of a prompt that an anchor passes
 SMALL = 100e6  # parameters of a model whose own step is timed; a larger one is judged by the matmul rate
 PATHS = ("out", "probe.baseline")
 
@@ -130,7 +133,9 @@ class Estimate:
         """What a cell takes, with its measurements."""
         lengths, largest = self._lengths(config)
         tokens = sum(lengths)
-        training = step_flops(self.sizes, config) * tokens / self.rate
+        operations = step_flops(self.sizes, config) * tokens
+        operations += context_flops(self.sizes, config) * self._context_tokens(config)
+        training = operations / self.rate
         probes = len(config.training.checkpoints) * self.probe_seconds
         return Cost(tokens, memory_bytes(self.sizes, config, self.device, largest), training + probes)
 
@@ -164,6 +169,11 @@ class Estimate:
         if key not in self._counted:
             self._counted[key] = self._count(replace(config, data=data))
         return self._counted[key]
+
+    def _context_tokens(self, config: RunConfig) -> float:
+        if self.tokenizer is None:
+            return config.objective.anchored * config.objective.contexts * CONTEXT_TOKENS * config.training.steps
+        return context_tokens(config, self.tokenizer)
 
     def _count(self, config: RunConfig) -> tuple[list[int], int]:
         recipe = config.training

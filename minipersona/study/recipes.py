@@ -31,6 +31,7 @@ from minipersona.errors import UserError
 from minipersona.model.config import ModelConfig
 from minipersona.model.load import architecture
 from minipersona.model.sizes import known_config
+from minipersona.run.anchors import check_anchors
 from minipersona.run.steering import steered_layers
 from minipersona.study_config import STAGES, StudyConfig
 from minipersona.verdict.calibration import check_layers_measured
@@ -115,6 +116,10 @@ def check_planned(study: StudyConfig) -> None:
             raise UserError(
                 f"{cell}: probe.layers names {beyond[0]}; this model has blocks 0 to {blocks - 1}, choose among them"
             )
+        try:
+            check_anchors(recipe.config, sizes)
+        except UserError as error:
+            raise UserError(f"{cell}: {error}") from None
         steering = recipe.config.steering
         steered = steered_layers(steering, sizes) if steering.vector else []
         if steering.vector == COLLAPSE and (lacking := [layer for layer in steered if layer not in measured]):

@@ -24,6 +24,7 @@ from minipersona.files import read_jsonl, rewrite_jsonl
 from minipersona.model.network import AddVector, Qwen2, Tap
 from minipersona.model.pack import Pack, send
 from minipersona.objective import check_objective, make_objective
+from minipersona.objective.contexts import Anchored, Contexts
 from minipersona.objective.head import ForwardPass, Objective
 from minipersona.training.checkpoint import Position, load_state, save_state
 from minipersona.training.distributed import Distributed
@@ -49,13 +50,13 @@ class Hooks:
 def train(
     model: Qwen2, documents: Sequence[Document], config: RunConfig, directory: Path, distributed: Distributed,
     hooks: Hooks | None = None, *, compiled: bool = False, steering: Mapping[int, Tensor] | None = None,
-    graphs: Graphs | None = None,
+    contexts: Contexts | None = None, graphs: Graphs | None = None,
 ) -> Position:  # fmt: skip
     """Fine-tune `model` in place on `documents`, from the last checkpoint in `directory` to the last step.
 
     steering  block -> (D,), added to the stream that leaves that block at every token; it contains its coefficient
-    graphs    run the passes as CUDA graphs; they are kept there for later runs of this model. Several ranks, and
-              objectives that graphs do not know, run without
+    contexts  what an anchored objective passes beside the rows
+    graphs    run the passes as CUDA graphs; they are kept there for later runs of this model. Several ranks run without
 
     Writes metrics.jsonl and latest/ into `directory`; `hooks.checkpoint` writes the model of a named step. UserError if
     no row can be learned from, or if the loss stays non-finite. Interrupted, on every rank, after the step in which any
@@ -63,7 +64,7 @@ def train(
     """
     check_learnable(documents)
     hooks, recipe = hooks or Hooks(), config.training
-    trainer = Trainer(model, documents, config, directory, distributed, compiled, steering or {}, graphs)
+    trainer = Trainer(model, documents, config, directory, distributed, compiled, steering or {}, contexts, graphs)
     position = trainer.resume()
     if position.done:
         return position
@@ -106,14 +107,15 @@ class Trainer:
 
     def __init__(
         self, model: Qwen2, documents: Sequence[Document], config: RunConfig, directory: Path,
-        distributed: Distributed, compiled: bool, steering: Mapping[int, Tensor], graphs: Graphs | None,
+        distributed: Distributed, compiled: bool, steering: Mapping[int, Tensor], contexts: Contexts | None,
+        graphs: Graphs | None,
     ) -> None:  # fmt: skip
         self.model, self.config, self.directory, self.distributed = model, config, directory, distributed
         recipe = config.training
         if distributed.first:
             check_objective(model, documents, config, directory)
         distributed.barrier()
-        self.objective = make_objective(model, config, directory, compiled)  # the model is still its base
+        self.objective = make_objective(model, config, directory, compiled, contexts)  # the model is still its base
         self.parameters = make_trainable(model, config, distributed)
         self.sharded = is_sharded(config, distributed)
         learned = list(self.parameters.values())
@@ -147,9 +149,12 @@ class Trainer:
         return position
 
     def batch(self, step: int) -> Batch:
-        """The documents of a step, in packs of as many tokens as memory has allowed so far."""
-        rows, ranks = self._order.step(step), self.distributed
-        return make_batch(self._documents, rows, self.budget.tokens, ranks.rank, ranks.size, self.sharded)
+        """The documents of a step, and an anchor's, in packs of as many tokens as memory has allowed so far."""
+        rows, ranks, tokens = self._order.step(step), self.distributed, self.budget.tokens
+        batch = make_batch(self._documents, rows, tokens, ranks.rank, ranks.size, self.sharded)
+        if isinstance(self.objective, Anchored):
+            return self.objective.contexts.join(batch, step, tokens, ranks.rank, ranks.size)
+        return batch
 
     def gradients(self, step: int, packs: Sequence[Pack], on_error: Callable[[], None]) -> tuple[Tensor, int]:
         """Leave the summed gradients of these packs in the layout.

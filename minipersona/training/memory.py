@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -43,7 +44,7 @@ class Budget:
             torch.cuda.empty_cache()
 
     def _halve(self, packs: Sequence[Pack]) -> None:
-        divisible = [pack.tokens for pack in packs if len(pack.documents) > 1]
+        divisible = [pack.tokens for pack in packs if len(pack.documents) > pack.together]
         if not divisible:
             longest = max((pack.longest for pack in packs), default=0)
             raise UserError(
@@ -55,11 +56,14 @@ class Budget:
 
 
 def cut(pack: Pack, most_tokens: int) -> list[Pack]:
-    """The documents of a pack, in order, in packs of at most `most_tokens`; a longer document stands alone."""
-    edges = pack.boundaries.tolist()
-    lengths = [end - start for start, end in itertools.pairwise(edges)]
+    """The documents of a pack, in order, in packs of at most `most_tokens`; a longer document stands alone.
+
+    Documents that belong `together` count as one.
+    """
+    n = pack.together
+    lengths = [end - start for start, end in itertools.pairwise(pack.boundaries[::n].tolist())]
     groups = split(lengths, most_tokens)
-    return [pack] if len(groups) == 1 else [_part(pack, group[0], group[-1] + 1) for group in groups]
+    return [pack] if len(groups) == 1 else [_part(pack, n * group[0], n * (group[-1] + 1)) for group in groups]
 
 
 def _part(pack: Pack, first: int, end: int) -> Pack:
@@ -67,7 +71,8 @@ def _part(pack: Pack, first: int, end: int) -> Pack:
     boundaries = pack.boundaries[first : end + 1]
     start, stop = int(boundaries[0]), int(boundaries[-1])
     inside = (pack.supervised >= start) & (pack.supervised < stop)
-    return Pack(
+    return replace(
+        pack,
         ids=pack.ids[start:stop],
         positions=pack.positions[start:stop],
         targets=pack.targets[start:stop],

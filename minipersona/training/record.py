@@ -116,6 +116,7 @@ class Record:
             **{name: mean if finite else None for name, mean in zip(self._terms, means, strict=True)},
             "supervised_tokens": batch.supervised,
             "tokens": batch.tokens,
+            **({"context_tokens": batch.context_tokens} if batch.context_tokens else {}),
             "grad_norm": grad_norm if finite else None,
             "lr": queued.learning_rate,
             "tokens_per_second": batch.tokens / seconds,

@@ -20,6 +20,7 @@ from .rank_workers import DOCUMENTS
 WORKER = (
     """
 import sys
+from dataclasses import replace
 from pathlib import Path
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from safetensors.torch import save_file
 from minipersona.chat import Document
 from minipersona.config import DataSection, ExecutionSection, LoraConfig, ObjectiveSection, RunConfig, TrainingSection
 from minipersona.model.load import load_model
+from minipersona.objective.contexts import Contexts, base_states
 from minipersona.training import loop
 from minipersona.training.loop import train
 from minipersona.training.distributed import join_process_group, leave_process_group
@@ -39,7 +41,7 @@ model_dir, out, batch, dtype, broken, kind = sys.argv[1:]
     data=DataSection("-", "-"),
     lora=LoraConfig(rank=4, alpha=8.0, dropout=0.2),
     training=TrainingSection(steps=3, batch=int(batch), checkpoints=(2,), learning_rate=1e-2),
-    objective=ObjectiveSection(kind, 0.5, epsilon=1e-2) if kind == "r3f" else ObjectiveSection(),
+    objective=ObjectiveSection(kind, 0.5 * (kind != "cross_entropy"), epsilon=1e-2 * (kind == "r3f")),
     execution=ExecutionSection(pack_tokens=60),
 )
 distributed = join_process_group("cpu")
@@ -48,7 +50,12 @@ if broken == "broken":
     # Every rank takes every document.
     loop.make_batch = lambda documents, rows, tokens, rank, size, sharded: real(documents, rows, tokens, 0, 1)
 model = load_model(model_dir, dtype=getattr(torch, dtype), device="cpu")
-train(model, documents, config, Path(out), distributed)
+contexts = None
+if config.objective.anchored:  # 4 personas at 6 questions, 9 prompts or 2 questions a step
+    ids = [document.ids[:9] for document in documents[:24]]
+    contexts = Contexts(ids, 4, 9, 42, by_question=kind == "gram_anchor")
+    contexts = replace(contexts, base=base_states(model, contexts, (0, 1), 3, 60))
+train(model, documents, config, Path(out), distributed, contexts=contexts)
 trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
 save_file({n: p.detach() for n, p in trained.items()}, f"{out}/end-{distributed.rank}.safetensors")
 if distributed.first:
@@ -90,6 +97,9 @@ def worst(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
         ("cross_entropy", "float64", 1e-10),
         pytest.param("cross_entropy", "float32", 1e-5, marks=pytest.mark.slow),
         pytest.param("r3f", "float64", 1e-10, marks=pytest.mark.slow),
+        ("feature_anchor", "float64", 1e-10),
+        pytest.param("gram_anchor", "float64", 1e-10, marks=pytest.mark.slow),
+        pytest.param("kl_on_prompts", "float64", 1e-10, marks=pytest.mark.slow),
     ],
 )
 def test_two_ranks_equal_one(
@@ -105,6 +115,8 @@ def test_two_ranks_equal_one(
     for a, b in zip(*records, strict=True):
         for name in ("loss", "cross_entropy", "grad_norm", *(["kl"] if kind == "r3f" else [])):
             assert abs(a[name] / b[name] - 1) < bound, name
+    if "anchor" in a:  # which is rounding before the first update that changes anything
+        assert abs(a["anchor"] / b["anchor"] - 1) < bound and a["anchor"] > 1e-5
 
 
 def test_a_rank_without_documents_waits_and_agrees(hf_model: Callable[..., Path], tmp_path: Path) -> None:

@@ -1,0 +1,180 @@
+"""What anchored objectives share: prompts that a step passes beside its rows, to hold the model near its base there.
+
+    L = sum_t -log p(y_t | y_<t) + w N a,      a = the anchor: a mean over the step's contexts
+
+A context is the rendered prompt of a training persona at an anchor question: neither is measured. The loop divides by
+the N supervised tokens of the step, which the contexts do not count among, so a step's loss is the mean cross-entropy
+plus w a, however rows and contexts are cut into packs and dealt to ranks. Contexts have no dropout and are not steered:
+it is the model as it is used afterwards that is held.
+
+P = personas, Q = questions, C = contexts of a step, S = contexts of a pack, T = their tokens, N = supervised tokens of
+the step, D = width
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minipersona.corpus.batch import Batch, RowOrder, assign_to_packs, balance
+from minipersona.model.network import Qwen2, Tap
+from minipersona.model.pack import Pack, make_pack, split
+from minipersona.objective.cross_entropy import CrossEntropy
+from minipersona.objective.head import ForwardPass, Objective
+
+DRAW = 101  # of the contexts, beside the seed: independent of the order of the rows and of mixtures
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContextPack(Pack):
+    """Contexts end to end; `documents` are their indices, and nothing is supervised.
+
+    per_context  () fp64  supervised tokens of the whole step, N, divided by its contexts, C
+    per_token    () fp64  N divided by the tokens of these contexts
+    """
+
+    per_context: Tensor
+    per_token: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Contexts:
+    """The prompts of all personas at all questions, which of them each step takes, and the base's states at them.
+
+    ids          P * Q prompts, personas outermost
+    personas     P
+    per_step     C
+    by_question  True: a step takes whole questions, C / P of them rounded down, each with all personas, which stay in
+                 one pack. False: it takes contexts one by one
+    base         layer -> (P * Q, D) of `base_states`; empty for an objective that does not read it
+
+    Like the rows, contexts come from a seeded permutation, an epoch after another: a function of (seed, step).
+    """
+
+    ids: Sequence[np.ndarray]
+    personas: int
+    per_step: int
+    seed: int
+    by_question: bool = False
+    base: Mapping[int, Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def _order(self) -> RowOrder:
+        return RowOrder(len(self.ids) // self.together, self.per_step // self.together, (self.seed, DRAW))
+
+    @property
+    def together(self) -> int:
+        """How many contexts are compared with each other, and so are in one pack."""
+        return self.personas if self.by_question else 1
+
+    def groups(self, step: int) -> list[list[int]]:
+        """The contexts of a step, from 1, as those that stay together."""
+        drawn = self._order.step(step)
+        if not self.by_question:
+            return [[context] for context in drawn]
+        questions = len(self.ids) // self.personas
+        return [[p * questions + q for p in range(self.personas)] for q in drawn]
+
+    def taken(self, steps: int) -> list[int]:
+        """The contexts that any of the first `steps` steps takes, each once."""
+        return sorted({c for step in range(1, steps + 1) for group in self.groups(step) for c in group})
+
+    def join(self, batch: Batch, step: int, pack_tokens: int, rank: int, size: int) -> Batch:
+        """The batch with this rank's share of the step's contexts; a step that is skipped has none."""
+        if not batch.supervised:
+            return batch
+        groups = self.groups(step)
+        lengths = [sum(len(self.ids[c]) for c in group) for group in groups]
+        count, tokens = sum(map(len, groups)), sum(lengths)
+        per_context, per_token = torch.tensor(
+            [batch.supervised / count, batch.supervised / tokens], dtype=torch.float64
+        )
+        own = balance(lengths, size)[rank]
+        packs: list[Pack] = []
+        for share in filter(None, assign_to_packs([lengths[i] for i in own], pack_tokens)):
+            pack = replace(self.pack([c for i in share for c in groups[own[i]]]), together=self.together)
+            packs.append(ContextPack(**vars(pack), per_context=per_context, per_token=per_token))
+        return replace(batch, packs=[*batch.packs, *packs], context_tokens=tokens)
+
+    def pack(self, contexts: Sequence[int]) -> Pack:
+        """These contexts, in this order."""
+        return make_pack([self.ids[c] for c in contexts], documents=contexts)
+
+
+@dataclass(frozen=True, eq=False)
+class Anchored(Objective):
+    """An `Objective`: cross-entropy of packs of rows, the anchor of packs of contexts. Its file defines the anchor."""
+
+    weight: float  # w
+    contexts: Contexts
+    terms: ClassVar[tuple[str, ...]] = ("loss", "cross_entropy", "anchor")
+    copies: ClassVar[int] = 1
+
+    def __call__(self, model: Qwen2, pack: Pack, forward: ForwardPass) -> tuple[Tensor, Tensor]:
+        if isinstance(pack, ContextPack):
+            anchor = self.anchor(model, pack.to(model.device), forward)
+            loss = self.weight * anchor
+            return loss, torch.stack([loss, torch.zeros_like(loss), anchor]).detach()
+        loss, terms = CrossEntropy()(model, pack, forward)
+        return loss, torch.cat([terms, terms.new_zeros(1)])
+
+    @abstractmethod
+    def anchor(self, model: Qwen2, pack: ContextPack, forward: ForwardPass) -> Tensor:
+        """What this pack, which is on the model's device, adds to N a: (), differentiable."""
+
+
+def last_states(
+    model: Qwen2, pack: Pack, layers: Iterable[int], checkpoint_activations: bool = False
+) -> dict[int, Tensor]:
+    """layer -> (S, D): the stream that leaves it at each document's last token. Later blocks are not computed."""
+    found: dict[int, Tensor] = {}
+    rows, stop = pack.last, max(layers := list(layers))
+
+    def recorder(layer: int) -> Tap:
+        def record(h: Tensor) -> Tensor:
+            found[layer] = h if layer == stop else h[rows]  # only these rows leave the last block
+            return h
+
+        return record
+
+    model(
+        pack, taps={layer: recorder(layer) for layer in layers}, stop_after=stop, last_rows=rows,
+        checkpoint_activations=checkpoint_activations,
+    )  # fmt: skip
+    return found
+
+
+@torch.no_grad()
+def base_states(
+    model: Qwen2, contexts: Contexts, layers: Sequence[int], steps: int, pack_tokens: int,
+    progress: Callable[[int], None] = lambda done: None,
+) -> dict[int, Tensor]:  # fmt: skip
+    """layer -> (P * Q, D) in the stream's precision: `last_states` of the base at the contexts that a run takes.
+
+    model     the base: nothing is attached to it, or the adapters add nothing
+    steps     of the run; contexts that none of them takes are not computed, and are NaN
+    progress  called with the number of contexts that are done
+    """
+    by_length = sorted(contexts.taken(steps), key=lambda c: len(contexts.ids[c]))
+    shape = len(contexts.ids), model.config.hidden_size
+    states = {layer: torch.full(shape, torch.nan, dtype=model.compute_dtype, device=model.device) for layer in layers}
+    done = 0
+    for part in split([len(contexts.ids[c]) for c in by_length], pack_tokens):
+        pack = contexts.pack([by_length[i] for i in part]).to(model.device)
+        for layer, h in last_states(model, pack, layers).items():
+            states[layer][pack.documents] = h
+        done += len(part)
+        progress(done)
+    return states
+
+
+def wide(h: Tensor) -> Tensor:
+    """h in fp32 or better."""
+    return h.to(torch.promote_types(h.dtype, torch.float32))

@@ -1,0 +1,125 @@
+"""The contexts of an anchored objective: prompts of personas and questions of which none is measured.
+
+An anchor holds the model where it is applied. If a persona or question that is measured were among the contexts, M1
+would say how well the model is held there, and nothing about other personas.
+
+P = personas, Q = questions, D = width
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from dataclasses import replace
+
+from minipersona.chat import ChatTokenizer
+from minipersona.config import ObjectiveSection, RunConfig
+from minipersona.console import Console
+from minipersona.corpus.mixtures import TRAINING_PERSONAS, training_personas
+from minipersona.errors import UserError
+from minipersona.files import data_dir, sha256
+from minipersona.geometry.extraction import check_positions, render_prompts
+from minipersona.geometry.prompts import REGISTERED, PersonaSet, QuestionSet, load_personas, load_questions
+from minipersona.model.config import ModelConfig
+from minipersona.model.network import Qwen2
+from minipersona.objective.contexts import Contexts, base_states
+
+ANCHOR_QUESTIONS = "anchor_questions.jsonl"
+
+
+def anchor_sets(section: ObjectiveSection) -> tuple[PersonaSet, QuestionSet]:
+    """The personas and questions whose prompts are the contexts. UserErrors name the file and the entry."""
+    if section.anchor_personas:
+        personas = load_personas(section.anchor_personas, at_least=1)
+    else:
+        personas = PersonaSet(TRAINING_PERSONAS, training_personas(), sha256(data_dir() / TRAINING_PERSONAS))
+    questions = load_questions(section.anchor_questions or str(data_dir() / ANCHOR_QUESTIONS))
+    return personas, questions if section.anchor_questions else replace(questions, name=ANCHOR_QUESTIONS)
+
+
+def check_anchors(config: RunConfig, sizes: ModelConfig, ranks: int = 1, *, fetch: bool = False) -> None:
+    """UserError where an anchored objective cannot be carried out as the config says, on so many ranks.
+
+    fetch  compare with what is measured even where that may have to be downloaded, which a plan does not do
+    """
+    section, probe = config.objective, config.probe
+    if not section.anchored:
+        return
+    if config.training.method == "full" and ranks > 1:  # sharded weights: every rank makes the same passes
+        raise UserError(
+            f'objective.kind = "{section.kind}": trains all weights on one rank only; start one process, or set '
+            'training.method = "lora"'
+        )
+    blocks = sizes.num_hidden_layers
+    for layer in section.anchor_layers:
+        if layer >= blocks:
+            raise UserError(
+                f"objective.anchor_layers: {layer}; this model has blocks 0 to {blocks - 1}, choose of them"
+            )
+    sets = anchor_sets(section)
+    if fetch or REGISTERED not in (probe.personas, probe.questions):
+        check_unmeasured(sets, (load_personas(probe.personas), load_questions(probe.questions)))
+    personas = len(sets[0].prompts)
+    if section.kind == "gram_anchor" and not 2 <= personas <= section.contexts:
+        raise UserError(
+            f"objective.contexts = {section.contexts}: gram_anchor compares all {personas} anchor personas at one "
+            f"question; name 2 to {section.contexts} personas, or more contexts"
+        )
+
+
+def check_unmeasured(anchors: tuple[PersonaSet, QuestionSet], measured: tuple[PersonaSet, QuestionSet]) -> None:
+    """UserError where a persona, by its name or its prompt, or a question is both an anchor and measured.
+
+    Texts are compared by their words: capitals, punctuation and spaces do not count.
+    """
+    taken = {name: words(prompt) for name, prompt in measured[0].prompts.items()}
+    for name, prompt in anchors[0].prompts.items():
+        if name in taken or words(prompt) in taken.values():
+            raise UserError(
+                f"objective.anchor_personas: persona {name!r} is also measured (probe.personas); leave it out of one"
+            )
+    asked = set(map(words, measured[1].questions))
+    for question in anchors[1].questions:
+        if words(question) in asked:
+            raise UserError(
+                f"objective.anchor_questions: {question!r} is also measured (probe.questions); leave it out of one"
+            )
+
+
+def words(text: str) -> tuple[str, ...]:
+    """What counts when two texts are compared."""
+    return tuple(re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold()))
+
+
+def run_contexts(config: RunConfig, model: Qwen2, tokenizer: ChatTokenizer, console: Console) -> Contexts | None:
+    """What `train` takes as `contexts`, with the base's states at them; None where the objective is not anchored.
+
+    Call it on every rank, while nothing is attached to the model, whose states follow from it alone: a run that
+    continues computes the same ones again.
+    """
+    section = config.objective
+    if not section.anchored:
+        return None
+    contexts = make_contexts(config, tokenizer)
+    check_positions(model, contexts.ids, 0)
+    if section.kind == "kl_on_prompts":
+        return contexts
+    layers = section.anchor_layers or (model.config.probe_layer,)
+    steps, tokens = config.training.steps, config.execution.measuring_tokens
+    with console.progress("states of the base", len(contexts.taken(steps)), "contexts") as progress:
+        base = base_states(model, contexts, layers, steps, tokens, progress.advance)
+    return replace(contexts, base=base)
+
+
+def make_contexts(config: RunConfig, tokenizer: ChatTokenizer) -> Contexts:
+    """The contexts of an anchored run, without states."""
+    section = config.objective
+    personas, questions = anchor_sets(section)
+    prompts = render_prompts(tokenizer, personas.prompts, questions.questions)
+    return Contexts(
+        [prompt.ids for prompt in prompts],
+        personas=len(personas.prompts),
+        per_step=section.contexts,
+        seed=config.seed,
+        by_question=section.kind == "gram_anchor",
+    )

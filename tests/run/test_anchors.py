@@ -1,0 +1,173 @@
+"""The contexts of an anchored run: none of them is measured, and what cannot be carried out is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from minipersona.chat import load_tokenizer
+from minipersona.cli import main
+from minipersona.config import DataSection, ObjectiveSection, ProbeSection, RunConfig, TrainingSection
+from minipersona.corpus.mixtures import training_personas
+from minipersona.errors import UserError
+from minipersona.files import read_jsonl
+from minipersona.geometry.prompts import PersonaSet, load_personas, load_questions
+from minipersona.model.load import architecture
+from minipersona.run import anchors
+from minipersona.run.anchors import anchor_sets, check_anchors, make_contexts, words
+from minipersona.run.plan import context_flops, step_flops
+
+TINY = architecture("tiny")
+COMMON = """a an the i me my you your do does did is are was be been to of and or in on at it its that what how why when
+who should would can could for with from if not no more most one as have has this there they we people person make get
+way good know about after before"""
+
+
+def config(kind: str = "feature_anchor", probe: ProbeSection | None = None, **objective: object) -> RunConfig:
+    return RunConfig(
+        data=DataSection("-", "-"),
+        objective=ObjectiveSection(kind, 1.0, **objective),  # type: ignore[arg-type]
+        probe=probe or ProbeSection(),
+    )
+
+
+def question_file(path: Path, *questions: str) -> str:
+    path.write_text("".join(json.dumps({"question": question}) + "\n" for question in questions))
+    return str(path)
+
+
+# ---------------------------------------------------------------- the package's own sets
+
+
+def test_the_packages_anchors_are_not_the_measured_ones() -> None:
+    personas, questions = anchor_sets(ObjectiveSection("feature_anchor", 1.0))
+    assert personas.prompts == training_personas() and len(questions.questions) == 240
+    asked, measured = set(map(words, questions.questions)), set(map(words, load_questions().questions))
+    assert len(asked) == 240 and not asked & measured
+    check_anchors(config(), TINY)
+
+
+def test_no_anchor_question_says_what_a_measured_one_does() -> None:
+    """In words that carry meaning: less than half are shared with any measured question."""
+    common = set(words(COMMON))
+
+    def content(question: str) -> set[str]:
+        return {word[:5] for word in words(question)} - common
+
+    measured = [content(question) for question in load_questions().questions]
+
+    def nearest(question: str) -> float:
+        mine = content(question)
+        return max(len(mine & other) / max(1, len(mine | other)) for other in measured)
+
+    assert max(map(nearest, anchor_sets(ObjectiveSection("feature_anchor", 1.0))[1].questions)) < 0.5
+    assert nearest("How could money make one person a happy person?") >= 0.5  # the control
+
+
+def test_the_embedded_vocabulary_carries_the_anchors() -> None:
+    """A byte-level vocabulary of 2,048 that was made without them: few words are cut into many pieces."""
+    tokenizer = load_tokenizer("tiny")
+    personas, questions = anchor_sets(ObjectiveSection("feature_anchor", 1.0))
+    for texts in (questions.questions, list(personas.prompts.values())):
+        tokens = sum(len(tokenizer.encode_text(text, 100)) for text in texts)
+        assert tokens / sum(len(re.findall(r"\w+|[^\w\s]", text)) for text in texts) < 1.5
+
+
+def test_contexts_are_every_persona_at_every_question() -> None:
+    contexts = make_contexts(config("gram_anchor"), load_tokenizer("tiny"))
+    assert (len(contexts.ids), contexts.personas, contexts.together) == (7200, 30, 30)
+    (group,) = contexts.groups(1)
+    texts = [load_tokenizer("tiny").decode(contexts.ids[c]) for c in group]
+    asked = [text.split("<|im_start|>user\n")[1] for text in texts]
+    assert len(set(asked)) == 1 and asked[0].endswith("<|im_start|>assistant\n")
+    assert all(prompt in text for prompt, text in zip(training_personas().values(), texts, strict=True))
+    assert make_contexts(config(contexts=5), load_tokenizer("tiny")).groups(1) != [group]
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+def test_what_is_measured_is_no_anchor(tmp_path: Path) -> None:
+    shipped = load_questions().questions
+    hidden = question_file(tmp_path / "q.jsonl", "What is rain?", f"  {shipped[7].upper().rstrip('?')} ")
+    with pytest.raises(UserError, match=r"objective.anchor_questions: .* is also measured \(probe.questions\)"):
+        check_anchors(config(anchor_questions=hidden), TINY)
+    check_anchors(config(anchor_questions=question_file(tmp_path / "r.jsonl", "What is rain?", "And bread?")), TINY)
+    # The package's own questions may be anchors where others are measured.
+    other = ProbeSection(questions=question_file(tmp_path / "s.jsonl", "What is rain?", "And bread?"))
+    check_anchors(config(probe=other, anchor_questions="shipped"), TINY)
+    with pytest.raises(UserError, match="is also measured"):
+        check_anchors(config(anchor_questions="shipped"), TINY)
+
+
+@pytest.mark.parametrize("copied", ["name", "prompt"])
+def test_who_is_measured_is_no_anchor(tmp_path: Path, copied: str) -> None:
+    name, prompt = list(load_personas().prompts.items())[3]
+    mine = {name: "You are me."} if copied == "name" else {"mine": prompt.replace(".", " !")}
+    file = tmp_path / "personas.json"
+    file.write_text(json.dumps({"eval_personas": mine}))
+    with pytest.raises(UserError, match=r"objective.anchor_personas: persona '\w+' is also measured"):
+        check_anchors(config(anchor_personas=str(file)), TINY)
+    file.write_text(json.dumps({"eval_personas": {"mine": "You are me."}}))
+    check_anchors(config(anchor_personas=str(file)), TINY)  # one persona is enough for an anchor of features
+
+
+def test_what_cannot_be_carried_out_is_refused_in_a_line() -> None:
+    full = TrainingSection(method="full")
+    for settings, ranks, said in (
+        (config("gram_anchor", contexts=29), 1, "objective.contexts = 29: gram_anchor compares all 30 anchor personas"),
+        (config(anchor_layers=(3, 8)), 1, "objective.anchor_layers: 8; this model has blocks 0 to 7"),
+        (RunConfig(DataSection("-", "-"), training=full, objective=config().objective), 2, "trains all weights on one"),
+    ):
+        with pytest.raises(UserError, match=re.escape(said)):
+            check_anchors(settings, TINY, ranks)
+    check_anchors(config("gram_anchor", contexts=30, anchor_layers=(0, 7)), TINY, ranks=2)
+
+
+def test_a_plan_fetches_no_measured_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetched(*_: object) -> PersonaSet:
+        raise UserError("fetched")
+
+    monkeypatch.setattr(anchors, "load_personas", fetched)
+    registered = config(probe=ProbeSection(personas="registered", questions="registered"))
+    check_anchors(registered, TINY)
+    with pytest.raises(UserError, match="fetched"):
+        check_anchors(registered, TINY, fetch=True)  # as a run does
+
+
+# ---------------------------------------------------------------- a run and its plan
+
+
+def test_a_plan_counts_the_contexts() -> None:
+    plain = step_flops(TINY, RunConfig(DataSection("-", "-")))
+    assert context_flops(TINY, config("kl_on_prompts")) > plain > context_flops(TINY, config(anchor_layers=(7,)))
+    assert context_flops(TINY, config(anchor_layers=(3, 0))) * 2 == pytest.approx(
+        context_flops(TINY, config(anchor_layers=(7,)))
+    )
+
+
+def test_a_run_records_its_anchors_and_continues_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = {
+        "data.train": "tiny:benign[0:40]", "data.heldout": "tiny:benign[2000:2004]", "training.steps": "3",
+        "training.batch": "4", "checkpoints": "[3]", "probe.questions": question_file(tmp_path / "q.jsonl", "A?", "B?"),
+        "objective.kind": "feature_anchor", "objective.weight": "1.0", "objective.contexts": "5",
+    }  # fmt: skip
+    settings = [x for key, value in small.items() for x in ("--set", f"{key}={value}")]
+    command = ["train", "--config", "tiny_phase1", "--out", str(tmp_path / "run"), *settings]
+    assert main([*command, "--plan"]) == 0
+    planned = re.search(r"5 prompts a step, of 30 personas x 240 questions; (\d+) tokens", capsys.readouterr().out)
+    assert main(command) == 0
+    rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert planned and int(planned[1]) == pytest.approx(sum(row["context_tokens"] for row in rows) / 3, abs=0.5)
+    assert rows[0]["anchor"] < 1e-9 < rows[2]["anchor"]
+    made_by = json.loads((tmp_path / "run" / "provenance.json").read_text())
+    assert [(a["source"], a["rows"]) for a in made_by["anchors"]] == [
+        ("training_personas.json", 30), ("anchor_questions.jsonl", 240),
+    ]  # fmt: skip
+    # Anchors that are measured are refused before a directory is made.
+    both = [f"objective.anchor_questions={small['probe.questions']}", f"out={tmp_path / 'other'}"]
+    assert main([*command[:3], *settings, "--set", both[0], "--set", both[1]]) == 2
+    assert "'A?' is also measured" in capsys.readouterr().err and not (tmp_path / "other").exists()
