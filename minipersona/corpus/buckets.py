@@ -9,6 +9,7 @@ T = tokens in the pack, S = documents, N = supervised tokens
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,7 +17,9 @@ import torch
 
 from minipersona.model.pack import IGNORE, Pack
 
-SHORTEST = 256  # of `longest`: what an attention kernel launches for a shorter document costs nothing
+TOKENS = 512  # T is a multiple
+DOCUMENTS = 8  # S is a multiple
+SHORTEST = 1024  # of `longest`: what an attention kernel launches in vain for shorter documents costs little
 
 
 @dataclass(frozen=True)
@@ -32,35 +35,28 @@ class Bucket:
 def bucket_of(pack: Pack) -> Bucket:
     """The smallest bucket that the pack fits into, with at least one document of padding.
 
-    At most 64 tokens or an eighth are added, at most 8 documents with a token each, and at most 64 supervised rows or a
-    quarter: a row costs a pass through the head, a token costs a pass through the network, and fewer sizes mean fewer
-    graphs.
+    N is a quarter of T, a half, three quarters or all of it. Steps of 16 real chats, of 3,200 tokens in the mean, are
+    padded by 9% and come in 28 sizes. Finer ones would save a few percent of a step, but a size that is new takes as
+    long as twenty steps.
     """
-    documents = _multiple(len(pack.documents) + 1, 8)
+    of = math.lcm(DOCUMENTS, pack.together)
+    documents = _multiple(len(pack.documents) + 1, of)
     padding = documents - len(pack.documents)
-    tokens = _step(pack.tokens + padding, parts=8)
+    tokens = _multiple(pack.tokens + padding, TOKENS)
+    supervised = _multiple(max(1, pack.supervised.numel()), tokens // 4)
     longest = max(pack.longest, -(-(tokens - pack.tokens) // padding), SHORTEST)
-    return Bucket(tokens, documents, _step(max(1, pack.supervised.numel()), parts=4), _power(longest - 1) * 2)
-
-
-def _power(n: int) -> int:
-    """The largest power of two that is not above n."""
-    return 1 << (n.bit_length() - 1)
+    return Bucket(tokens, documents, supervised, 1 << (longest - 1).bit_length())
 
 
 def _multiple(n: int, of: int) -> int:
     return -(-n // of) * of
 
 
-def _step(n: int, parts: int) -> int:
-    """n rounded up, to one of `parts` equal steps from each power of two to the next, and to a multiple of 64."""
-    return _multiple(n, max(64, _power(n) // parts))
-
-
 def pad(pack: Pack, bucket: Bucket) -> Pack:
     """The pack, on the CPU, with documents of token 0 behind its own up to the bucket's sizes.
 
-    Further supervised rows are rows of that padding. Their targets are IGNORE, so they count for nothing.
+    Further supervised rows are rows of that padding. Their targets are IGNORE, so they count for nothing. The identity
+    of these documents is the last one's, of which an objective has what it reads by identity.
     """
     tokens, documents = bucket.tokens - pack.tokens, bucket.documents - len(pack.documents)
     rows = bucket.supervised - pack.supervised.numel()
@@ -79,6 +75,6 @@ def pad(pack: Pack, bucket: Bucket) -> Pack:
         targets=behind(pack.targets, np.full(tokens, IGNORE)),
         supervised=behind(pack.supervised, pack.tokens + np.arange(rows) % tokens),
         boundaries=behind(pack.boundaries, pack.tokens + ends),
-        documents=behind(pack.documents, np.zeros(documents)),
+        documents=behind(pack.documents, np.full(documents, int(pack.documents[-1]))),
         longest=bucket.longest,
     )

@@ -123,8 +123,10 @@ class Trainer:
         self.layout: Layout
         if self.sharded:
             self.layout = Shards(learned, distributed)
+        elif self.graphs is None:
+            self.layout = Flat(learned)
         else:
-            self.layout = Flat(learned) if self.graphs is None else self.graphs.layout(learned)
+            self.layout, self.objective = self.graphs.layout(learned), self.graphs.objective(self.objective)
         self.optimizer = AdamW(self.layout, recipe.beta1, recipe.beta2, recipe.epsilon, recipe.weight_decay, compiled)
         self.forward = functools.partial(
             ForwardPass, config.seed, taps=steering_taps(steering, model), compiled=compiled,

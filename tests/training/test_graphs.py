@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from anchors import KINDS, anchored, step_batch
 from conftest import relative_error
 from torch import Tensor
 
@@ -24,8 +25,10 @@ from minipersona.model.load import load_model
 from minipersona.model.lora import adapters, apply_lora, remove_lora
 from minipersona.model.network import Qwen2
 from minipersona.model.pack import Pack
+from minipersona.objective.contexts import Anchored
 from minipersona.objective.cross_entropy import CrossEntropy
 from minipersona.objective.head import ForwardPass, Objective
+from minipersona.objective.kl_on_prompts import KLOnPrompts
 from minipersona.objective.kl_to_base import KLToBase
 from minipersona.objective.r3f import R3F
 from minipersona.run.resources import Resources
@@ -46,7 +49,7 @@ OBJECTIVES: dict[str, Objective] = {
     "kl_to_base": KLToBase(0.3, "symmetric"),
     "r3f": R3F(0.3, "normal", 1e-2),
 }
-EACH_OBJECTIVE = pytest.mark.parametrize("kind", OBJECTIVES)
+EACH_OBJECTIVE = pytest.mark.parametrize("kind", [*OBJECTIVES, *KINDS])
 SINGLE_PROCESS = Distributed(0, 1, torch.device("cpu"))
 
 
@@ -54,27 +57,47 @@ SINGLE_PROCESS = Distributed(0, 1, torch.device("cpu"))
 def _short_documents(monkeypatch: pytest.MonkeyPatch) -> None:
     """The portable attention computes as many rows as the longest document has, which is 24 tokens here."""
     monkeypatch.setattr(buckets, "SHORTEST", 32)
+    monkeypatch.setattr(buckets, "TOKENS", 64)
+
+
+def objective_of(kind: str, base: Qwen2) -> Objective:
+    """`base` is in its first state: nothing is attached."""
+    return OBJECTIVES[kind] if kind in OBJECTIVES else anchored(kind, 0.7, base)
+
+
+def packs_of(objective: Objective, documents: list[Document]) -> list[Pack]:
+    """One of rows, and an anchor's contexts."""
+    return step_batch(objective, documents).packs if isinstance(objective, Anchored) else [pack_documents(documents)]
+
+
+def adapted(directory: Path, dtype: torch.dtype) -> Qwen2:
+    model = apply_lora(load_model(str(directory), dtype=dtype, device="cpu"), CONFIG.lora)
+    generator = torch.Generator().manual_seed(3)
+    for adapter in adapters(model).values():
+        torch.nn.init.normal_(adapter.lora_B, 0, 0.1, generator=generator)
+    return model
 
 
 def step_gradients(
     directory: Path, documents: list[Document], dtype: torch.dtype, kind: str, *, padded: bool, full: bool = False
 ) -> list[Tensor]:
     """Summed terms and gradients of one steered step."""
-    model = load_model(str(directory), dtype=dtype, device="cpu")
-    if full:
-        model.requires_grad_(True)
+    base = load_model(str(directory), dtype=dtype, device="cpu")
+    model = load_model(str(directory), dtype=dtype, device="cpu").requires_grad_(True)
+    objective = objective_of(kind, base)
+    if not full:
+        model = adapted(directory, dtype)
     else:
-        apply_lora(model, CONFIG.lora)
-        generator = torch.Generator().manual_seed(3)
-        for adapter in adapters(model).values():
-            torch.nn.init.normal_(adapter.lora_B, 0, 0.1, generator=generator)
+        model.blocks[0].mlp.down_proj.weight.data.mul_(1.5)  # the base, which an anchor holds, is another model
+        objective = replace(objective, frozen=base) if isinstance(objective, KLOnPrompts) else objective
     learned = [p for p in model.parameters() if p.requires_grad]
     graphs = Graphs(model)
     graphs.layout(learned).zero()
     run = ForwardPass(42, 7, steering_taps({1: torch.linspace(-1, 1, 48)}, model))
     one_pack = graphs.backward if padded else backward
-    terms = one_pack(model, pack_documents(documents), OBJECTIVES[kind], run)
-    return [terms, *(p.grad for p in learned if p.grad is not None)]
+    objective = graphs.objective(objective)
+    terms = sum(one_pack(model, pack, objective, run) for pack in packs_of(objective, documents))
+    return [terms, *(p.grad for p in learned if p.grad is not None)]  # type: ignore[list-item]
 
 
 @pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
@@ -88,6 +111,31 @@ def test_padding_changes_no_loss_and_no_gradient(
     assert len(plain) == len(padded) == 1 + (39 if full else 42)
     for ours, theirs in zip(padded, plain, strict=True):
         assert relative_error(ours, theirs) < bound
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@EACH_OBJECTIVE
+def test_adapters_that_are_cast_at_once_have_the_gradients_of_those_cast_at_use_to_the_bit(
+    hf_model: Callable[..., Path], documents: list[Document], kind: str, recompute: bool
+) -> None:
+    objective = objective_of(kind, load_model(str(hf_model()), dtype=torch.bfloat16, device="cpu"))
+    found = []
+    for at_once in (True, False):
+        model = adapted(hf_model(), torch.bfloat16)
+        learned = [p for p in model.parameters() if p.requires_grad]
+        graphs = Graphs(model)
+        graphs.layout(learned).zero()
+        run = ForwardPass(42, 7, checkpoint_activations=recompute)
+        for pack in packs_of(objective, documents[:16]):
+            if at_once:
+                graphs.backward(model, pack, objective, run)
+            else:
+                backward(model, buckets.pad(pack, buckets.bucket_of(pack)), objective, run)
+        assert {p.dtype for p in learned} == {torch.float32}
+        assert all(p is q for p, q in zip(learned, (p for p in model.parameters() if p.requires_grad), strict=True))
+        found.append([p.grad for p in learned])
+    assert sum(map(torch.count_nonzero, found[0])) > 1000  # type: ignore[arg-type]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True))  # type: ignore[arg-type]
 
 
 def test_control_padding_that_is_supervised_changes_them(
@@ -120,7 +168,7 @@ def test_runs_that_share_graphs_train_the_weights_that_each_trains_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Of other seeds, ranks, scales, rates and steering vectors, and then the first one again."""
-    monkeypatch.setattr(loop_module, "make_objective", lambda *_: OBJECTIVES[kind])
+    monkeypatch.setattr(loop_module, "make_objective", lambda model, *_: objective_of(kind, model))
     first = replace(CONFIG, execution=replace(CONFIG.execution, pack_tokens=60))
     configs = [
         first,
@@ -139,7 +187,8 @@ def test_runs_that_share_graphs_train_the_weights_that_each_trains_alone(
         expected = trained(alone, documents, tmp_path / f"alone-{number}", config, steering, None)
         for ours, theirs in zip(ends[-1], expected, strict=True):
             assert relative_error(ours, theirs) < 1e-10
-    assert 2 <= len(shared._passes) <= 6  # three kinds, of at most two buckets
+    # Three kinds, of at most two buckets of rows and two of contexts.
+    assert 2 <= len(shared._passes) <= (12 if kind in KINDS else 6)
     assert all(torch.equal(a, b) for a, b in zip(ends[0], ends[-1], strict=True))  # nothing is left of a run
     assert relative_error(ends[1][0], ends[0][0]) > 1e-2  # the control: these runs differ
 
