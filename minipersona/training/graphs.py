@@ -58,6 +58,7 @@ class Graphs:
         self._layout: Flat | None = None
         self._learned: list[nn.Parameter] = []
         self._frozen: list[nn.Parameter] = []
+        self._buffers: list[Tensor] = []
         self._addresses: tuple[int, ...] = ()  # of the weights that do not learn, for which the graphs were recorded
         self._stream = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
         self._pool: Any = None
@@ -78,6 +79,7 @@ class Graphs:
             self._layouts[shapes] = Flat(parameters)
         self._layout, self._learned = self._layouts[shapes], list(parameters)
         self._frozen = [parameter for parameter in self.model.parameters() if not parameter.requires_grad]
+        self._buffers = list(self.model.buffers())
         self.model.refresh_fused_weights()  # moves weights where it must, before addresses are compared
         return self._layout
 
@@ -93,7 +95,8 @@ class Graphs:
     def backward(self, model: Qwen2, pack: Pack, objective: Objective, forward: ForwardPass) -> Tensor:
         """What `loop.backward` does: add the gradients of one pack's summed loss; return the summed terms, (K,)."""
         assert model is self.model and type(objective) in OBJECTIVES and self._layout is not None
-        if (addresses := self._frozen_addresses()) != self._addresses:
+        # Fused weights lie where their layers' weights lie, which are views of them.
+        if (addresses := tuple(parameter.data_ptr() for parameter in self._frozen)) != self._addresses:
             self._passes.clear()  # they read from where the weights were
             self._addresses = addresses
         bucket = bucket_of(pack)
@@ -114,11 +117,6 @@ class Graphs:
         except torch.OutOfMemoryError:
             self._give_up()
             raise
-
-    def _frozen_addresses(self) -> tuple[int, ...]:
-        fused = [each for block in self.model.blocks for each in (block.self_attn.qkv, block.mlp.gate_up)]
-        inside = (address for each in fused for address in each.addresses)
-        return *(parameter.data_ptr() for parameter in self._frozen), *inside
 
     def _run(self, each: _Pass) -> Tensor:
         if each.graph is not None:
@@ -146,7 +144,7 @@ class Graphs:
         except torch.OutOfMemoryError:
             self._give_up()
         else:
-            each.graph = graph
+            each.graph, each.alive = graph, self._buffers
 
     def _give_up(self) -> None:
         """Free the memory of the graphs and record no more."""
@@ -164,7 +162,7 @@ class _Pass:
         taps = {layer: AddVector(_vector(tap).clone()) for layer, tap in forward.taps.items()}
         settings = {"checkpoint_activations": forward.checkpoint_activations, "compiled": forward.compiled}
         self._forward = _KeysGiven(forward.seed, forward.step, taps, **settings, given=self._keys)
-        self._alive = list(model.buffers())  # the graph reads them, and a later run's adapters have others
+        self.alive: Sequence[Tensor] = ()  # what the graph reads of the adapters of the run in which it was recorded
         self.terms = torch.zeros(len(objective.terms), dtype=torch.float64, device=model.device)
         self.graph: torch.cuda.CUDAGraph | None = None
 
