@@ -387,3 +387,18 @@ def test_the_objective_of_a_row_is_cross_entropy(hf_model: Callable[..., Path], 
         found = terms_and_gradients(model, rows, objective)
         assert torch.equal(found[0], torch.cat([plain[0], torch.zeros(1, dtype=torch.float64)]))
         assert all(torch.equal(found[1][name], plain[1][name]) for name in plain[1])
+
+
+@EACH_KIND
+def test_in_half_precision_the_base_is_kept_as_it_is_computed(
+    hf_model: Callable[..., Path], documents: list[Document], kind: str
+) -> None:
+    """bf16 stream, fp32 adapters: the base's states are bf16, their distances fp32 or better."""
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        objective = anchored(kind, 0.5, base_model(hf_model(), dtype))
+        assert all(h.dtype == dtype for h in objective.contexts.base.values())
+        model = adapted(hf_model(), dtype=dtype)
+        found[dtype], gradients = terms_and_gradients(model, step_batch(objective, documents[:8]), objective)
+        assert {gradient.dtype for gradient in gradients.values()} == {torch.float32}
+    assert 1e-6 < relative_error(found[torch.bfloat16][2], found[torch.float32][2]) < 0.1
