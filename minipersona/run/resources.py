@@ -102,8 +102,8 @@ def uses_graphs(config: RunConfig, model: Qwen2) -> bool:
     wanted, cuda = config.execution.graphs, model.device.type == "cuda"
     if wanted == "on" and not cuda:
         raise UserError('execution.graphs = "on": only a CUDA device has graphs; leave it out, or set it to "off"')
-    small = model.config.matmul_parameters < SMALL
-    return cuda and config.execution.fused and (wanted == "on" or (wanted == "auto" and small))
+    pays = compiles(config, model.device) and model.config.matmul_parameters < SMALL
+    return cuda and config.execution.fused and (wanted == "on" or (wanted == "auto" and pays))
 
 
 def load_run_model(config: RunConfig, device: torch.device) -> Qwen2:

@@ -9,9 +9,9 @@ The first pass of a bucket runs as usual, which compiles what is not compiled an
 The second one is recorded, and from then on it is replayed. All graphs share the memory of their activations, because
 they run one after another.
 
-Inside of a graph, kernels that do next to nothing cost what they cost. So fp32 adapters are cast to the stream's
-precision all at once, and their gradients are cast and added all at once: seven kernels in place of three for every
-one of some four hundred matrices. The numbers are the same to the bit.
+Inside of a graph, a kernel takes two microseconds though it does next to nothing. So fp32 adapters are cast to the
+stream's precision all at once, not each where it is used, and so are their gradients before they are added. That is
+some 800 kernels less for 420 matrices, and the numbers are the same to the bit.
 """
 
 from __future__ import annotations

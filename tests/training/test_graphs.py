@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +33,7 @@ from minipersona.objective.head import ForwardPass, Objective
 from minipersona.objective.kl_on_prompts import KLOnPrompts
 from minipersona.objective.kl_to_base import KLToBase
 from minipersona.objective.r3f import R3F
-from minipersona.run.resources import Resources
+from minipersona.run.resources import Resources, uses_graphs
 from minipersona.training import graphs as graphs_module
 from minipersona.training import loop as loop_module
 from minipersona.training.distributed import Distributed
@@ -254,6 +256,18 @@ def test_graphs_are_a_cuda_device_s() -> None:
         asked("on")
     with pytest.raises(UserError, match="the plain path has no graphs"):
         ExecutionSection(graphs="on", fused=False)
+
+
+def test_graphs_are_used_where_kernels_are_short_and_compiled() -> None:
+    def used(parameters: float, device: str = "cuda", **execution: Any) -> bool:
+        sizes = SimpleNamespace(matmul_parameters=parameters)
+        model = SimpleNamespace(device=torch.device(device), config=sizes)
+        return uses_graphs(replace(CONFIG, execution=ExecutionSection(**execution)), model)  # type: ignore[arg-type]
+
+    assert used(1e8) and not used(7e9) and not used(1e8, "cpu")
+    assert used(7e9, graphs="on") and used(1e8, graphs="on", compile="off")
+    for execution in ({"graphs": "off"}, {"compile": "off"}, {"fused": False}):
+        assert not used(1e8, **execution)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
