@@ -7,85 +7,39 @@ from collections.abc import Iterable, Iterator, Mapping
 from minipersona.report.blocks import (
     Block,
     Bullets,
-    Callout,
     Document,
     Facts,
-    Finding,
     Image,
     Paragraph,
     Section,
     Table,
-    Tone,
     Verbatim,
 )
-from minipersona.report.figures import phase_title
+from minipersona.report.drawing import phase_title
+from minipersona.report.passer_tables import (
+    layer_table,
+    passer_table,
+    persona_table,
+    separation_table,
+    transfer_table,
+)
 from minipersona.report.series import Series
 from minipersona.report.tables import (
     behaviour_table,
     calibration_table,
     doing_less_table,
     instruction_table,
-    layer_table,
     number,
     recipe_table,
     seed_table,
 )
+from minipersona.report.verdict_blocks import finding_blocks, verdict_blocks
 from minipersona.run.directory import PROVENANCE
 from minipersona.run.provenance import Hardware, Provenance, read_provenance
-from minipersona.verdict.findings import Answer, VerdictKind
-from minipersona.verdict.findings import Finding as Judged
-from minipersona.verdict.hypotheses import Hypothesis
-from minipersona.verdict.phase_five import Question
-from minipersona.verdict.recipe_results import recipe_results
 from minipersona.verdict.results import StudyResults
-from minipersona.verdict.verdict import Passers, Verdict
+from minipersona.verdict.verdict import Verdict
 
-VERDICTS: Mapping[VerdictKind, tuple[str, Tone, str]] = {
-    "positive": (
-        "Positive: a recipe passes",
-        "good",
-        "The verdict holds for this model, these data and this measure. The section Doing less says whether the recipe "
-        "does more than a smaller dose of the baseline.",
-    ),
-    "h_null": (
-        "H_null: no tested recipe keeps the personas apart",
-        "bad",
-        "H_null holds for the tested space: the recipes in the table below, on one model, its data and its measure. "
-        "It says that every recipe that learned enough collapsed. It does not say that no recipe exists.",
-    ),
-    "inconclusive": (
-        "Inconclusive",
-        "open",
-        "Neither a pass nor H_null: some recipes lie between the two bounds, learned too little, or failed.",
-    ),
-    "no_collapse": (
-        "No collapse: there is nothing to rescue",
-        "open",
-        "The baseline itself has not collapsed, so that the search cannot show what protects the personas.",
-    ),
-    "unconfirmed": (
-        "Unconfirmed: a recipe passes, and fresh seeds have not confirmed it",
-        "open",
-        "The best of many recipes may pass by chance. A pass is a result once it passes with fresh seeds as well.",
-    ),
-    "not_reproduced": (
-        "Not reproduced",
-        "bad",
-        "M1 of the untrained model differs from the predecessor's, so nothing can be concluded from the numbers below.",
-    ),
-    "incomplete": (
-        "Incomplete",
-        "open",
-        "The search is not finished. The numbers below are those measured so far, and they may change.",
-    ),
-}
 NARROW = {"tulu": "the rows of phase 1", "em": "the emergent-misalignment rows"}
-FINDING_TONES: Mapping[Answer, Tone] = {"supported": "good", "refuted": "bad"}
-QUESTIONS = {
-    "recovers_0.90": "Does any mixture recover 0.90?",
-    "beats_steering": "Does any mixture beat preventative steering?",
-    "mixin_beats_none": "Does mixing beat no mixing, where both pass on loss?",
-}
 NOT_DRAWN = Paragraph(
     "The figures are left out because matplotlib is not installed. Install it with pip install 'minipersona[report]' "
     "and run python study.py report DIR again; their numbers are in figures/*.csv."
@@ -104,16 +58,18 @@ def document(
         undrawn = Paragraph(f"{one.title}: not drawn; its numbers are in figures/{one.name}.csv.")
         images[one.name] = Image(one.name, one.title, one.caption) if drawn else undrawn
     sections = [
-        Section("Verdict", "verdict", [*_verdict(results, verdict), *([] if drawn else [NOT_DRAWN])]),
+        Section("Verdict", "verdict",
+                [images["m1_against_learned"], *verdict_blocks(results, verdict), *([] if drawn else [NOT_DRAWN])]),
         Section("What was measured", "measured", [Facts(_measured(results))]),
         Section("Declared deviations", "deviations",
                 [Bullets(verdict.deviations) if verdict.deviations else Paragraph("None.")]),
         Section("All recipes", "all-recipes",
-                [recipe_table(results, verdict), images["m1_against_learned"], images["m1_by_step"]]),
-        Section("Hypotheses", "hypotheses", [*_findings(verdict.hypotheses)]),
-        Section("Phase 5: three questions", "phase-5", [*_findings(verdict.phase5), images["mixture"]]),
+                [recipe_table(results, verdict), images["m1_by_step"]]),
+        *_passing(results, verdict, images),
+        Section("Hypotheses", "hypotheses", [*finding_blocks(verdict.hypotheses)]),
+        Section("Phase 5: three questions", "phase-5", [*finding_blocks(verdict.phase5), images["mixture"]]),
         Section("Geometry", "geometry", [images["cosines"], images["decomposition"]]),
-        *_optional("Every layer", "every-layer", layer_table(verdict, results)),
+        Section("Voice", "voice", [images["voice"]]),
         Section("Doing less", "doing-less", [doing_less_table(verdict) or Paragraph("Nothing to compare yet.")]),
         *_behaviour(results),
         *_optional("Instruction following", "instruction-following", instruction_table(results)),
@@ -126,56 +82,19 @@ def document(
     return Document(f"Persona geometry under fine-tuning: {model}", sections)
 
 
+def _passing(results: StudyResults, verdict: Verdict, images: Mapping[str, Block]) -> Iterator[Section]:
+    """What each pass rests on, and how far it reaches."""
+    table = passer_table(results)
+    if table is None:
+        return
+    found = [table, persona_table(results, verdict), separation_table(results)]
+    yield Section("Recipes that pass", "passers", [one for one in found if one is not None])
+    reach = [transfer_table(results), images["transfer"], layer_table(verdict, results)]
+    yield Section("Other personas and layers", "transfer", [one for one in reach if one is not None])
+
+
 def _optional(title: str, anchor: str, table: Table | None) -> list[Section]:
     return [] if table is None else [Section(title, anchor, [table])]
-
-
-# ---------------------------------------------------------------- the verdict
-
-
-def _verdict(results: StudyResults, verdict: Verdict) -> Iterator[Block]:
-    title, tone, framing = VERDICTS[verdict.verdict]
-    yield Callout(title, verdict.sentence, tone)
-    yield Paragraph(framing)
-    counts = {status: sum(cell.status == status for cell in results.cells) for status in ("done", "failed", "missing")}
-    gpu_hours, rule = verdict.gpu_hours, results.config.stop_rule
-    yield Facts(
-        [
-            ("Cells", ", ".join(f"{count} {status}" for status, count in counts.items())),
-            ("Recipes judged", _judged(results)),
-            ("Stop rule", rule + (", but every phase is run" if results.config.exhaustive else "")),
-            ("Passing the registered rule", _passers(verdict.registered)),
-            ("Passing the substantive rule", _passers(verdict.substantive)),
-            ("GPU hours of the cells", "not on a GPU, or not recorded" if gpu_hours is None else f"{gpu_hours:.2f}"),
-        ]
-    )
-    close: dict[str, list[str]] = {}
-    for row in verdict.close:
-        close.setdefault(row.why, []).append(row.cell)
-    if close:
-        yield Paragraph("Recipes that decide nothing by themselves:")
-        yield Bullets([f"{why}: {', '.join(cells)}" for why, cells in close.items()])
-
-
-def _judged(results: StudyResults) -> str:
-    """Why there are more recipes than cells: each checkpoint of phase 1 is one."""
-    found = recipe_results(results)
-    doses = sum(recipe.phase == "1" for recipe in found)
-    if not found:
-        return "none yet"
-    others = f" and {len(found) - doses} other recipes at their last step" if doses < len(found) else ""
-    return f"{len(found)}: the baseline at each of its {doses} checkpoints{others}"
-
-
-def _passers(found: Passers) -> str:
-    return ", ".join(recipe.cell for recipe in found.passers) or "none"
-
-
-def _findings(found: Mapping[Hypothesis, Judged] | Mapping[Question, Judged]) -> Iterator[Block]:
-    for name, judged in found.items():
-        claim = f"{QUESTIONS.get(name, name + ':')} {judged.claim}"
-        tone = FINDING_TONES.get(judged.verdict, "open")
-        yield Finding(claim, judged.verdict, tone, judged.evidence, judged.implication)
 
 
 # ---------------------------------------------------------------- what was measured, and with what

@@ -12,8 +12,9 @@ from pathlib import Path
 from minipersona.console import Console
 from minipersona.files import write_atomically, write_text
 from minipersona.report import figures, render
+from minipersona.report.all_series import all_series
 from minipersona.report.content import document
-from minipersona.report.series import Series, all_series
+from minipersona.report.series import Series
 from minipersona.verdict.results import read_study
 from minipersona.verdict.verdict import current_verdict
 

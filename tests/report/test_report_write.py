@@ -19,7 +19,7 @@ from report.conftest import PERSONAS, PROTOCOL, answers
 from minipersona.errors import DiskFull, UserError
 from minipersona.records import from_dict, to_dict
 from minipersona.report import write, write_report
-from minipersona.report.tables import layer_table
+from minipersona.report.passer_tables import layer_table
 from minipersona.run.result import Protocol
 from minipersona.verdict.calibration import calibrate
 from minipersona.verdict.results import read_study
@@ -86,7 +86,7 @@ def test_the_verdict_comes_first_and_every_recipe_is_there(whole: Any) -> None:
     assert text.index("## Verdict") < text.index("## What was measured") < text.index("## All recipes")
     assert verdict.sentence in text
     table = rows(text, "All recipes")
-    assert table[1][0] == "untrained base" and table[1][8:10] == ["PASS", "FAIL"]
+    assert table[1][0] == "untrained base" and table[1][9:11] == ["PASS", "FAIL"]
     assert table[2][:2] == ["baseline, step 375", "1"]
     others = {(row[1], row[0]) for row in table[3:]}
     assert {(phase, name) for phase, name, *_ in whole.recipes if phase != "1"} <= others
@@ -100,11 +100,12 @@ def test_a_row_says_what_the_results_say(whole: Any) -> None:
         if cell.status == "done" and cell.phase not in ("1", "5C"):
             row, final = table[cell.phase, cell.name], cell.final
             assert row[3] == f"{final.m1:.4f}" and row[6] == f"{final.learned:.2f}"
-            assert row[8] == ("PASS" if final.registered_pass else "FAIL")
-            assert (row[10] == "collapsed") is final.collapsed
-    assert "ineffective" in table["2B", "lambda=0.001"][12]
-    assert table["3", "r=16 lr=0.0001"][12] == "failed: OutOfMemoryError: no memory"
-    assert table["5B", "1:1"][12].startswith("missing")
+            assert row[7] == f"{final.learned_personas:.2f}"
+            assert row[9] == ("PASS" if final.registered_pass else "FAIL")
+            assert ("collapsed" in row[12].split(", ")) is final.collapsed
+    assert table["2B", "lambda=0.001"][12] == "collapsed, ineffective"
+    assert table["3", "r=16 lr=0.0001"][14] == "failed: OutOfMemoryError: no memory"
+    assert table["5B", "1:1"][14].startswith("missing")
 
 
 def test_the_suites_have_the_base_first(whole: Any) -> None:
@@ -206,6 +207,17 @@ def test_a_search_that_ended_says_which_phases_were_skipped(new_study: Callable[
     assert "Skipped, because an earlier phase ended the search: 2A KL to the base; 5A raw text mixed in." in text
 
 
+def test_a_passer_says_which_phases_were_skipped(new_study: Callable[..., Any], undrawn: None) -> None:
+    """A baseline that has not collapsed would not do: there is nothing to rescue then."""
+    recipes = [SMALL[0], ("2A", "beta=0.1", {"beta": 0.1}, 0.9411, 0.97), SMALL[2]]
+    study = new_study(recipes=recipes, missing={"5A 99:1"}, sudden=True, with_vectors=False)
+    study.settings |= {"exhaustive": False, "stop_rule": "registered"}
+    write_report(study.write())
+    text = (study.directory / "report.md").read_text()
+    assert "**Positive: a recipe passes**" in text
+    assert "Skipped, because an earlier phase ended the search: 5A raw text mixed in." in text
+
+
 # ---------------------------------------------------------------- what is not there
 
 
@@ -271,6 +283,7 @@ def test_hostile_names_errors_and_notes_stay_text(new_study: Callable[..., Any])
 
 
 def test_seeds_show_their_spread(new_study: Callable[..., Any], undrawn: None) -> None:
+    """What seed 43 learned is a share of what its own baseline learned, 0.95 / 1.01."""
     two = [("2A", "beta=0.1 seed=43", {"beta": 0.1}, 0.9741, 0.95), ("1", "baseline seed=43", {}, 0.9730, 1.01)]
     study = new_study(recipes=[*SMALL, *two], with_vectors=False)
     write_report(study.write())
@@ -301,7 +314,7 @@ def test_every_layer_of_the_recipe_that_a_verdict_names_has_a_row(new_study: Cal
     results = read_study(study.directory)
 
     def table(recipe: Any) -> Any:
-        return layer_table(cast(Verdict, SimpleNamespace(recipe=recipe)), results)
+        return layer_table(cast(Verdict, SimpleNamespace(recipe=recipe, beyond=None)), results)
 
     found = table(SimpleNamespace(hashes=(f"{1:012x}",), cell="2A beta=0.1"))
     assert [[cell.text for cell in row] for row in found.rows] == [
