@@ -179,6 +179,8 @@ def free() -> None:
 class Profile:
     """Shares of the wall time between `start` and `stop`: products, attention, and so on, and gaps.
 
+    After `stop`, `kernels` are how many ran, and `longest` the name, number and ms of those that took longest together.
+
     What runs side by side counts twice: where GPUs send each other tensors during the passes, gaps may be negative.
     """
 
@@ -197,7 +199,10 @@ class Profile:
         wall = time.perf_counter() - self._started
         self._profiler.__exit__(None, None, None)
         shares = dict.fromkeys(("gemm", "attention", "elementwise", "copies", "communication"), 0.0)
-        for event in self._profiler.key_averages():
+        events = sorted(self._profiler.key_averages(), key=lambda event: -event.self_device_time_total)
+        self.kernels = sum(event.count for event in events if event.self_device_time_total)
+        self.longest = [(event.key[:70], event.count, event.self_device_time_total / 1e3) for event in events[:30]]
+        for event in events:
             shares[_kind(event.key.lower())] += event.self_device_time_total / 1e6 / wall
         return {**{kind: share for kind, share in shares.items() if share}, "gaps": 1 - sum(shares.values())}
 

@@ -334,6 +334,7 @@ class ExecutionSection:
     # all weights 16,384 with checkpointed activations, adapters 10,240 without them, and otherwise 8,192
     checkpoint_activations: bool = True  # recompute blocks in the backward pass: less memory, a third slower
     compile: Literal["auto", "on", "off"] = "auto"  # auto: on CUDA
+    graphs: Literal["auto", "on", "off"] = "auto"  # train by CUDA graphs, one GPU a run; auto: where kernels are short
     fused: bool = True  # false: the plain path, with a product a layer, nothing compiled, portable attention of new
     # tokens and no CUDA graph; slower, easy to follow in a debugger, and equal to rounding
     save_minutes: float = 5.0  # between rolling checkpoints
@@ -345,6 +346,10 @@ class ExecutionSection:
         require(
             self.fused or self.compile != "on",
             'execution.compile = "on": the plain path is not compiled; leave execution.fused = false out',
+        )
+        require(
+            self.fused or self.graphs != "on",
+            'execution.graphs = "on": the plain path has no graphs; leave execution.fused = false out',
         )
         require(self.save_minutes >= 0, f"execution.save_minutes = {self.save_minutes}: must not be negative")
         require(self.timeout_minutes > 0, f"execution.timeout_minutes = {self.timeout_minutes}: must be positive")

@@ -66,7 +66,7 @@ def _study_options(commands: Any) -> None:
     option("--exhaustive", action="store_true", help="run every phase, also after a recipe has passed")
     option("--phases", default="", metavar="1,2", help="only these of 1 to 6, whatever passes, and the baseline")
     option("--plan", action="store_true", help="print every recipe and what the study will take, and do nothing")
-    option("--gpus", default="", metavar="all|0,1", help="a process on each of these GPUs of this machine")
+    option("--gpus", default="", metavar="all|0,1", help="a process on each of these GPUs; 0,0 puts two on one")
     option("--workers", type=int, metavar="N", help="so many processes on this machine's CPU cores")
     option("--ray", default="", metavar="ADDRESS", help="the devices of a Ray cluster, such as auto (docs/cluster.md)")
     parser.set_defaults(command=_study)

@@ -54,6 +54,7 @@ def extract(
     *,
     pack_tokens: int = LARGE_PASS,
     progress: Progress | None = None,
+    prompts: Sequence[Document] | None = None,
 ) -> PersonaVectors:
     """The residuals behind persona vectors (Chen et al. 2025 in the predecessor study's form), (P, Q, D) fp32 a layer.
 
@@ -67,13 +68,14 @@ def extract(
                  since a mean over few tokens is noisier and lies elsewhere
     pack_tokens  most tokens of one forward pass
     progress     called with (prompts done, prompts in all); Method B counts a prompt twice: answered, read
+    prompts      what `render_prompts` gives for them; rendered here where it is not given
 
     UserError for a layer that the model lacks, or another method.
     """
     layers = check_layers(model, layers)
     if method not in METHODS:
         raise UserError(f"method {method!r} is not available; use A or B")
-    prompts = render_prompts(tokenizer, personas, questions)
+    prompts = prompts or render_prompts(tokenizer, personas, questions)
     check_vocabulary(model, tokenizer)
     ids = [prompt.ids for prompt in prompts]
     check_positions(model, ids, RESPONSE_TOKENS if method == "B" else 0)

@@ -11,6 +11,7 @@ softmax are computed in fp32 or better.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,6 +29,18 @@ from minipersona.model.rotary import rotary_angles, rotate
 
 Tap = Callable[[Tensor], Tensor]
 """(T, D) -> (T, D), applied to the residual stream that leaves a block; with `last_rows`, (N, D) at the last one."""
+
+
+@dataclass(frozen=True, eq=False)
+class AddVector:
+    """The tap h <- h + v of a vector (D,), in the stream's precision and on its device."""
+
+    vector: Tensor
+
+    def __call__(self, h: Tensor) -> Tensor:
+        """h (T, D) -> (T, D)."""
+        return h + self.vector
+
 
 EMBEDDING = -1  # the tap index of the embeddings; blocks are counted from 0
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from minipersona.corpus.batch import Batch, RowOrder, assign_to_packs, balance
 from minipersona.model.network import Qwen2, Tap
-from minipersona.model.pack import Pack, make_pack, split
+from minipersona.model.pack import IGNORE, Pack, make_pack, split
 from minipersona.objective.cross_entropy import CrossEntropy
 from minipersona.objective.head import ForwardPass
 
@@ -36,12 +36,19 @@ DRAW = 101  # of the contexts, beside the seed: independent of the order of the 
 class ContextPack(Pack):
     """Contexts end to end; `documents` are their indices, and nothing is supervised.
 
+    `targets` only say what counts: they are 0 at the contexts' tokens, and IGNORE in a document of padding.
+
     per_context  () fp64  supervised tokens of the whole step, N, divided by its contexts, C
     per_token    () fp64  N divided by the tokens of these contexts
     """
 
     per_context: Tensor
     per_token: Tensor
+
+    @property
+    def counted(self) -> Tensor:
+        """(S,) bool: False for a document of padding."""
+        return self.targets[self.last] != IGNORE
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +106,8 @@ class Contexts:
         own = balance(lengths, size)[rank]
         packs: list[Pack] = []
         for share in filter(None, assign_to_packs([lengths[i] for i in own], pack_tokens)):
-            pack = replace(self.pack([c for i in share for c in groups[own[i]]]), together=self.together)
+            pack = self.pack([c for i in share for c in groups[own[i]]])
+            pack = replace(pack, targets=torch.zeros_like(pack.ids), together=self.together)
             packs.append(ContextPack(**vars(pack), per_context=per_context, per_token=per_token))
         return replace(batch, packs=[*batch.packs, *packs], context_tokens=tokens)
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minipersona.model.network import Qwen2
-from minipersona.model.pack import Pack
+from minipersona.model.pack import IGNORE, Pack
 from minipersona.objective.head import CHUNK, ForwardPass, head_logits, log_probabilities, through_head
 
 
@@ -42,7 +42,7 @@ def cross_entropy(
 
     hidden    (N, D) the states that predict, after the final norm
     weight    (V, D) of the head, in any precision: it is cast to hidden's
-    targets   (N,) int64
+    targets   (N,) int64; IGNORE: this row counts for nothing
     compiled  fuse the passes over a chunk's logits (worth it on CUDA)
     """
     loss, _ = through_head(_rule, [hidden], weight, targets, chunk=chunk, compiled=compiled)
@@ -64,7 +64,11 @@ def _rule(logits: Tensor, targets: Tensor, *, dtype: torch.dtype) -> tuple[Tenso
 
 
 def loss_and_slope(log_p: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """log p (C, V), targets (C,) -> the summed -log p(target), (), and p - onehot(target), (C, V)."""
-    loss = -log_p.gather(-1, targets[:, None]).sum()
+    """log p (C, V), targets (C,) -> the summed -log p(target), (), and p - onehot(target), (C, V).
+
+    A target of IGNORE adds nothing to the sum; its row of the slope means nothing (`through_head`).
+    """
+    log_p_target = log_p.gather(-1, targets.clamp(min=0)[:, None]).squeeze(-1)  # (C,)
+    loss = -log_p_target.masked_fill(targets == IGNORE, 0.0).sum()
     is_target = torch.arange(log_p.shape[-1], device=log_p.device) == targets[:, None]  # (C, V)
     return loss, log_p.exp() - is_target.to(log_p.dtype)

@@ -30,7 +30,7 @@ class FeatureAnchor(Anchored):
         base = self.contexts.base
         states = last_states(model, pack, base, forward.checkpoint_activations)
         moved = [squared_change(h, base[layer][pack.documents]) for layer, h in states.items()]  # (S,) each
-        return pack.per_context * torch.stack(moved).mean(0).sum()
+        return pack.per_context * (torch.stack(moved).mean(0) * pack.counted).sum()
 
 
 def squared_change(h: Tensor, base: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ class GramAnchor(Anchored):
             for layer, h in states.items()
         ]
         # The sum over i of the mean over j, for each context i: their mean over the step's contexts is that over q, i.
-        return pack.per_context * SCALE * torch.stack(moved).mean(0).sum()
+        return pack.per_context * SCALE * (torch.stack(moved).mean(0).flatten() * pack.counted).sum()
 
 
 def cosines(h: Tensor, personas: int) -> Tensor:

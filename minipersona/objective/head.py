@@ -23,7 +23,7 @@ from torch import Tensor
 from minipersona.model.acceleration.compiler import compile_function
 from minipersona.model.dropout import token_keys
 from minipersona.model.network import EMBEDDING, Qwen2, Tap
-from minipersona.model.pack import Pack, send
+from minipersona.model.pack import IGNORE, Pack, send
 
 CHUNK = 768  # tokens: 768 x 152k fp32 logits are 0.45 GB a branch, and the product is large enough for full speed
 
@@ -102,11 +102,17 @@ def through_head(
 
     branches   each (N, D), the states that predict, after the final norm
     weight     (V, D) of the head, in any precision: it is cast to the branches'
-    targets    (N,) int64
+    targets    (N,) int64; a row whose target is IGNORE adds nothing to any term or gradient
     chunk      tokens whose logits exist at a time
     compiled   fuse the passes over a chunk's logits (worth it on CUDA)
     settings   are passed on to the rule
     """
+    # Zero states give every branch the same distribution, so that divergences are 0; `loss_and_slope` leaves these rows
+    # out of the cross-entropy. No gradient passes through what is filled, and the head gets slope^T 0.
+    ignored = (targets == IGNORE)[:, None]
+    branches = [hidden.masked_fill(ignored, 0.0) for hidden in branches]
+    if reference is not None:
+        reference = Reference(reference.hidden.masked_fill(ignored, 0.0), reference.weight)
     rule = functools.partial(_compiled(rule) if compiled else rule, dtype=branches[0].dtype, **settings)
     return _ThroughHead.apply(rule, chunk, reference, targets, weight, *branches)
 

@@ -40,8 +40,9 @@ class KLOnPrompts(Anchored):
             reference = Reference(base(pack), base.lm_head.weight)
         states = model(pack, checkpoint_activations=forward.checkpoint_activations)  # (T, D)
         divergence, _ = through_head(
-            _rule, [states], model.lm_head.weight, pack.ids, chunk=CHUNK, compiled=forward.compiled, reference=reference
-        )
+            _rule, [states], model.lm_head.weight, pack.targets, chunk=CHUNK, compiled=forward.compiled,
+            reference=reference,
+        )  # fmt: skip
         return pack.per_token * divergence
 
 

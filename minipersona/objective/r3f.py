@@ -17,6 +17,7 @@ N = supervised tokens, T = tokens of the pack, C = tokens of a chunk, D = width,
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
@@ -87,13 +88,18 @@ def embedding_noise(tokens: Tensor, kind: NoiseKind, epsilon: float, channels: i
     tokens    (T,) int32 of `token_keys`
     channels  D
     """
-    x = tokens[:, None] ^ channel_keys("embedding noise", channels).to(tokens.device)  # (T, D)
+    x = tokens[:, None] ^ _noise_channels(channels, tokens.device)  # (T, D)
     # Wellons' lowbias32 in int32: products wrap, and the masks make the right shifts logical ones.
     x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D
     x = (x ^ ((x >> 15) & 0x1FFFF)) * -0x7B935975  # 0x846CA68B as a signed word
     x = x ^ ((x >> 16) & 0xFFFF)
     uniform = ((x >> 8).float() + 0.5) * 2.0**-23  # 24 bits are exact in fp32 and never reach -1 or 1
     return epsilon * (uniform if kind == "uniform" else math.sqrt(2) * torch.erfinv(uniform))
+
+
+@functools.cache
+def _noise_channels(channels: int, device: torch.device) -> Tensor:
+    return channel_keys("embedding noise", channels).to(device)  # (D,), copied from the host once
 
 
 def twice(pack: Pack) -> Pack:

@@ -203,7 +203,7 @@ def _not_run(results: StudyResults, verdict: Verdict) -> list[Block]:
     skipped |= set(results.skipped_phases)
     if skipped:
         names = "; ".join(phase_title(phase) for phase in sorted(skipped))
-        blocks.append(Paragraph(f"Skipped, because a recipe of an earlier phase passes: {names}."))
+        blocks.append(Paragraph(f"Skipped, because an earlier phase ended the search: {names}."))
     missing = [cell.id for cell in results.cells if cell.status == "missing" and cell.phase not in skipped]
     if missing:
         blocks.append(Paragraph(f"Planned, but not done yet: {', '.join(missing)}."))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from torch import Tensor
@@ -18,7 +19,7 @@ from minipersona.console import Console
 from minipersona.corpus.mixtures import with_prompt
 from minipersona.corpus.sources import Rows, read_source, tokenize
 from minipersona.files import digest
-from minipersona.geometry.extraction import check_layers, check_vocabulary, extract
+from minipersona.geometry.extraction import check_layers, check_vocabulary, extract, render_prompts
 from minipersona.geometry.measures import all_measures, m1, m1_by_persona, m1_without
 from minipersona.geometry.prompts import PersonaSet, QuestionSet, load_personas, load_questions
 from minipersona.geometry.statistics import bootstrap_m1, noise_floor
@@ -42,6 +43,11 @@ class Instruments:
     heldout_rows: Rows | None
     max_tokens: int
     pack_tokens: int
+
+    @cached_property
+    def prompts(self) -> list[Document]:
+        """Those of all personas at all questions. A measurement of a small model would take longer to render them."""
+        return render_prompts(self.tokenizer, self.personas.prompts, self.questions.questions)
 
     def protocol(self, model: Qwen2) -> Protocol:
         """The record of a measurement of this model, or of what is trained from it, with these instruments."""
@@ -122,6 +128,7 @@ def measure(
             instruments.layers,
             pack_tokens=instruments.pack_tokens,
             progress=lambda done, total: progress.advance(done),
+            prompts=instruments.prompts,
         )
     deciding = vectors.samples[instruments.layers[0]]  # (P, Q, D)
     measures = all_measures(deciding)  # before the loss: UserError where the model has diverged

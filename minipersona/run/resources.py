@@ -11,6 +11,7 @@ import torch
 
 from minipersona.chat import ChatTokenizer, load_tokenizer
 from minipersona.config import ModelSection, RunConfig
+from minipersona.errors import UserError
 from minipersona.hub import pinned_revision
 from minipersona.model.acceleration.compiler import compile_blocks
 from minipersona.model.adapter_files import load_adapter
@@ -19,13 +20,15 @@ from minipersona.model.lora import remove_lora
 from minipersona.model.network import Qwen2
 from minipersona.run.directory import checkpoint_directory
 from minipersona.run.measurement import Instruments, make_instruments
+from minipersona.training.graphs import Graphs
 
+SMALL = 1e9  # matmul parameters below which the host takes longer to launch a training pass than a GPU to compute it
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64, "auto": None}
 
 
 class Resources:
-    """Keeps a model, its tokenizer and its instruments from one run to the next while their settings are the same, so
-    that loading and compiling are paid once.
+    """Keeps a model, its graphs, its tokenizer and its instruments from one run to the next while their settings are
+    the same, so that loading, compiling and recording are paid once.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -42,6 +45,11 @@ class Resources:
         model = self._keep("model", settings, lambda: self._load(config))
         return remove_lora(model)
 
+    def graphs(self, config: RunConfig) -> Graphs | None:
+        """The graphs of the model's training passes, where the config trains by them."""
+        model = self.model(config)
+        return self._keep("graphs", model, lambda: Graphs(model)) if uses_graphs(config, model) else None
+
     def instruments(self, config: RunConfig) -> Instruments:
         """The config's instruments."""
         settings = (
@@ -54,8 +62,10 @@ class Resources:
     def discard_model(self) -> None:
         """Load the model again next time: its own weights have changed, or memory has run out."""
         self._kept.pop("model", None)
+        self._kept.pop("graphs", None)  # they hold it
 
     def _load(self, config: RunConfig) -> Qwen2:
+        self._kept.pop("graphs", None)  # they hold the model that this one replaces
         model = load_run_model(config, self.device)
         if compiles(config, self.device):
             compile_blocks(model)
@@ -84,6 +94,15 @@ def compiles(config: RunConfig, device: torch.device) -> bool:
     """Whether blocks and the training loss are compiled."""
     wanted = config.execution.compile == "on" or (config.execution.compile == "auto" and device.type == "cuda")
     return wanted and config.execution.fused
+
+
+def uses_graphs(config: RunConfig, model: Qwen2) -> bool:
+    """Whether training passes are CUDA graphs. UserError where a config asks for them on a CPU."""
+    wanted, cuda = config.execution.graphs, model.device.type == "cuda"
+    if wanted == "on" and not cuda:
+        raise UserError('execution.graphs = "on": only a CUDA device has graphs; leave it out, or set it to "off"')
+    pays = compiles(config, model.device) and model.config.matmul_parameters < SMALL
+    return cuda and config.execution.fused and (wanted == "on" or (wanted == "auto" and pays))
 
 
 def load_run_model(config: RunConfig, device: torch.device) -> Qwen2:

@@ -103,6 +103,7 @@ def carry_out(
         console.say(line)
     console.say(f"loading {config.model.name}")
     model, instruments = resources.model(config), resources.instruments(config)
+    graphs = resources.graphs(config)
     check_learnable(training.documents)
     check_disjoint(config, instruments)
     check_anchors(config, model.config, distributed.size, fetch=True)
@@ -134,7 +135,7 @@ def carry_out(
         with distributed.stop.deferred():  # until the step is done and its state is written
             train(
                 model, training.documents, config, directory, distributed, hooks, compiled=compiled,
-                steering=steering, contexts=contexts, null_space=null_space,
+                steering=steering, contexts=contexts, null_space=null_space, graphs=graphs,
             )  # fmt: skip
 
 

@@ -21,13 +21,14 @@ from minipersona.config import RunConfig, TrainingSection
 from minipersona.corpus.batch import Batch, RowOrder, make_batch
 from minipersona.errors import UserError, require
 from minipersona.files import read_jsonl, rewrite_jsonl
-from minipersona.model.network import Qwen2, Tap
+from minipersona.model.network import AddVector, Qwen2, Tap
 from minipersona.model.pack import Pack, send
 from minipersona.objective import check_objective, make_objective
 from minipersona.objective.contexts import Anchored, Contexts
 from minipersona.objective.head import ForwardPass, Objective
 from minipersona.training.checkpoint import Position, load_state, save_state
 from minipersona.training.distributed import Distributed
+from minipersona.training.graphs import OBJECTIVES, Graphs
 from minipersona.training.memory import Budget
 from minipersona.training.null_space import keep_in_null_space, projections
 from minipersona.training.optimizer import AdamW, Flat, Layout, learning_rate, scale_and_clip
@@ -51,13 +52,15 @@ class Hooks:
 def train(
     model: Qwen2, documents: Sequence[Document], config: RunConfig, directory: Path, distributed: Distributed,
     hooks: Hooks | None = None, *, compiled: bool = False, steering: Mapping[int, Tensor] | None = None,
-    contexts: Contexts | None = None, null_space: Mapping[str, Tensor] | None = None,
+    contexts: Contexts | None = None, null_space: Mapping[str, Tensor] | None = None, graphs: Graphs | None = None,
 ) -> Position:  # fmt: skip
     """Fine-tune `model` in place on `documents`, from the last checkpoint in `directory` to the last step.
 
     steering    block -> (D,), added to the stream that leaves that block at every token; it contains its coefficient
     contexts    what an anchored objective passes beside the rows
     null_space  name of a layer -> U (I, k): directions of its input that adapters are kept off (`null_space.py`)
+    graphs      run the passes as CUDA graphs; they are kept there for later runs of this model. Several ranks run
+                without
 
     Writes metrics.jsonl and latest/ into `directory`; `hooks.checkpoint` writes the model of a named step. UserError if
     no row can be learned from, or if the loss stays non-finite. Interrupted, on every rank, after the step in which any
@@ -66,7 +69,7 @@ def train(
     check_learnable(documents)
     hooks, recipe = hooks or Hooks(), config.training
     trainer = Trainer(
-        model, documents, config, directory, distributed, compiled, steering or {}, contexts, null_space or {}
+        model, documents, config, directory, distributed, compiled, steering or {}, contexts, null_space or {}, graphs
     )
     position = trainer.resume()
     if position.done:
@@ -119,7 +122,7 @@ class Trainer:
     def __init__(
         self, model: Qwen2, documents: Sequence[Document], config: RunConfig, directory: Path,
         distributed: Distributed, compiled: bool, steering: Mapping[int, Tensor], contexts: Contexts | None,
-        null_space: Mapping[str, Tensor],
+        null_space: Mapping[str, Tensor], graphs: Graphs | None,
     ) -> None:  # fmt: skip
         self.model, self.config, self.directory, self.distributed = model, config, directory, distributed
         recipe = config.training
@@ -130,7 +133,14 @@ class Trainer:
         self.parameters = make_trainable(model, config, distributed)
         self.sharded = is_sharded(config, distributed)
         learned = list(self.parameters.values())
-        self.layout: Layout = Shards(learned, distributed) if self.sharded else Flat(learned)
+        self.graphs = graphs if distributed.size == 1 and type(self.objective) in OBJECTIVES else None
+        self.layout: Layout
+        if self.sharded:
+            self.layout = Shards(learned, distributed)
+        elif self.graphs is None:
+            self.layout = Flat(learned)
+        else:
+            self.layout, self.objective = self.graphs.layout(learned), self.graphs.objective(self.objective)
         self.optimizer = AdamW(self.layout, recipe.beta1, recipe.beta2, recipe.epsilon, recipe.weight_decay, compiled)
         self.projections = projections(model, null_space) if null_space else ()
         keep_in_null_space(self.projections)
@@ -176,7 +186,9 @@ class Trainer:
         Returns the summed terms (K,), and how often memory ran out, so that the step was computed again. `on_error`
         records the step before, which is done whatever happens in this one.
         """
-        attempt = functools.partial(accumulate, self.model, self.objective, self.forward(step), self.layout)
+        attempt = functools.partial(
+            accumulate, self.model, self.objective, self.forward(step), self.layout, graphs=self.graphs
+        )
         if self.sharded:  # ranks go through the model together, so none of them can compute a step again alone
             return attempt(packs), 0
         before = self.budget.halvings
@@ -194,13 +206,15 @@ def check_learnable(documents: Sequence[Document]) -> None:
 
 
 def accumulate(
-    model: Qwen2, objective: Objective, forward: ForwardPass, layout: Layout, packs: Sequence[Pack]
-) -> Tensor:
+    model: Qwen2, objective: Objective, forward: ForwardPass, layout: Layout, packs: Sequence[Pack],
+    *, graphs: Graphs | None = None,
+) -> Tensor:  # fmt: skip
     """Set the gradients in `layout` to the sum over these packs; returns the summed terms, (K,)."""
     layout.zero()  # also what an attempt that ran out of memory has left
     terms = torch.zeros(len(objective.terms), dtype=torch.float64, device=model.device)
+    one_pack = backward if graphs is None else graphs.backward
     for pack in packs:
-        terms += backward(model, pack, objective, forward)
+        terms += one_pack(model, pack, objective, forward)
     return terms
 
 
@@ -221,11 +235,7 @@ def measure_step(step: int, recipe: TrainingSection, hooks: Hooks) -> None:
 
 def steering_taps(vectors: Mapping[int, Tensor], model: Qwen2) -> dict[int, Tap]:
     """block -> the tap h <- h + v of its vector (D,), in the stream's precision."""
-
-    def adding(vector: Tensor) -> Tap:
-        return lambda h: h + vector
-
-    return {layer: adding(vector.to(model.device, model.compute_dtype)) for layer, vector in vectors.items()}
+    return {layer: AddVector(vector.to(model.device, model.compute_dtype)) for layer, vector in vectors.items()}
 
 
 def cut_logs(directory: Path, step: int) -> None:

@@ -10,6 +10,7 @@ N = elements of all weights that learn, n = elements of a piece that is updated 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -97,18 +98,44 @@ class Flat:
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         # Matrices come first, so that what decays is contiguous.
-        order = sorted(range(len(parameters)), key=lambda i: parameters[i].ndim < 2)
+        self._order = order = sorted(range(len(parameters)), key=lambda i: parameters[i].ndim < 2)
         self._decayed = sum(p.numel() for p in parameters if p.ndim >= 2)
         self._weights, self.weights = _flat(parameters, order)
-        with torch.no_grad():
-            for parameter, weight in zip(parameters, self.weights, strict=True):
-                weight.copy_(parameter)
-                parameter.data = weight  # frees the old weight, before three more tensors of N elements are made
+        self._lay_out(parameters)  # frees the old weights, before three more tensors of N elements are made
         self._gradients, self._gradient_views = _flat(parameters, order)
-        for parameter, gradient in zip(parameters, self._gradient_views, strict=True):
-            parameter.grad = gradient
         self._exp_avg, self.exp_avg = _flat(parameters, order)
         self._exp_avg_sq, self.exp_avg_sq = _flat(parameters, order)
+        self._give_gradients(parameters)
+
+    def take_over(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Lay out other parameters, of the same shapes, in the same memory; gradients and moments become zero."""
+        self._lay_out(parameters)
+        self._give_gradients(parameters)
+        for flat in (self._gradients, self._exp_avg, self._exp_avg_sq):
+            flat.zero_()
+
+    @torch.no_grad()
+    def _lay_out(self, parameters: Sequence[nn.Parameter]) -> None:
+        for parameter, weight in zip(parameters, self.weights, strict=True):
+            weight.copy_(parameter)
+            parameter.data = weight
+
+    def _give_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        for parameter, gradient in zip(parameters, self._gradient_views, strict=True):
+            parameter.grad = gradient
+
+    def add_gradients(self, gradients: Sequence[Tensor | None]) -> None:
+        """Add a gradient for each parameter, in any precision, or None: some kernels in all, not one a parameter."""
+        end = 0
+        for used, run in itertools.groupby(self._order, key=lambda i: gradients[i] is not None):
+            indices = list(run)
+            start, end = end, end + sum(self.weights[i].numel() for i in indices)
+            if used:
+                self._gradients[start:end] += torch.cat([gradients[i].reshape(-1) for i in indices])  # type: ignore[union-attr]
+
+    def copies(self, dtype: torch.dtype) -> list[Tensor]:
+        """The weights in another precision, in the parameters' order; one kernel."""
+        return _views(self._weights.to(dtype), self.weights, self._order)
 
     def update_groups(self) -> Iterator[list[Piece]]:
         """What decays, then what does not, a slice at a time."""
@@ -127,6 +154,8 @@ class Flat:
 
     def gradient_norm(self, distributed: Distributed) -> Tensor:
         """()"""
+        if self._gradients.is_cuda:
+            return torch.linalg.vector_norm(self._gradients)
         # A tensor at a time: on the CPU the squares of a million fp32 numbers in one sum are off by 1e-4.
         return get_total_norm(self._gradient_views)
 
@@ -142,9 +171,14 @@ class Flat:
 def _flat(parameters: Sequence[Tensor], order: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
     """A zero tensor (N,) with room for the parameters in that order, and its views in the parameters' own order."""
     flat = parameters[0].new_zeros(sum(p.numel() for p in parameters), requires_grad=False)
+    return flat, _views(flat, parameters, order)
+
+
+def _views(flat: Tensor, parameters: Sequence[Tensor], order: Sequence[int]) -> list[Tensor]:
+    """What of `flat` (N,), which is in that order, is which parameter's, in the parameters' own order."""
     parts = flat.split([parameters[i].numel() for i in order])
     views = {i: part.view_as(parameters[i]) for i, part in zip(order, parts, strict=True)}
-    return flat, [views[i] for i in range(len(parameters))]
+    return [views[i] for i in range(len(parameters))]
 
 
 def pieces(stored: Sequence[Tensor], decays: bool) -> Iterator[Piece]:

@@ -137,6 +137,30 @@ def test_weights_that_were_replaced_are_laid_out_again() -> None:
         assert relative_error(ours, layer(x)) < 1e-10
 
 
+def test_adapters_of_smaller_ranks_leave_the_weights_where_they_are() -> None:
+    group = layers()
+    x = torch.randn(9, INPUTS, dtype=torch.float64)
+    fused = FusedLinear(*group)
+    refresh([fused], torch.float64)
+    addresses = fused.addresses
+    smaller = replace(LORA, r=1)
+    for layer, like in zip(group, layers(lora=smaller), strict=True):
+        layer.adapter = like.adapter
+    for adapted in (True, False, True):
+        for layer in group:
+            assert layer.adapter is not None
+            layer.adapter.enabled = adapted
+        refresh([fused], torch.float64)
+        assert fused.addresses == addresses
+        for ours, layer in zip(fused(x, KEYS), group, strict=True):
+            assert relative_error(ours, layer(x, KEYS)) < 1e-10
+    for layer, like in zip(group, layers(lora=replace(LORA, r=3)), strict=True):  # the control: larger ones do not
+        layer.adapter = like.adapter
+    refresh([fused], torch.float64)
+    assert fused.addresses != addresses
+    assert relative_error(fused(x, KEYS)[1], group[1](x, KEYS)) < 1e-10
+
+
 @pytest.mark.parametrize("keys", [KEYS, None], ids=["dropout", "none"])
 @pytest.mark.parametrize("lora", [LORA, UNEQUAL], ids=["alike", "unequal"])
 def test_products_to_rank_at_once_equal_those_one_by_one(keys: Tensor | None, lora: AdapterConfig) -> None:
@@ -181,7 +205,7 @@ def test_weights_that_begin_to_learn_are_held_once_and_a_copy_stands_alone() -> 
     assert storage() is None and not fused.ready
     x = torch.randn(9, INPUTS, dtype=torch.float64)
     # A copy whose weights happen to lie where the original's once lay is told apart by its own storage.
-    other._laid_out = (0, *other._layout([])[1:])
+    other._laid_out = (0, *other.addresses[1:])
     other.layers[0].weight.data.fill_(1.0)
     refresh([other], torch.float64)
     assert relative_error(other(x, None)[0], other.layers[0](x)) < 1e-10

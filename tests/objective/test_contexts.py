@@ -53,7 +53,7 @@ def test_ranks_and_packs_share_a_steps_contexts(documents: list[Document], kind:
         batches = [step_batch(objective, documents, 7, pack_tokens, rank, size) for rank in range(size)]
         packs = [pack for batch in batches for pack in batch.packs if isinstance(pack, ContextPack)]
         assert sorted(torch.cat([pack.documents for pack in packs]).tolist()) == expected
-        assert all(not len(pack.supervised) and bool((pack.targets < 0).all()) for pack in packs)
+        assert all(not len(pack.supervised) and bool((pack.targets == 0).all()) for pack in packs)  # all count
         tokens = sum(len(contexts.ids[c]) for c in expected)
         supervised = sum(int(d.supervised.sum()) for d in documents)
         for batch in batches:  # the rows' counts are the rows'

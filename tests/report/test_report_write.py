@@ -197,6 +197,16 @@ def test_an_unfinished_study_renders(new_study: Callable[..., Any], missing: set
     assert all(name in section for name in missing)
 
 
+def test_a_search_that_ended_says_which_phases_were_skipped(new_study: Callable[..., Any], undrawn: None) -> None:
+    recipes = [("1", "baseline", {}, 0.9411, 1.0), *SMALL[1:]]
+    study = new_study(recipes=recipes, missing={"2A beta=0.1", "5A 99:1"}, with_vectors=False)
+    study.settings["exhaustive"] = False
+    write_report(study.write())
+    text = (study.directory / "report.md").read_text()
+    assert "**No collapse: there is nothing to rescue**" in text
+    assert "Skipped, because an earlier phase ended the search: 2A KL to the base; 5A raw text mixed in." in text
+
+
 def test_a_passer_says_which_phases_were_skipped(new_study: Callable[..., Any], undrawn: None) -> None:
     """A baseline that has not collapsed would not do: there is nothing to rescue then."""
     recipes = [SMALL[0], ("2A", "beta=0.1", {"beta": 0.1}, 0.9411, 0.97), SMALL[2]]
@@ -205,7 +215,7 @@ def test_a_passer_says_which_phases_were_skipped(new_study: Callable[..., Any], 
     write_report(study.write())
     text = (study.directory / "report.md").read_text()
     assert "**Positive: a recipe passes**" in text
-    assert "Skipped, because a recipe of an earlier phase passes: 5A raw text mixed in." in text
+    assert "Skipped, because an earlier phase ended the search: 5A raw text mixed in." in text
 
 
 # ---------------------------------------------------------------- what is not there

@@ -27,6 +27,7 @@ from minipersona.training.interruption import Stop
         ("all", ["cuda:0", "cuda:1", "cuda:2"]),
         ("2,0", ["cuda:2", "cuda:0"]),
         ("1, 1", ["cuda:1", "cuda:1"]),  # two processes on one card
+        ("0,0,0,2", ["cuda:0", "cuda:0", "cuda:0", "cuda:2"]),
     ],
 )
 def test_every_process_gets_one_of_the_gpus_that_we_may_use(
@@ -81,6 +82,9 @@ def test_one_place_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     workers, on_gpus = made(workers=3), made(gpus="all")
     assert isinstance(workers, Processes) and (workers.device_type, len(workers.devices)) == ("cpu", 3)
     assert isinstance(on_gpus, Processes) and [device.label for device in on_gpus.devices] == ["cuda:0", "cuda:1"]
+    shared = made(gpus="0,0,0")  # three processes that share a card
+    assert isinstance(shared, Processes)
+    assert [device.label for device in shared.devices] == ["cuda:0 (1)", "cuda:0 (2)", "cuda:0 (3)"]
     for two in ({"gpus": "all", "workers": 2}, {"workers": 2, "ray": "auto"}):
         with pytest.raises(UserError, match=r"--\w+ and --\w+ say where a study runs; give one of them"):
             made(**two)

@@ -31,14 +31,14 @@ from minipersona.training import loop
 what, culprit, fault = os.environ["FAULT"], os.environ["CULPRIT"], Path(os.environ["FAULT_FILE"])
 real = loop.accumulate
 
-def accumulate(model, objective, forward, layout, packs):
+def accumulate(model, objective, forward, layout, packs, **more):
     if forward.step == 4 and os.environ["RANK"] == culprit:
         fault.touch()
         if what == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         if what == "error":
             raise UserError("rows.jsonl: the disk is gone; mount it")
-    return real(model, objective, forward, layout, packs)
+    return real(model, objective, forward, layout, packs, **more)
 
 loop.accumulate = accumulate
 sys.exit(main(sys.argv[1:]))

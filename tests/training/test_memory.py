@@ -95,10 +95,10 @@ def test_control_gradients_of_a_failed_attempt_counted_too_end_elsewhere(
     whole = run(hf_model(), documents, tmp_path / "whole", config())
     real, seen = loop.accumulate, set()
 
-    def forgetful(model, objective, forward, layout, packs) -> torch.Tensor:
+    def forgetful(model, objective, forward, layout, packs, **more) -> torch.Tensor:
         again = forward.step in seen
         seen.add(forward.step)
-        return real(model, objective, forward, _Kept() if again else layout, packs)
+        return real(model, objective, forward, _Kept() if again else layout, packs, **more)
 
     class _Kept:
         def zero(self) -> None:

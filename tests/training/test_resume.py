@@ -112,10 +112,10 @@ def test_a_step_is_recorded_although_the_next_one_fails(
     """Its numbers are read while the next one is at work."""
     real, calls = loop.accumulate, itertools.count(1)
 
-    def failing(*arguments: Any) -> torch.Tensor:
+    def failing(*arguments: Any, **more: Any) -> torch.Tensor:
         if next(calls) == 4:
             raise RuntimeError("a defect")
-        return real(*arguments)
+        return real(*arguments, **more)
 
     monkeypatch.setattr(loop, "accumulate", failing)
     settings = replace(config(), execution=replace(config().execution, save_minutes=0))

@@ -187,7 +187,7 @@ def test_an_inert_penalty_neither_refutes_its_hypothesis_nor_bears_witness(tmp_p
 def test_half_of_the_task_is_a_trade_off_and_no_pass(tmp_path: Path) -> None:
     study = searched(tmp_path)
     study.cell("2A", "beta=0.1", 0.94, 0.75)
-    study.frontier([(0.0, 0.90, 0.0), (0.4, 0.945, 0.55), (1.0, 0.98, 1.0)])
+    study.frontier([(0.0, 0.90, 0.0), (0.4, 0.945, 0.55), (0.6, 0.951, 0.7), (1.0, 0.98, 1.0)])
     found = judged(study)
     assert found.substantive.passers == () and found.verdict == "h_null"
     assert [point.cell for point in found.trade_offs] == ["2A beta=0.1", "the baseline's update scaled by 0.4"]

@@ -39,10 +39,12 @@ class FusedLinear:
         self.layers = layers
         self.outputs = [layer.weight.shape[0] for layer in layers]
         self.ready = False
-        self._storage: Tensor | None = None  # (sum of O, I + R)
+        self._memory: Tensor | None = None  # (sum of O, I + the largest R so far)
+        self._storage: Tensor | None = None  # (sum of O, I + R), of `_memory`
         self._bias: Tensor | None = None  # (sum of O)
         self._columns: list[Tensor] = []  # (O, r) each: where an adapter's B goes
-        self._laid_out: tuple[Any, ...] = ()  # what `_layout` was when the weights were laid out
+        self._laid_out: tuple[Any, ...] = ()  # what `addresses` were when the weights were laid out
+        self._ranks: list[int] = []  # of the adapters that `_columns` are for
 
     def __call__(self, x: Tensor, dropout_keys: Tensor | None) -> Sequence[Tensor]:
         """x (T, I) -> each layer's output (T, O)."""
@@ -87,29 +89,39 @@ class FusedLinear:
             self.release()
             return
         ranks = [adapter.lora_B.shape[1] for adapter in adapters]
-        if self._laid_out != self._layout(ranks):
-            self._move(weights[0].shape[1], ranks)
-            self._laid_out = self._layout(ranks)
+        inputs, width = weights[0].shape[1], weights[0].shape[1] + sum(ranks)
+        if self._memory is None or self._memory.shape[1] < width or self._laid_out != self.addresses:
+            self._move(inputs, width)
+            self._laid_out = self.addresses
+        assert self._memory is not None
+        if self._storage is None or self._ranks != ranks:
+            self._storage, self._ranks = self._memory[:, :width], ranks
+            # .data: what an earlier pass saved for its backward pass is this same tensor, and B does not change in
+            # between.
+            rows, edges = self._storage.data.split(self.outputs), itertools.accumulate(ranks, initial=inputs)
+            self._storage.data[:, inputs:].zero_()
+            # Without adapters there are no edges, and no columns.
+            self._columns = [row[:, a:b] for row, (a, b) in zip(rows, itertools.pairwise(edges), strict=False)]
 
     def release(self) -> None:
         """Forget the layout. Its memory is free once the layers' weights, which are views of it, lie elsewhere."""
         self.ready = False
-        self._storage, self._bias, self._columns, self._laid_out = None, None, [], ()
+        self._memory, self._storage, self._bias, self._columns, self._laid_out = None, None, None, [], ()
 
-    def _layout(self, ranks: Sequence[int]) -> tuple[Any, ...]:
-        """Where everything lies, and the columns' widths. A copy of a model has other addresses."""
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """Where the weights lie; 0 where they are not laid out. A copy of a model has other addresses.
+
+        Adapters of smaller ranks, or none, leave them where they are: a CUDA graph reads from fixed addresses.
+        """
         biases = [layer.bias.data_ptr() for layer in self.layers if layer.bias is not None]
-        storage = 0 if self._storage is None else self._storage.data_ptr()
-        return storage, [layer.weight.data_ptr() for layer in self.layers], biases, ranks
+        memory = 0 if self._memory is None else self._memory.data_ptr()
+        return memory, *(layer.weight.data_ptr() for layer in self.layers), *biases
 
-    def _move(self, inputs: int, ranks: Sequence[int]) -> None:
+    def _move(self, inputs: int, width: int) -> None:
         """Move the weights into one tensor; the layers' parameters become views of it."""
-        self._storage = self.layers[0].weight.new_zeros(sum(self.outputs), inputs + sum(ranks))
-        # .data: what an earlier pass saved for its backward pass is this same tensor, and B does not change in between.
-        rows, edges = self._storage.data.split(self.outputs), itertools.accumulate(ranks, initial=inputs)
-        # Without adapters there are no edges, and no columns.
-        self._columns = [row[:, a:b] for row, (a, b) in zip(rows, itertools.pairwise(edges), strict=False)]
-        for layer, rows_of_it in zip(self.layers, self._storage.split(self.outputs), strict=True):
+        self._memory, self._storage = self.layers[0].weight.new_zeros(sum(self.outputs), width), None
+        for layer, rows_of_it in zip(self.layers, self._memory.split(self.outputs), strict=True):
             rows_of_it[:, :inputs].copy_(layer.weight)
             layer.weight.data = rows_of_it[:, :inputs]
         biases = [layer.bias for layer in self.layers if layer.bias is not None]
@@ -117,7 +129,7 @@ class FusedLinear:
         if self._bias is not None:
             for bias, part in zip(biases, self._bias.split(self.outputs), strict=True):
                 bias.data = part
-        if self._storage.is_cuda:
+        if self._memory.is_cuda:
             torch.cuda.empty_cache()  # the old weights leave gaps that are too small for what comes next
 
 

@@ -1,0 +1,288 @@
+"""Padded to a bucket, through tensors that stay where they are: the same loss, gradients and weights.
+
+On the CPU nothing is recorded, so what is tested is all that surrounds a recording. `python -m benchmarks.graphs`
+compares recorded runs with others on a GPU, as does the last test where there is one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from anchors import KINDS, anchored, step_batch
+from conftest import relative_error
+from torch import Tensor
+
+from minipersona.chat import Document
+from minipersona.config import DataSection, ExecutionSection, LoraConfig, RunConfig, TrainingSection
+from minipersona.corpus import buckets
+from minipersona.corpus.batch import pack_documents
+from minipersona.errors import UserError
+from minipersona.model.load import load_model
+from minipersona.model.lora import adapters, apply_lora, remove_lora
+from minipersona.model.network import Qwen2
+from minipersona.model.pack import Pack
+from minipersona.objective.contexts import Anchored
+from minipersona.objective.cross_entropy import CrossEntropy
+from minipersona.objective.head import ForwardPass, Objective
+from minipersona.objective.kl_on_prompts import KLOnPrompts
+from minipersona.objective.kl_to_base import KLToBase
+from minipersona.objective.r3f import R3F
+from minipersona.run.resources import Resources, uses_graphs
+from minipersona.training import graphs as graphs_module
+from minipersona.training import loop as loop_module
+from minipersona.training.distributed import Distributed
+from minipersona.training.graphs import Graphs
+from minipersona.training.loop import backward, steering_taps, train
+
+CONFIG = RunConfig(
+    data=DataSection("-", "-"),
+    lora=LoraConfig(rank=4, alpha=8.0, dropout=0.2),
+    training=TrainingSection(steps=3, batch=8, checkpoints=(), learning_rate=1e-2),
+    execution=ExecutionSection(checkpoint_activations=False),
+)
+OBJECTIVES: dict[str, Objective] = {
+    "cross_entropy": CrossEntropy(),
+    "kl_to_base": KLToBase(0.3, "symmetric"),
+    "r3f": R3F(0.3, "normal", 1e-2),
+}
+EACH_OBJECTIVE = pytest.mark.parametrize("kind", [*OBJECTIVES, *KINDS])
+SINGLE_PROCESS = Distributed(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(autouse=True)
+def _short_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The portable attention computes as many rows as the longest document has, which is 24 tokens here."""
+    monkeypatch.setattr(buckets, "SHORTEST", 32)
+    monkeypatch.setattr(buckets, "TOKENS", 64)
+
+
+def objective_of(kind: str, base: Qwen2) -> Objective:
+    """`base` is in its first state: nothing is attached."""
+    return OBJECTIVES[kind] if kind in OBJECTIVES else anchored(kind, 0.7, base)
+
+
+def packs_of(objective: Objective, documents: list[Document]) -> list[Pack]:
+    """One of rows, and an anchor's contexts."""
+    return step_batch(objective, documents).packs if isinstance(objective, Anchored) else [pack_documents(documents)]
+
+
+def adapted(directory: Path, dtype: torch.dtype) -> Qwen2:
+    model = apply_lora(load_model(str(directory), dtype=dtype, device="cpu"), CONFIG.lora)
+    generator = torch.Generator().manual_seed(3)
+    for adapter in adapters(model).values():
+        torch.nn.init.normal_(adapter.lora_B, 0, 0.1, generator=generator)
+    return model
+
+
+def step_gradients(
+    directory: Path, documents: list[Document], dtype: torch.dtype, kind: str, *, padded: bool, full: bool = False
+) -> list[Tensor]:
+    """Summed terms and gradients of one steered step."""
+    base = load_model(str(directory), dtype=dtype, device="cpu")
+    model = load_model(str(directory), dtype=dtype, device="cpu").requires_grad_(True)
+    objective = objective_of(kind, base)
+    if not full:
+        model = adapted(directory, dtype)
+    else:
+        model.blocks[0].mlp.down_proj.weight.data.mul_(1.5)  # the base, which an anchor holds, is another model
+        objective = replace(objective, frozen=base) if isinstance(objective, KLOnPrompts) else objective
+    learned = [p for p in model.parameters() if p.requires_grad]
+    graphs = Graphs(model)
+    graphs.layout(learned).zero()
+    run = ForwardPass(42, 7, steering_taps({1: torch.linspace(-1, 1, 48)}, model))
+    one_pack = graphs.backward if padded else backward
+    objective = graphs.objective(objective)
+    terms = sum(one_pack(model, pack, objective, run) for pack in packs_of(objective, documents))
+    return [terms, *(p.grad for p in learned if p.grad is not None)]  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
+@EACH_OBJECTIVE
+def test_padding_changes_no_loss_and_no_gradient(
+    hf_model: Callable[..., Path], documents: list[Document], dtype: torch.dtype, bound: float, kind: str, full: bool
+) -> None:
+    plain = step_gradients(hf_model(), documents[:16], dtype, kind, padded=False, full=full)
+    padded = step_gradients(hf_model(), documents[:16], dtype, kind, padded=True, full=full)
+    assert len(plain) == len(padded) == 1 + (39 if full else 42)
+    for ours, theirs in zip(padded, plain, strict=True):
+        assert relative_error(ours, theirs) < bound
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@EACH_OBJECTIVE
+def test_adapters_that_are_cast_at_once_have_the_gradients_of_those_cast_at_use_to_the_bit(
+    hf_model: Callable[..., Path], documents: list[Document], kind: str, recompute: bool
+) -> None:
+    objective = objective_of(kind, load_model(str(hf_model()), dtype=torch.bfloat16, device="cpu"))
+    found = []
+    for at_once in (True, False):
+        model = adapted(hf_model(), torch.bfloat16)
+        learned = [p for p in model.parameters() if p.requires_grad]
+        graphs = Graphs(model)
+        graphs.layout(learned).zero()
+        run = ForwardPass(42, 7, checkpoint_activations=recompute)
+        for pack in packs_of(objective, documents[:16]):
+            if at_once:
+                graphs.backward(model, pack, objective, run)
+            else:
+                backward(model, buckets.pad(pack, buckets.bucket_of(pack)), objective, run)
+        assert {p.dtype for p in learned} == {torch.float32}
+        assert all(p is q for p, q in zip(learned, (p for p in model.parameters() if p.requires_grad), strict=True))
+        found.append([p.grad for p in learned])
+    assert sum(map(torch.count_nonzero, found[0])) > 1000  # type: ignore[arg-type]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True))  # type: ignore[arg-type]
+
+
+def test_control_padding_that_is_supervised_changes_them(
+    hf_model: Callable[..., Path], documents: list[Document], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = step_gradients(hf_model(), documents[:16], torch.float64, "cross_entropy", padded=False)
+    monkeypatch.setattr(buckets, "IGNORE", 0)
+    padded = step_gradients(hf_model(), documents[:16], torch.float64, "cross_entropy", padded=True)
+    assert min(relative_error(ours, theirs) for ours, theirs in zip(padded, plain, strict=True)) > 1e-3
+
+
+# ---------------------------------------------------------------- whole runs
+
+
+def trained(
+    model: Qwen2, documents: list[Document], out: Path, config: RunConfig, steering: Tensor, graphs: Graphs | None
+) -> list[Tensor]:
+    train(
+        remove_lora(model), documents, config, out, SINGLE_PROCESS, steering={1: steering}, graphs=graphs
+    )  # fmt: skip
+    return [p.detach().clone() for p in model.parameters() if p.requires_grad]
+
+
+@EACH_OBJECTIVE
+def test_runs_that_share_graphs_train_the_weights_that_each_trains_alone(
+    hf_model: Callable[..., Path],
+    documents: list[Document],
+    kind: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of other seeds, ranks, scales, rates and steering vectors, and then the first one again."""
+    monkeypatch.setattr(loop_module, "make_objective", lambda model, *_: objective_of(kind, model))
+    first = replace(CONFIG, execution=replace(CONFIG.execution, pack_tokens=60))
+    configs = [
+        first,
+        replace(first, seed=43),
+        replace(first, lora=replace(first.lora, rank=2)),
+        replace(first, lora=replace(first.lora, alpha=4.0), training=replace(first.training, learning_rate=5e-3)),
+        first,
+    ]
+    model = load_model(str(hf_model()), dtype=torch.float64, device="cpu")
+    shared = Graphs(model)
+    ends: list[list[Tensor]] = []
+    for number, config in enumerate(configs):
+        steering = torch.linspace(-1, 1, 48) * (number % 4 + 1)
+        alone = load_model(str(hf_model()), dtype=torch.float64, device="cpu")
+        ends.append(trained(model, documents, tmp_path / f"shared-{number}", config, steering, shared))
+        expected = trained(alone, documents, tmp_path / f"alone-{number}", config, steering, None)
+        for ours, theirs in zip(ends[-1], expected, strict=True):
+            assert relative_error(ours, theirs) < 1e-10
+    # Three kinds, of at most two buckets of rows and two of contexts.
+    assert 2 <= len(shared._passes) <= (12 if kind in KINDS else 6)
+    assert all(torch.equal(a, b) for a, b in zip(ends[0], ends[-1], strict=True))  # nothing is left of a run
+    assert relative_error(ends[1][0], ends[0][0]) > 1e-2  # the control: these runs differ
+
+
+def test_control_keys_of_an_earlier_step_train_other_weights(
+    hf_model: Callable[..., Path], documents: list[Document], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a graph would do that reads what the step before has left."""
+
+    def end(name: str) -> list[Tensor]:
+        model = load_model(str(hf_model()), dtype=torch.float64, device="cpu")
+        return trained(model, documents, tmp_path / name, CONFIG, torch.zeros(48), Graphs(model))
+
+    expected = end("right")
+    real = ForwardPass.keys
+    monkeypatch.setattr(ForwardPass, "keys", lambda self, model, pack: real(replace(self, step=1), model, pack))
+    assert relative_error(end("stale")[1], expected[1]) > 1e-3
+
+
+def test_weights_that_were_moved_end_what_was_recorded(
+    hf_model: Callable[..., Path], documents: list[Document]
+) -> None:
+    model = apply_lora(load_model(str(hf_model()), device="cpu"), CONFIG.lora)
+    graphs = Graphs(model)
+    graphs.layout([p for p in model.parameters() if p.requires_grad])
+
+    def go() -> list[object]:
+        for step in (1, 2):
+            graphs.backward(model, pack_documents(documents[:16]), CrossEntropy(), ForwardPass(42, step))
+        return list(graphs._passes.values())
+
+    (first,) = go()
+    assert go() == [first]
+    norm = model.model.norm.weight
+    norm.data = norm.data.clone()
+    (second,) = go()
+    assert second is not first
+
+
+def test_no_more_than_so_many_are_kept(hf_model: Callable[..., Path], documents: list[Document]) -> None:
+    model = apply_lora(load_model(str(hf_model()), device="cpu"), CONFIG.lora)
+    graphs = Graphs(model, most=2)
+    graphs.layout([p for p in model.parameters() if p.requires_grad])
+    packs = [pack_documents(documents[:count]) for count in (4, 12, 20, 28)]
+    sums = [graphs.backward(model, pack, CrossEntropy(), ForwardPass(42, 1)).clone() for pack in packs]
+    assert len({buckets.bucket_of(pack) for pack in packs}) == 4 and len(graphs._passes) == 2
+    expected = [backward(model, pack, CrossEntropy(), ForwardPass(42, 1)) for pack in packs]
+    assert relative_error(torch.stack(sums), torch.stack(expected)) < 1e-5
+
+
+# ---------------------------------------------------------------- where they are used
+
+
+def test_graphs_are_a_cuda_device_s() -> None:
+    resources = Resources(torch.device("cpu"))
+    base = replace(CONFIG, model=replace(CONFIG.model, name="tiny", dtype="float32"))
+
+    def asked(wanted: str) -> object:
+        return resources.graphs(replace(base, execution=ExecutionSection(graphs=wanted)))  # type: ignore[arg-type]
+
+    assert asked("auto") is None and asked("off") is None
+    with pytest.raises(UserError, match="only a CUDA device has graphs"):
+        asked("on")
+    with pytest.raises(UserError, match="the plain path has no graphs"):
+        ExecutionSection(graphs="on", fused=False)
+
+
+def test_graphs_are_used_where_kernels_are_short_and_compiled() -> None:
+    def used(parameters: float, device: str = "cuda", **execution: Any) -> bool:
+        sizes = SimpleNamespace(matmul_parameters=parameters)
+        model = SimpleNamespace(device=torch.device(device), config=sizes)
+        return uses_graphs(replace(CONFIG, execution=ExecutionSection(**execution)), model)  # type: ignore[arg-type]
+
+    assert used(1e8) and not used(7e9) and not used(1e8, "cpu")
+    assert used(7e9, graphs="on") and used(1e8, graphs="on", compile="off")
+    for execution in ({"graphs": "off"}, {"compile": "off"}, {"fused": False}):
+        assert not used(1e8, **execution)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_recorded_run_equals_one_that_is_not(
+    hf_model: Callable[..., Path], documents: list[Document], tmp_path: Path
+) -> None:
+    rounds = replace(CONFIG, training=replace(CONFIG.training, steps=12, batch=48))
+    cuda = Distributed(0, 1, torch.device("cuda", 0))
+    ends = []
+    for most in (0, graphs_module.MOST):
+        model = load_model(str(hf_model()), dtype=torch.float32, device="cuda:0")
+        graphs = Graphs(model, most)
+        train(model, documents, rounds, tmp_path / str(most), cuda, graphs=graphs)
+        assert (graphs.recorded > 0) == (most > 0)
+        ends.append([p.detach().cpu() for p in model.parameters() if p.requires_grad])
+    assert max(map(relative_error, *ends)) < 1e-4
+    other: Pack = pack_documents(documents[:3])
+    assert buckets.bucket_of(other) != buckets.bucket_of(pack_documents(documents))  # the control of the sizes
