@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from minipersona.report.curves import m1_by_step, mixture
 from minipersona.report.front import front, named_recipes
-from minipersona.report.geometry import cosines, decomposition, transfer, voice
+from minipersona.report.geometry import cosines, decomposition, personas, transfer, voice
 from minipersona.report.series import Missing, Series
 from minipersona.verdict.results import StudyResults
 from minipersona.verdict.verdict import Verdict
@@ -21,6 +21,7 @@ def all_series(results: StudyResults, verdict: Verdict) -> tuple[list[Series], d
         "m1_by_step": lambda: m1_by_step(results),
         "cosines": lambda: cosines(results, named, by_verdict),
         "decomposition": lambda: decomposition(results),
+        "personas": lambda: personas(results, verdict, named),
         "transfer": lambda: transfer(results),
         "voice": lambda: voice(results),
         "mixture": lambda: mixture(results, verdict),

@@ -87,7 +87,7 @@ def _passing(results: StudyResults, verdict: Verdict, images: Mapping[str, Block
     table = passer_table(results)
     if table is None:
         return
-    found = [table, persona_table(results, verdict), separation_table(results)]
+    found = [table, images["personas"], persona_table(results, verdict), separation_table(results)]
     yield Section("Recipes that pass", "passers", [one for one in found if one is not None])
     reach = [transfer_table(results), images["transfer"], layer_table(verdict, results)]
     yield Section("Other personas and layers", "transfer", [one for one in reach if one is not None])

@@ -29,7 +29,7 @@ from minipersona.report.drawing import (
     thresholds,
 )  # fmt: skip
 from minipersona.report.front_figure import front
-from minipersona.report.geometry_figures import cosines, decomposition, transfer, voice
+from minipersona.report.geometry_figures import cosines, decomposition, personas, transfer, voice
 from minipersona.report.series import Series
 
 if TYPE_CHECKING:
@@ -142,6 +142,7 @@ DRAWINGS: Mapping[str, Callable[[Series], Figure]] = {
     "m1_by_step": m1_by_step,
     "cosines": cosines,
     "decomposition": decomposition,
+    "personas": personas,
     "transfer": transfer,
     "voice": voice,
     "mixture": mixture,

@@ -54,10 +54,10 @@ def front(results: StudyResults, named: Sequence[RecipeResult]) -> Series:
         "Lower right is better: the recipe learned the task and kept the personas apart. Left: learned of the held-out "
         "rows; right, where it was measured: of the same rows under the measured personas. Each point is a recipe at "
         "its last step, with one seed; bars are 95% bootstrap intervals over questions. Green: M1 < "
-        f"{bounds.passing:.4g} and learned at least 0.9 (0.8 under personas), where the substantive rule can pass; yellow: "
-        "trade-offs. A ring marks a recipe that fresh seeds confirm. Solid black: the baseline at its checkpoints. Dashed grey: the baseline's last "
-        "update, scaled down, which is what doing less gives (plus signs: at just a recipe's loss). A recipe below it "
-        "keeps more than doing less would.",
+        f"{bounds.passing:.4g} and learned at least 0.9 (0.8 under personas), where the substantive rule can pass; "
+        "yellow: trade-offs. A ring marks a recipe that fresh seeds confirm. Solid black: the baseline at its "
+        "checkpoints. Dashed grey: the baseline's last update, scaled down, which is what doing less gives (plus "
+        "signs: at just a recipe's loss). A recipe below it keeps more than doing less would.",
         rows,
         bounds,
     )

@@ -1,4 +1,4 @@
-"""The numbers of the geometry's figures: cosines, what the collapse consists of, other layers and sets, voice."""
+"""The numbers of the geometry's figures, from the cosines of two personas to voice."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from minipersona.verdict.cells import CellResult
 from minipersona.verdict.files import read_voice, step_of
 from minipersona.verdict.recipe_results import RecipeResult
 from minipersona.verdict.results import StudyResults
+from minipersona.verdict.verdict import Verdict
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,44 @@ def decomposition(results: StudyResults) -> Series:
 
 def _multiple(own: float | None, base: float | None) -> float | None:
     return own / base if own is not None and base else None
+
+
+# ---------------------------------------------------------------- persona by persona
+
+
+@dataclass(frozen=True)
+class PersonaRow:
+    """A persona's mean cosine with the others: in the base, after the baseline, after a recipe that passes."""
+
+    recipe: str
+    persona: str
+    base: float
+    base_low: float
+    base_high: float
+    baseline: float | None
+    after: float
+    after_low: float
+    after_high: float
+
+
+def personas(results: StudyResults, verdict: Verdict, shown: Sequence[RecipeResult]) -> Series:
+    """M1 by persona before and after each of the shown recipes that passes."""
+    baseline = None if results.baseline is None else results.baseline.final.m1_by_persona
+    rows = [
+        PersonaRow(recipe.id, name, one.base, *one.base_ci95, (baseline or {}).get(name), one.recipe, *one.recipe_ci95)
+        for recipe in shown
+        for name, one in verdict.personas.get(recipe.id, {}).items()
+    ]
+    if not rows:
+        raise Missing("no recipe that the verdict names has its vectors")
+    return Series(
+        "personas",
+        "M1 persona by persona",
+        "The mean cosine of each persona with the others; their mean is M1. Grey: the base; black: the baseline after "
+        "its last step; colour: the recipe. Bars are 95% bootstrap intervals over questions. A recipe protects the "
+        "personas where it keeps all of them apart, and not only one from the rest.",
+        rows,
+    )
 
 
 # ---------------------------------------------------------------- other layers and sets of personas

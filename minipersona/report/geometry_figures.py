@@ -18,7 +18,7 @@ from minipersona.report.drawing import (
     point_style,
     shortened,
 )  # fmt: skip
-from minipersona.report.geometry import CosineRow, DecompositionRow, TransferRow, VoiceRow
+from minipersona.report.geometry import CosineRow, DecompositionRow, PersonaRow, TransferRow, VoiceRow
 from minipersona.report.series import Series
 from minipersona.run.judgement import PASS_SEPARATION
 
@@ -98,6 +98,34 @@ def decomposition(series: Series) -> Figure:
         axes.set_xlim(min(0.0, left), right + 0.04 * (right - left))
     panels[0].set_yticks(range(len(rows)), [f"{row.phase}  {shortened(row.recipe, 40)}".strip() for row in rows])
     panels[0].set_ylim(len(rows) - 0.4, -0.6)
+    return figure
+
+
+def personas(series: Series) -> Figure:
+    """A panel a recipe, a line a persona: the base, the baseline and the recipe, from the most alike down."""
+    rows: Sequence[PersonaRow] = series.rows
+    recipes = grouped(rows, lambda row: row.recipe)
+    names = [row.persona for row in sorted(next(iter(recipes.values())), key=lambda row: -row.base)]
+    figure = new_figure(1.6 + 5 * len(recipes), 1.3 + 0.27 * len(names))
+    panels = figure.subplots(1, len(recipes), sharex=True, sharey=True, squeeze=False)[0]
+    for axes, (recipe, group) in zip(panels, recipes.items(), strict=True):
+        places = [names.index(row.persona) for row in group]
+        colour = colour_of(recipe.split(" ")[0])
+        axes.hlines(places, [row.base for row in group], [row.after for row in group], color=PALE, zorder=1)
+        axes.hlines(places, [row.base_low for row in group], [row.base_high for row in group], color=GREY, zorder=2)
+        axes.hlines(places, [row.after_low for row in group], [row.after_high for row in group], color=colour, zorder=2)
+        axes.plot([row.base for row in group], places, "o", color=GREY, markersize=5, label="base")
+        known = [(row.baseline, place) for row, place in zip(group, places, strict=True) if row.baseline is not None]
+        axes.plot([x for x, _ in known], [y for _, y in known], "|", color=INK, markersize=9, label="baseline")
+        axes.plot([row.after for row in group], places, "D", color=colour, markersize=5, label=shortened(recipe, 28))
+        axes.set_title(shortened(recipe))
+        axes.set_xlabel("mean cosine with the other personas")
+        axes.grid(axis="y", color=PALE, linewidth=0.5)
+        axes.set_axisbelow(True)
+        axes.tick_params(axis="y", length=0)
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1), borderaxespad=0)
+    panels[0].set_yticks(range(len(names)), [shortened(name, 28) for name in names])
+    panels[0].set_ylim(len(names) - 0.4, -0.6)
     return figure
 
 

@@ -160,6 +160,19 @@ def test_every_persona_of_a_passer_has_its_numbers_before_and_after(results: Stu
             assert float(row["change"]) == pytest.approx(float(row["after"]) - float(row["base"]), abs=1.1e-4)
 
 
+def test_the_figure_of_personas_shows_each_before_and_after(series: dict[str, Series], verdict: Verdict) -> None:
+    matplotlib = pytest.importorskip("matplotlib")
+    with matplotlib.style.context(["default", STYLE]):
+        panels = figures.DRAWINGS["personas"](series["personas"]).axes
+    assert [axes.get_title(loc="left") for axes in panels] == ["4A prompts", "6A anchor"]
+    for axes, recipe in zip(panels, ("4A prompts", "6A anchor"), strict=True):
+        drawn = {line.get_label(): sorted(line.get_xdata()) for line in axes.lines}
+        changes = verdict.personas[recipe].values()
+        assert drawn["base"] == sorted(change.base for change in changes)
+        assert drawn[recipe] == sorted(change.recipe for change in changes)
+        assert drawn["baseline"] == [0.98] * len(NAMES)
+
+
 def test_separation_and_transfer_have_their_tables(results: StudyResults) -> None:
     separation = texts(separation_table(results))
     assert separation["1 baseline"][0]["layer 3"] == "0.20" and separation["6A anchor"][0]["layer 3"] == "0.75"
