@@ -25,12 +25,14 @@ VERDICTS: Mapping[VerdictKind, tuple[str, Tone, str]] = {
         "H_null: no tested recipe keeps the personas apart",
         "bad",
         "H_null holds for the tested space: the recipes in the table below, on one model, its data and its measure. "
-        "It says that every recipe that learned enough collapsed. It does not say that no recipe exists.",
+        "It says that every phase has a recipe that learned enough, that all of these have collapsed, and that none "
+        "that learned less keeps more than doing less would. It does not say that no recipe exists.",
     ),
     "inconclusive": (
         "Inconclusive",
         "open",
-        "Neither a pass nor H_null: some recipes lie between the two bounds, learned too little, or failed.",
+        "Neither a pass nor H_null: a phase has no recipe that learned enough and whose own ingredient had an effect, "
+        "or some recipes lie between the two bounds, learned too little, or failed.",
     ),
     "no_collapse": (
         "No collapse: there is nothing to rescue",

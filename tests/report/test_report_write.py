@@ -55,7 +55,7 @@ def rows(markdown: str, heading: str) -> list[list[str]]:
 
 def test_a_rebuild_gives_the_same_bytes(whole: Any, tmp_path: Path) -> None:
     first = files(whole.directory)
-    assert len(first) == 12 and {"cosines.png", "cosines.csv"} <= first.keys()
+    assert len(first) == 14 and {"cosines.png", "cosines.csv"} <= first.keys()
     again = tmp_path / "moved"
     shutil.copytree(whole.directory, again)
     shutil.rmtree(again / "figures")
@@ -118,7 +118,7 @@ def test_the_suites_have_the_base_first(whole: Any) -> None:
 
 def test_the_page_holds_its_figures_and_asks_for_nothing(whole: Any) -> None:
     page = (whole.directory / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 5
+    assert page.count("data:image/png;base64,") == 6
     assert not re.search(r'(?:src|href)="(?!data:|#)', page)
 
 
