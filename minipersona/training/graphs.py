@@ -136,7 +136,8 @@ class Graphs:
 
     def _record(self, each: _Pass) -> None:
         """Record a pass; nothing is computed. Without memory for it, none is recorded from then on."""
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        if not self.recorded:  # a pool ends with its last graph
+            self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.stream(self._stream), torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
