@@ -67,7 +67,7 @@ def test_a_run_leaves_what_the_contract_says(finished: Path) -> None:
     names = {path.name for path in finished.iterdir()}
     assert names == {
         "config.toml", "provenance.json", "metrics.jsonl", "probes.jsonl", "step-000002", "step-000004", "latest",
-        "vectors",
+        "vectors", "losses",
     }  # fmt: skip
     metrics = read_jsonl(finished / "metrics.jsonl")
     assert [row["step"] for row in metrics] == [1, 2, 3, 4]
@@ -156,6 +156,7 @@ def test_two_runs_are_equal_to_the_bit(finished: Path, settings: list[str], tmp_
     )
     files = [path.relative_to(finished) for path in finished.rglob("*.safetensors")]
     assert sorted(map(str, files)) == [
+        *(f"losses/step-{step:06}.safetensors" for step in (0, 2, 4)),
         "step-000002/adapter_model.safetensors", "step-000004/adapter_model.safetensors",
         *(f"vectors/step-{step:06}.safetensors" for step in (0, 2, 4)),
     ]  # fmt: skip

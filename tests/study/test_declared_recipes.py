@@ -134,7 +134,7 @@ def test_a_plan_lists_them_with_their_departures(tmp_path: Path, capsys: pytest.
     )
     assert main(["study", "--config", str(tmp_path / "study.toml"), "--plan"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert any(line.startswith("# phase 6: 1 cells, ") for line in lines)
+    assert any(line.startswith("# phase 6: 1 cell, ") for line in lines)
     (line,) = (line for line in lines if line.startswith("#   6Z fast and small "))
     assert line.endswith("control: lora.rank = 2, lora.alpha = 4.0, training.learning_rate = 0.0007")
 
@@ -234,26 +234,30 @@ def test_a_recipe_may_be_added_to_a_study_and_taken_from_it(tmp_path: Path) -> N
 
 
 def test_a_role_is_read_back_and_only_registered_cells_are_evidence(tmp_path: Path) -> None:
-    """A cell beyond the registered search that passes is no passer of that search, nor one that hinders H_null."""
-    study = SyntheticStudy(tmp_path)
+    """A cell beyond the registered search that passes changes nothing of that search's verdict."""
+    study = SyntheticStudy(tmp_path / "study")
     study.baseline()
     study.cell("2A", "beta=0.1", 0.98, 0.95)
     whole = study.read()
     assert [cell.role for cell in whole.cells] == ["registered", "registered"]  # directories without roles read as such
-    assert "role" not in (tmp_path / "plan.json").read_text()
-    study.cell("6A", "anchor", 0.92, 0.95)
-    study.plan[-1] = replace(study.plan[-1], role="beyond")
+    assert "role" not in (tmp_path / "study" / "plan.json").read_text()
+    study.cell("6A", "anchor", 0.92, 0.95, role="beyond")
     results = study.read()
     assert results.cells[-1].role == "beyond" and results.registered() == whole.cells
-    assert decide(whole).verdict == decide(results).verdict == "h_null"
-    study.missing("6B", "another")  # nor does the registered verdict wait for one
-    study.plan[-1] = replace(study.plan[-1], role="beyond")
-    assert decide(study.read()).verdict == "h_null"
-    study.plan.pop()
-    study.plan[-1] = replace(study.plan[-1], role="registered")  # control: as a registered one it would pass
-    assert decide(study.read()).verdict == "positive"
-    plan = read_json(tmp_path / "plan.json")
+    assert decide(whole).verdict == decide(results).verdict == "inconclusive"
+    study.missing("6B", "another", role="beyond")  # nor does the registered verdict wait for one
+    assert decide(study.read()).verdict == "inconclusive"
+    control = SyntheticStudy(tmp_path / "control")
+    control.baseline()
+    control.cell("6A", "anchor", 0.92, 0.95)  # as a registered one it passes
+    assert decide(control.read()).verdict == "unconfirmed"
+    plan = read_json(tmp_path / "study" / "plan.json")
     plan["cells"][-1]["role"] = "best"
-    write_json(tmp_path / "plan.json", plan)
+    write_json(tmp_path / "study" / "plan.json", plan)
     with pytest.raises(UserError, match="must be one of 'registered', 'reference', 'control', 'beyond'"):
-        read_study(tmp_path)
+        read_study(tmp_path / "study")
+    plan["cells"][-1]["role"] = "beyond"
+    plan["cells"][-2]["role"] = "registered"  # cell.json says another
+    write_json(tmp_path / "study" / "plan.json", plan)
+    with pytest.raises(UserError, match=r"is 6A anchor \(beyond\), but was planned as 6A anchor \(registered\)"):
+        read_study(tmp_path / "study")

@@ -246,7 +246,7 @@ def test_per_row_lambda_counts_as_often_as_a_row_has_supervised_tokens(
         checked_objective(model, documents, config("r3f", per_row=flag), tmp_path) for flag in (False, True)
     )
     assert isinstance(plain, R3F) and isinstance(per_row, R3F)
-    assert mean > 2 and per_row.lam == pytest.approx(mean * plain.lam) and per_row.epsilon == plain.epsilon
+    assert mean > 2 and per_row.weight == pytest.approx(mean * plain.weight) and per_row.epsilon == plain.epsilon
 
 
 def test_a_base_that_is_not_finite_is_an_error(
