@@ -23,7 +23,7 @@ from minipersona.verdict.results import StudyResults
 
 # Settings with a sentence of their own, and those that are left to whoever runs the search.
 TOLD_OTHERWISE = ("out", "narrow", "stop_rule", "exhaustive", "seeds", "model.", "execution.", "probe.personas",
-                  "probe.questions", "rehearsal.em", "confirmations", "recipe")  # fmt: skip
+                  "probe.questions", "rehearsal.em", "confirmations", "recipe", "controls")  # fmt: skip
 
 
 def deviations(results: StudyResults) -> list[str]:

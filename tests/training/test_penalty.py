@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -85,6 +86,37 @@ def test_without_its_weight_an_objective_is_plain_cross_entropy(
     plain, without, whole = map(gradients, (CrossEntropy(), replace(objective, weight=0.0), objective))
     assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-12) for a, b in zip(plain, without, strict=True))
     assert not all(torch.allclose(a, b, rtol=1e-10, atol=1e-12) for a, b in zip(plain, whole, strict=True))
+
+
+@dataclass(frozen=True)
+class Unrepeatable:
+    """An objective whose passes differ from each other, as those of a GPU do: its gradient has noise of this size."""
+
+    objective: Objective
+    noise: float
+    weight: float = 0.0
+    terms: ClassVar[tuple[str, ...]] = ("loss", "cross_entropy")
+    copies: ClassVar[int] = 1
+
+    def __call__(self, model: Qwen2, pack: Pack, forward: ForwardPass) -> tuple[Tensor, Tensor]:
+        loss, terms = replace(self.objective, weight=self.weight)(model, pack, forward)
+        for parameter in learned(model):
+            loss = loss + self.noise * (torch.randn_like(parameter) * parameter).sum()
+        return loss, terms
+
+
+def test_what_two_equal_passes_differ_by_is_not_the_penalty_s(
+    hf_model: Callable[..., Path], documents: list[Document]
+) -> None:
+    model, packs = adapted(hf_model()), make_packs(documents[:8], range(8), 40)
+    penalty = KLToBase(0.0, "symmetric")
+    weak, strong = ratio(model, replace(penalty, weight=1e-6), packs), ratio(model, replace(penalty, weight=0.5), packs)
+    per_parameter = torch.cat([p.grad.flatten() for p in learned(model) if p.grad is not None]).square().mean().sqrt()
+    noisy = Unrepeatable(penalty, 0.05 * float(per_parameter))
+    torch.manual_seed(0)
+    found = ratio(model, replace(noisy, weight=1e-6), packs)
+    assert weak < 1e-4 and found < 0.02  # of some 0.1 that two passes differ by
+    assert ratio(model, replace(noisy, weight=0.5), packs) == pytest.approx(strong, rel=0.1)
 
 
 def test_r3f_is_inert_at_the_strengths_of_the_study_and_a_large_weight_is_not() -> None:
