@@ -5,8 +5,6 @@
     WriteResponses      the responses that cells are trained on where the base model writes them
     MeasureFrontier     the baseline's own update, scaled down
     MeasureMatchedScale the same at the scale that has a recipe's held-out loss
-    AskSuite            a suite of answers of the base or of a cell
-    AskVoice            the voice of the base or of a cell
     MeasureTransfer     M1 of a confirmed recipe on every persona set at every layer, beside base and baseline
 
 Files that belong to the study as a whole carry the baseline's hash: where it is another, they are made again.
@@ -20,16 +18,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
-from minipersona.behaviour.instructions.suite import instruction_suite
 from minipersona.behaviour.roleplay import rewrite_responses, write_roleplay
-from minipersona.behaviour.suite import behaviour_suite
-from minipersona.behaviour.voice import RESPONSES, VOICE, asked, base_responses, measure_voice
 from minipersona.console import Console
 from minipersona.corpus.mixtures import training_personas
 from minipersona.corpus.sources import read_source
-from minipersona.files import digest, explained, read_json, read_jsonl, rewrite_jsonl, write_json
+from minipersona.files import explained, read_jsonl, rewrite_jsonl, write_json
 from minipersona.objective import OBJECTIVE_CHECK
 from minipersona.objective.noise_check import NoiseCheck
 from minipersona.records import to_dict, write_record
@@ -52,7 +47,6 @@ from minipersona.verdict.files import (
     Transfer,
     matched_file,
     read_optional,
-    read_voice,
 )
 from minipersona.verdict.recipe_results import INEFFECTIVE, INERT, LEAKS, LEAST_PENALTY_RATIO
 
@@ -272,118 +266,3 @@ class MeasureTransfer(Job):
 
     def carry_out(self, worker: Worker) -> None:
         write_record(self.path, measure_transfer(self.study, self.cell, self.step, worker))
-
-
-# ---------------------------------------------------------------- suites of answers
-
-
-@dataclass(frozen=True)
-class AskSuite(Job):
-    """A suite of answers of a cell's model at a step (None: its last), or of the base, where `cell` is None.
-
-    Done where it was asked of this step, by these settings. Answers that are kept are not asked for again.
-    """
-
-    suite: Literal["behaviour", "instructions"]
-    cell: Cell | None = None
-    step: int | None = None
-
-    @property
-    def title(self) -> Title:
-        if self.cell is None:
-            return Title(f"base+{self.suite}-0", "1", f"{self.suite} of the base")
-        step = "" if self.step is None else f" step {self.step}"
-        name = f"{self.suite} of {self.cell.recipe.name}{step}"
-        return Title(f"{self.cell.id}+{self.suite}-{self._at}", self.cell.recipe.phase, name)
-
-    @property
-    def directory(self) -> Path:
-        """Where the answers and what they come to are written."""
-        return self.study.base if self.cell is None else self.study.cell_directory(self.cell)
-
-    @property
-    def _at(self) -> int:
-        return 0 if self.cell is None else self.step or self.cell.recipe.config.training.steps
-
-    @property
-    def _about(self) -> dict[str, Any]:
-        return {"step": self._at, "settings_digest": digest(to_dict(getattr(self.study.config, self.suite)))}
-
-    def done(self) -> bool:
-        path = self.directory / f"{self.suite}.json"
-        return path.is_file() and self._about.items() <= read_json(path).items()
-
-    def carry_out(self, worker: Worker) -> None:
-        study, config = self.study.config, self.study.baseline.recipe.config
-        if self.cell is None:
-            model = worker.resources.model(config)
-        else:
-            model = worker.trained_model(self.study.placed_config(self.cell), self.directory, self._at)
-        tokenizer = worker.resources.tokenizer(config)
-        if self.suite == "behaviour":
-            base = None if config.training.method == "lora" else worker.resources.model(config)
-            behaviour_suite(model, tokenizer, self.directory, study.behaviour, worker.console, base=base)
-        else:
-            instruction_suite(
-                model,
-                tokenizer,
-                self.directory,
-                study.instructions.file or None,
-                worker.console,
-                max_new_tokens=study.instructions.max_new_tokens,
-                batch=study.behaviour.batch,
-            )
-        path = self.directory / f"{self.suite}.json"
-        write_json(path, {**read_json(path), **self._about})
-
-
-# ---------------------------------------------------------------- voice
-
-
-@dataclass(frozen=True)
-class AskVoice(Job):
-    """Writes voice.json of a cell's model at a step (None: its last), or of the base, where `cell` is None.
-
-    The base's responses are kept in base/voice_responses.jsonl; whoever finds some missing generates them.
-    """
-
-    cell: Cell | None = None
-    step: int | None = None
-
-    @property
-    def title(self) -> Title:
-        if self.cell is None:
-            return Title("base+voice-0", "1", "voice of the base")
-        step = "" if self.step is None else f" step {self.step}"
-        name = f"voice of {self.cell.recipe.name}{step}"
-        return Title(f"{self.cell.id}+voice-{self._at}", self.cell.recipe.phase, name)
-
-    @property
-    def directory(self) -> Path:
-        """Where voice.json is written."""
-        return self.study.base if self.cell is None else self.study.cell_directory(self.cell)
-
-    @property
-    def _at(self) -> int:
-        return 0 if self.cell is None else self.step or self.cell.recipe.config.training.steps
-
-    def done(self) -> bool:
-        stored = read_voice(self.directory)
-        return stored is not None and stored.step == self._at
-
-    def carry_out(self, worker: Worker) -> None:
-        config, study = self.study.baseline.recipe.config, self.study
-        instruments, model = worker.resources.instruments(config), worker.resources.model(config)
-        responses = base_responses(
-            model,
-            instruments.tokenizer,
-            instruments.personas.prompts,
-            asked(instruments.questions.questions),
-            study.base / RESPONSES,
-            worker.console,
-            batch=study.config.behaviour.batch,
-        )
-        if self.cell is not None:
-            model = worker.trained_model(study.placed_config(self.cell), self.directory, self._at)
-        voice = measure_voice(model, responses, worker.console, pack_tokens=instruments.pack_tokens, step=self._at)
-        write_record(self.directory / VOICE, voice)

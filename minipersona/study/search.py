@@ -32,8 +32,6 @@ from minipersona.study.confirmation import confirmation_cells, stored_confirmati
 from minipersona.study.engine import Engine
 from minipersona.study.executors import Executor
 from minipersona.study.jobs import (
-    AskSuite,
-    AskVoice,
     MeasureBase,
     MeasureFrontier,
     MeasureMatchedScale,
@@ -42,6 +40,7 @@ from minipersona.study.jobs import (
     WriteResponses,
 )
 from minipersona.study.matched_scale import matches
+from minipersona.study.model_jobs import AskSuite, AskVoice
 from minipersona.study.recipes import Recipe, check_planned, planned
 from minipersona.study.worker import Job
 from minipersona.study_config import STAGES, StudyConfig, changes

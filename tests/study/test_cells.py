@@ -13,7 +13,7 @@ from small_study import CPU, QUIET, small_study
 
 from minipersona.errors import UserError
 from minipersona.files import append_jsonl, read_json, write_json
-from minipersona.study import jobs
+from minipersona.study import jobs, model_jobs
 from minipersona.study.cell import Study, hash_cells
 from minipersona.study.jobs import TrainCell, cell_record, publish, training_seconds
 from minipersona.study.recipes import planned
@@ -147,8 +147,8 @@ def test_jobs_travel_to_other_processes(config: StudyConfig) -> None:
         jobs.MeasureBase(study),
         jobs.WriteResponses(study, study.cells[1]),
         jobs.MeasureFrontier(study),
-        jobs.AskSuite(study, "behaviour", study.cells[1], 3),
-        jobs.AskVoice(study, study.cells[1], 3),
+        model_jobs.AskSuite(study, "behaviour", study.cells[1], 3),
+        model_jobs.AskVoice(study, study.cells[1], 3),
         jobs.MeasureMatchedScale(study, study.cells[1], 3),
         jobs.MeasureTransfer(study, study.cells[1], 3),
     ):

@@ -21,7 +21,8 @@ from minipersona.study import search as search_module
 from minipersona.study.cell import Study
 from minipersona.study.engine import Engine
 from minipersona.study.executors import InProcess
-from minipersona.study.jobs import AskSuite, MeasureBase, TrainCell, WriteResponses
+from minipersona.study.jobs import MeasureBase, TrainCell, WriteResponses
+from minipersona.study.model_jobs import AskSuite
 from minipersona.study.search import asked_for, open_study, search
 from minipersona.study.worker import Worker
 from minipersona.study_config import STAGES, RecipeSection, StudyConfig

@@ -32,7 +32,7 @@ from minipersona.run.directory import losses_file
 from minipersona.run.losses import load_losses
 from minipersona.settings import read_toml
 from minipersona.study import transfer
-from minipersona.study.jobs import AskVoice
+from minipersona.study.model_jobs import AskVoice
 from minipersona.study.search import open_study
 from minipersona.study.worker import Worker
 from minipersona.study_config import StudyConfig

@@ -1,0 +1,131 @@
+"""The jobs of a study that ask a model something: suites of answers, and its voice. `jobs.py` has the others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from minipersona.behaviour.instructions.suite import instruction_suite
+from minipersona.behaviour.suite import behaviour_suite
+from minipersona.behaviour.voice import RESPONSES, VOICE, asked, base_responses, measure_voice
+from minipersona.files import digest, read_json, write_json
+from minipersona.model.network import Qwen2
+from minipersona.records import to_dict, write_record
+from minipersona.study.cell import Cell
+from minipersona.study.worker import Job, Title, Worker
+from minipersona.verdict.files import read_voice
+
+
+class AskModel(Job):
+    """What is asked of a cell's model at a step (None: its last), or of the base, where `cell` is None."""
+
+    cell: Cell | None
+    step: int | None
+
+    @property
+    def what(self) -> str:
+        """What is asked for."""
+        raise NotImplementedError
+
+    @property
+    def title(self) -> Title:
+        if self.cell is None:
+            return Title(f"base+{self.what}-0", "1", f"{self.what} of the base")
+        step = "" if self.step is None else f" step {self.step}"
+        name = f"{self.what} of {self.cell.recipe.name}{step}"
+        return Title(f"{self.cell.id}+{self.what}-{self.at}", self.cell.recipe.phase, name)
+
+    @property
+    def directory(self) -> Path:
+        """Where the answers and what they come to are written."""
+        return self.study.base if self.cell is None else self.study.cell_directory(self.cell)
+
+    @property
+    def at(self) -> int:
+        """The step that is meant; 0 is the base."""
+        return 0 if self.cell is None else self.step or self.cell.recipe.config.training.steps
+
+    def model(self, worker: Worker) -> Qwen2:
+        """The model that is asked."""
+        if self.cell is None:
+            return worker.resources.model(self.study.baseline.recipe.config)
+        return worker.trained_model(self.study.placed_config(self.cell), self.directory, self.at)
+
+
+@dataclass(frozen=True)
+class AskSuite(AskModel):
+    """A suite of answers.
+
+    Done where it was asked of this step, by these settings. Answers that are kept are not asked for again.
+    """
+
+    suite: Literal["behaviour", "instructions"]
+    cell: Cell | None = None
+    step: int | None = None
+
+    @property
+    def what(self) -> str:
+        return self.suite
+
+    @property
+    def _about(self) -> dict[str, Any]:
+        return {"step": self.at, "settings_digest": digest(to_dict(getattr(self.study.config, self.suite)))}
+
+    def done(self) -> bool:
+        path = self.directory / f"{self.suite}.json"
+        return path.is_file() and self._about.items() <= read_json(path).items()
+
+    def carry_out(self, worker: Worker) -> None:
+        study, config = self.study.config, self.study.baseline.recipe.config
+        model, tokenizer = self.model(worker), worker.resources.tokenizer(config)
+        if self.suite == "behaviour":
+            base = None if config.training.method == "lora" else worker.resources.model(config)
+            behaviour_suite(model, tokenizer, self.directory, study.behaviour, worker.console, base=base)
+        else:
+            instruction_suite(
+                model,
+                tokenizer,
+                self.directory,
+                study.instructions.file or None,
+                worker.console,
+                max_new_tokens=study.instructions.max_new_tokens,
+                batch=study.behaviour.batch,
+            )
+        path = self.directory / f"{self.suite}.json"
+        write_json(path, {**read_json(path), **self._about})
+
+
+@dataclass(frozen=True)
+class AskVoice(AskModel):
+    """Writes voice.json.
+
+    The base's responses are kept in base/voice_responses.jsonl; whoever finds some missing generates them.
+    """
+
+    cell: Cell | None = None
+    step: int | None = None
+
+    @property
+    def what(self) -> str:
+        return "voice"
+
+    def done(self) -> bool:
+        stored = read_voice(self.directory)
+        return stored is not None and stored.step == self.at
+
+    def carry_out(self, worker: Worker) -> None:
+        config, study = self.study.baseline.recipe.config, self.study
+        instruments = worker.resources.instruments(config)
+        responses = base_responses(
+            worker.resources.model(config),
+            instruments.tokenizer,
+            instruments.personas.prompts,
+            asked(instruments.questions.questions),
+            study.base / RESPONSES,
+            worker.console,
+            batch=study.config.behaviour.batch,
+        )
+        model = self.model(worker)
+        voice = measure_voice(model, responses, worker.console, pack_tokens=instruments.pack_tokens, step=self.at)
+        write_record(self.directory / VOICE, voice)
