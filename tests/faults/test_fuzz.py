@@ -66,7 +66,7 @@ from minipersona.training.loop import cut_logs
 from minipersona.training.optimizer import AdamW, Flat
 from minipersona.verdict.results import read_study
 
-CASES = int(os.environ.get("MINIPERSONA_FUZZ_CASES", 2_500))
+CASES = int(os.environ.get("MINIPERSONA_FUZZ_CASES", 1_500))
 SLOWEST = 5.0  # seconds of this process for one small file; other work of the machine does not count
 LARGEST = 100_000  # kibibytes by which the process may grow over all the files of a reader
 

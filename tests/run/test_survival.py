@@ -78,7 +78,7 @@ def once(there: Callable[[], object], process: subprocess.Popen[str]) -> None:
 # ---------------------------------------------------------------- train.py
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
 def test_a_signalled_run_exits_with_75_and_the_same_command_continues(
     whole: Path, settings: list[str], tmp_path: Path, number: signal.Signals
 ) -> None:

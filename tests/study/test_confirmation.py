@@ -181,6 +181,7 @@ def test_without_confirmations_no_result_is_even_read(config: StudyConfig) -> No
         search.confirm(engine(config))
 
 
+@pytest.mark.slow
 def test_killed_while_it_confirms_a_study_finds_the_same_cells_again(config: StudyConfig, passing: list[str]) -> None:
     config = replace(config, confirmations=1)
     process, attempts = start(config, ("2",)), Path(config.out) / "cells" / ".attempts"

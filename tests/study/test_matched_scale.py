@@ -132,6 +132,7 @@ def matched(study: Study, cell: Cell) -> MatchedScale:
     return read_record(job.path, MatchedScale, "")
 
 
+@pytest.mark.slow
 def test_every_recipe_is_matched_where_its_loss_is_one_of_the_update_s(measured: StudyConfig) -> None:
     study = open_study(measured, "cpu", QUIET)
     results = read_study(study.directory)

@@ -312,6 +312,7 @@ def test_killed_workers_change_nothing_but_the_time(
     assert_equal_cells(config, quick)
 
 
+@pytest.mark.slow
 def test_a_killed_driver_of_two_workers_goes_on_where_it_stopped(
     quick: StudyConfig, uninterrupted: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -155,6 +155,7 @@ def test_a_defect_on_one_rank_shows_its_traceback_once(tmp_path: Path) -> None:
     assert failed.said.count("\n[rank0]: KeyError: 'weights'\n") == 1, failed.said
 
 
+@pytest.mark.slow
 def test_an_error_on_both_ranks_at_once_is_reported_by_one(tmp_path: Path) -> None:
     failed = summing("error-both", tmp_path / "out")
     (line,) = failed.errors
@@ -195,7 +196,7 @@ command(work)
 """
 
 
-@pytest.mark.parametrize("how, code", [("killed", -9), ("defect", 1)])
+@pytest.mark.parametrize("how, code", [("killed", -9), pytest.param("defect", 1, marks=pytest.mark.slow)])
 def test_a_rank_lost_within_a_pass_of_a_sharded_model_ends_the_run(
     hf_model: Callable[..., Path], tmp_path: Path, how: str, code: int
 ) -> None:
