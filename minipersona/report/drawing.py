@@ -128,10 +128,12 @@ def intervals(rows: Sequence[R], across: Callable[[R], float]) -> tuple[list[flo
 
 
 def legend(axes: Axes) -> None:
+    """Put the legend to the right of the axes, where it covers no point."""
     axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1), borderaxespad=0)
 
 
 def colour_of(phase: str) -> str:
+    """The colour in which every figure draws a phase."""
     return _look(phase)[1]
 
 

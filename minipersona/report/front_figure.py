@@ -111,7 +111,7 @@ def _regions(axes: Axes, least: float, bounds: Bounds) -> None:
 
 
 def _beside(axes: Axes, name: str, rows: Sequence[FrontRow], across: Across, style: Style) -> None:
-    """Points that are no recipes of the search, or a mark around one."""
+    """Draw points that are not recipes of the search, or marks around those that are."""
     if rows:
         axes.plot(*_xy(rows, across), label=name, **{"zorder": 7, **style})
 

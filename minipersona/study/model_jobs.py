@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,9 +25,9 @@ class AskModel(Job):
     step: int | None
 
     @property
+    @abc.abstractmethod
     def what(self) -> str:
         """What is asked for."""
-        raise NotImplementedError
 
     @property
     def title(self) -> Title:
