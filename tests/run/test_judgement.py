@@ -133,6 +133,17 @@ def test_each_loss_is_held_against_the_baseline_s_own() -> None:
     assert (found.learned, found.learned_personas) == (pytest.approx(0.9), pytest.approx(1.2))
 
 
+def test_a_share_that_is_just_enough_is_enough() -> None:
+    """9 of 10 nats, 8 of 10 under personas, half of the discriminability: all of them exact in binary arithmetic."""
+    base = replace(BASE, eval_loss=10.0, persona_loss=10.0, between_variance=1.0)
+    baseline = replace(BASELINE, eval_loss=0.0, persona_loss=0.0)
+    found = judge_row(row(0.94, 1.0, persona_loss=2.0, between_variance=0.5), base, baseline, ABSOLUTE)
+    assert (found.learned, found.learned_personas, found.discriminability) == (0.9, 0.8, 0.5)
+    assert found.substantive_pass is True and found.trade_off is False
+    half = judge_row(row(0.94, 5.0), base, baseline, ABSOLUTE)
+    assert half.learned == 0.5 and half.trade_off is True
+
+
 def test_learned_share() -> None:
     assert learned_share(2.0, 3.0, 1.0) == 0.5
     assert learned_share(0.5, 3.0, 1.0) == 1.25

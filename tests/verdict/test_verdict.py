@@ -412,6 +412,13 @@ def test_a_recipe_passes_where_all_of_its_seeds_do(tmp_path: Path) -> None:
     assert recipe.m1_spread == pytest.approx(0.008)
 
 
+@pytest.mark.parametrize("seed, declared", [(7, True), (42, False), (43, True)])
+def test_another_seed_is_declared(tmp_path: Path, seed: int, declared: bool) -> None:
+    study = SyntheticStudy(tmp_path)
+    study.baseline(seed=seed)
+    assert any(f"The seeds are {seed}; 42 is" in line for line in verdict_of(study).deviations) is declared
+
+
 def test_every_seed_is_a_point(tmp_path: Path) -> None:
     """The mean over seeds decides nothing: one that learned fully and lies below 0.97 is a counterexample."""
     study = searched(tmp_path)
