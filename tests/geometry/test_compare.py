@@ -108,8 +108,11 @@ def test_procrustes_agrees_with_scipy(width: int) -> None:
 
 
 def test_procrustes_of_one_point_has_no_value() -> None:
-    a = gaussian(P, D, seed=12)
+    a, point = gaussian(P, D, seed=12), 100 * gaussian(D, seed=13).double()
     assert procrustes(a, a[:1].expand(P, D)) == (None, None)
+    rounded = point + 1e-12 * gaussian(P, D, seed=14)  # its distances are those of fp64 rounding
+    assert procrustes(a, rounded) == procrustes(rounded, a) == (None, None)
+    assert procrustes(a, point + 1e-6 * gaussian(P, D, seed=14))[0] is not None  # the control
 
 
 # refusals

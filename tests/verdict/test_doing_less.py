@@ -182,7 +182,7 @@ def test_checkpoints_are_compared_and_the_baseline_s_last_is_not(tmp_path: Path)
     assert all(row.difference is not None and row.better is False for row in rows)
 
 
-@pytest.mark.parametrize("wrong", ["other", "torn", "questions", "layer", "infinite"])
+@pytest.mark.parametrize("wrong", ["other", "torn", "fewer questions", "more questions", "layer", "infinite"])
 def test_vectors_that_are_not_those_of_their_row_are_refused(tmp_path: Path, wrong: str) -> None:
     study = made(tmp_path)
     directory = study.cell("3", "r=4", 0.94, 0.6)
@@ -192,8 +192,8 @@ def test_vectors_that_are_not_those_of_their_row_are_refused(tmp_path: Path, wro
         save_samples(file, samples_with(0.941))
     elif wrong == "torn":
         file.write_bytes(file.read_bytes()[:200])
-    elif wrong == "questions":
-        save_samples(file, samples_with(0.94)[:, :-1])
+    elif wrong.endswith("questions"):
+        save_samples(file, samples_with(0.94)[:, :-1] if "fewer" in wrong else samples_with(0.94).repeat(1, 2, 1))
     elif wrong == "layer":
         save_samples(file, samples_with(0.94), LAYER + 1)
     else:
@@ -204,7 +204,7 @@ def test_vectors_that_are_not_those_of_their_row_are_refused(tmp_path: Path, wro
         judge_study(study.read())
 
 
-@pytest.mark.parametrize("wrong", ["other", "torn", "rows"])
+@pytest.mark.parametrize("wrong", ["other", "torn", "fewer rows", "more rows"])
 def test_losses_that_are_not_those_of_their_row_are_refused(tmp_path: Path, wrong: str) -> None:
     study = made(tmp_path)
     directory = study.cell("3", "r=4", 0.94, 0.6)
@@ -214,7 +214,8 @@ def test_losses_that_are_not_those_of_their_row_are_refused(tmp_path: Path, wron
     elif wrong == "torn":
         file.write_bytes(file.read_bytes()[:60])
     else:
-        replace(losses, **{name: value[:-1].clone() for name, value in vars(losses).items()}).save(file)
+        chosen = slice(1, None) if "fewer" in wrong else [*range(50)] * 2
+        replace(losses, **{name: value[chosen].clone() for name, value in vars(losses).items()}).save(file)
     with pytest.raises(UserError, match=r"losses/step-000375.safetensors.*delete"):
         judge_study(study.read())
 

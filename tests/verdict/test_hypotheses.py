@@ -141,8 +141,12 @@ def test_a_pass_that_rank_32_shares_is_not_the_rank_s_doing(tmp_path: Path) -> N
 def test_the_rival_is_the_one_with_the_same_learning_rate(tmp_path: Path) -> None:
     study = low_rank(tmp_path, 0.94, 0.975)
     study.cell("3", "r=8 lr=2e-05", 0.975, 0.9, knobs={"rank": 8, "learning_rate": 2e-5})
-    rows = {row.cell: row.rival for row in hypothesis(study, "H3").numbers.against_same_rate}
-    assert rows == {"3 r=4 lr=0.0001": "3 r=32 lr=0.0001", "3 r=8 lr=2e-05": "1 baseline"}
+    rows = hypothesis(study, "H3").numbers.against_same_rate
+    assert {row.cell: row.rival for row in rows} == {
+        "3 r=4 lr=0.0001": "3 r=32 lr=0.0001",
+        "3 r=8 lr=2e-05": "1 baseline",
+    }
+    assert [row.level for row in rows] == [pytest.approx(0.975)] * 2  # as many as there are settings
 
 
 @pytest.mark.parametrize("m1, word", [(0.9629, "unlike"), (0.9631, "as"), (0.9829, "as"), (0.9831, "unlike")])
