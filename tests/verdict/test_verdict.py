@@ -225,6 +225,15 @@ def test_what_a_passer_of_an_earlier_phase_answers_is_said_and_no_condition(tmp_
     assert "more often misaligned than the base" in judged.sentence
 
 
+def test_of_many_counterexamples_three_are_named(tmp_path: Path) -> None:
+    study = searched(tmp_path)
+    for number in range(5):
+        study.cell("2A", f"beta={number}", 0.94, 0.95, interval=(0.93, 0.96))
+        said = verdict_of(study).obstacles
+        assert sum("and yet does not pass" in part for part in said) == min(number + 1, 3)
+        assert [part for part in said if "more" in part] == ([f"and so do {number - 2} more"] if number > 2 else [])
+
+
 def test_a_baseline_that_teaches_nothing_leaves_learned_undefined(tmp_path: Path) -> None:
     study = SyntheticStudy(tmp_path)
     study.cell("1", "baseline", rows=[(375, 0.98, 0.009)])
