@@ -70,7 +70,7 @@ def test_a_pass_that_every_fresh_seed_repeats_is_positive(tmp_path: Path) -> Non
     study.cell("2A", "beta=0.1", 0.94, 0.95)
     judged = verdict_of(study)
     assert (judged.verdict, judged.confirmed) == ("unconfirmed", None)
-    assert "not run with fresh seeds" in judged.sentence
+    assert judged.sentence.startswith("Unconfirmed: a recipe passes") and "not run with fresh seeds" in judged.sentence
     study.confirm("2A", "beta=0.1", (0.94, 0.95), (0.945, 0.91))
     judged = verdict_of(study)
     assert (judged.verdict, judged.confirmed) == ("unconfirmed", None)  # two of three
@@ -79,6 +79,7 @@ def test_a_pass_that_every_fresh_seed_repeats_is_positive(tmp_path: Path) -> Non
     judged = verdict_of(study)
     assert (judged.verdict, judged.confirmed) == ("positive", True)
     assert judged.recipe is not None and judged.recipe.fresh_seeds == FRESH
+    assert judged.sentence.startswith("There is a recipe that passes")
     assert "passes again with each of 3 fresh seeds" in judged.sentence
 
 
@@ -150,6 +151,7 @@ def test_what_lies_beyond_the_registered_recipes_is_judged_apart(tmp_path: Path)
     judged = verdict_of(study)
     assert judged.verdict == "h_null" and judged.beyond.verdict == "unconfirmed"
     assert judged.registered.passers != () and "2A anchor" not in [row.cell for row in judged.registered.passers]
+    assert [row.cell for row in judged.beyond.passers] == ["2A anchor"]
     study.confirm("2A", "anchor")
     judged = verdict_of(study)
     assert (judged.verdict, judged.beyond.verdict, judged.beyond.recipe.cell) == ("h_null", "positive", "2A anchor")
