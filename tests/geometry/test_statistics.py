@@ -265,3 +265,14 @@ def test_wilson_equals_scipy(successes: int, n: int, level: float) -> None:
 
 def test_wilson_of_nothing_is_everything() -> None:
     assert wilson_interval(0, 0) == (0, 1)
+
+
+def test_intervals_are_of_95_percent_where_no_level_is_given() -> None:
+    a, b = world(1), world(2)
+    resampled, names = resampled_m1(a, question_weights(Q, 50)), list("abcde")
+    assert wilson_interval(3, 10) == wilson_interval(3, 10, 0.95) != wilson_interval(3, 10, 0.9)
+    assert bootstrap_interval(resampled, 0.5) == bootstrap_interval(resampled, 0.5, 0.95)
+    assert bootstrap_m1(a, 50) == bootstrap_m1(a, 50, level=0.95) != bootstrap_m1(a, 50, level=0.9)
+    assert bootstrap_m1_difference(a, b, 50) == bootstrap_m1_difference(a, b, 50, level=0.95)
+    assert bootstrap_by_persona(a, names, 50) == bootstrap_by_persona(a, names, 50, level=0.95)
+    assert jackknife_m1(a.mean(1)) == jackknife_m1(a.mean(1), 0.95) != jackknife_m1(a.mean(1), 0.9)

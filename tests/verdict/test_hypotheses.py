@@ -92,7 +92,8 @@ def test_a_family_is_supported_by_a_confirmed_pass_and_refuted_by_none(tmp_path:
     failed = family(tmp_path / "failed", phases, 0.95, 0.91)
     failed.event(phases[-1], "70:30", "failed")
     found = hypothesis(failed, name)
-    assert found.verdict == "undecided" and "70:30" in found.evidence
+    assert found.verdict == "undecided" and f" Not done: {phases[-1]} 70:30." in found.evidence
+    assert "Not done" not in hypothesis(passing, name).evidence  # the control
     if len(phases) > 1:
         assert hypothesis(family(tmp_path / "half", phases[:1], 0.95, 0.91), name).verdict == "undecided"
 
