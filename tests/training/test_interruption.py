@@ -202,6 +202,19 @@ def test_another_runs_state_is_an_error(tmp_path: Path) -> None:
             load_state(tmp_path, *optimised(*shape))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a CUDA device")
+def test_a_checkpoint_that_a_gpu_wrote_continues_without_one(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = {"w": torch.nn.Parameter(torch.ones(3, 2))}
+    optimizer = AdamW(Flat(list(weights.values())), 0.9, 0.999, 1e-8, 0.0)
+    save_state(tmp_path, Position(step=3, updates=2), weights, optimizer, Distributed(0, 1, torch.device("cpu")))
+    file = tmp_path / "latest" / "state.safetensors"
+    words = {"state": '{"step": 3, "updates": 2, "done": false}'}
+    save_file({**load_file(file), "rng.cuda": torch.zeros(16, dtype=torch.uint8)}, file, words)
+    assert load_state(tmp_path, weights, optimizer) == Position(3, 2, False) and optimizer.updates == 2
+
+
 @pytest.mark.parametrize("words", ["{}", '{"step": 3, "done": false}', '{"step": "3", "updates": 3, "done": false}',
                                    "[3]", '{"step": 3, "updates": 3, "done": false, "more": 1}'])  # fmt: skip
 def test_a_damaged_state_is_an_error_that_names_the_file(tmp_path: Path, words: str) -> None:

@@ -136,6 +136,22 @@ def test_of_passers_a_confirmed_one_is_named_then_the_one_that_learned_most(tmp_
     assert judged.verdict == "positive" and judged.recipe.cell == "3 r=4"
 
 
+def test_passers_are_ranked_by_learned_then_by_m1_and_an_unknown_share_comes_last(tmp_path: Path) -> None:
+    study = searched(tmp_path)
+    for name, m1, learned in (
+        ("more", 0.94, 0.95),
+        ("lower", 0.92, 0.93),
+        ("higher", 0.93, 0.93),
+        ("none", 0.91, -0.3),
+    ):
+        study.cell("2A", name, m1, learned, less=None)
+    recipes = {recipe.name: recipe for recipe in recipe_results(study.read()) if recipe.phase == "2A"}
+    unknown = replace(recipes["more"], name="unknown", rows=(replace(recipes["more"].rows[0], learned=None),))
+    del recipes["witness"]
+    ranked = sorted([unknown, *recipes.values()], key=lambda recipe: recipe.merit, reverse=True)
+    assert [recipe.name for recipe in ranked] == ["more", "lower", "higher", "none", "unknown"]
+
+
 def test_a_baseline_that_keeps_the_geometry_leaves_nothing_to_rescue(tmp_path: Path) -> None:
     study = SyntheticStudy(tmp_path)
     study.baseline(m1=0.949)
@@ -356,6 +372,7 @@ def test_a_failed_cell_forbids_h_null_and_no_pass(tmp_path: Path) -> None:
     study.event("2A", "beta=0.1", "failed", error="loss is not finite")
     judged = verdict_of(study)
     assert judged.verdict == "inconclusive" and judged.obstacles == ("no result: 2A beta=0.1",)
+    assert "). No result: 2A beta=0.1." in judged.sentence
     assert judged.failed == (FailedCell("2A beta=0.1", "loss is not finite"),)
     study.cell("2B", "lambda=0.1", 0.94, 0.95)
     assert verdict_of(study).verdict == "unconfirmed"
@@ -421,6 +438,19 @@ def test_a_recipe_passes_where_all_of_its_seeds_do(tmp_path: Path) -> None:
     recipe = verdict_of(study).recipe
     assert recipe is not None and recipe.seeds == (42, 43) and recipe.learned == pytest.approx(0.96)
     assert (recipe.m1, recipe.m1_spread) == (pytest.approx(0.944), pytest.approx(0.008))
+
+
+@pytest.mark.parametrize("changes, model, sets", [({}, False, False), ({"model": "some/model"}, True, False),
+    ({"model": "A/model"}, True, False), ({"persona_set": "shipped"}, False, True),
+    ({"question_set": "a.jsonl"}, False, True)])  # fmt: skip
+def test_another_model_and_other_sets_are_declared(
+    tmp_path: Path, changes: dict[str, str], model: bool, sets: bool
+) -> None:
+    study = SyntheticStudy(tmp_path, REAL | changes)
+    study.baseline()
+    said = verdict_of(study).deviations
+    assert any("Qwen/Qwen2.5-7B-Instruct is registered" in line for line in said) is model
+    assert any("are not both the registered ones" in line for line in said) is sets
 
 
 @pytest.mark.parametrize("seed, declared", [(7, True), (42, False), (43, True)])
