@@ -29,6 +29,18 @@ def test_the_calibration_passes_on_the_predecessor_s_numbers_and_fails_one_layer
     assert shifted.layers["20"].within and shifted.passed is False
 
 
+@pytest.mark.parametrize("layer", BASE)
+@pytest.mark.parametrize(
+    "off, within", [(0.0, True), (0.0029, True), (-0.0029, True), (0.0031, False), (-0.0031, False)]
+)
+def test_every_layer_is_held_against_its_own_number_in_both_directions(layer: str, off: float, within: bool) -> None:
+    found = calibrate(REGISTERED, {**BASE, layer: BASE[layer] + off}, "hash")
+    assert (found.due, found.passed) == (True, within) and list(found.layers) == list(BASE)
+    row = found.layers[layer]
+    assert (row.m1, row.reference, row.within) == (BASE[layer] + off, BASE[layer], within)
+    assert row.difference == pytest.approx(off, abs=1e-12)
+
+
 @pytest.mark.parametrize(
     "key, value", [("model", "tiny"), ("method", "B"), ("question_set", "shipped"), ("revision", "x")]
 )
