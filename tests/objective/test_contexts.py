@@ -106,7 +106,8 @@ def test_states_are_those_of_each_prompt_alone(hf_model: Callable[..., Path]) ->
 
 def test_progress_counts_the_contexts_that_are_done(hf_model: Callable[..., Path]) -> None:
     model, contexts, told = load_model(str(hf_model()), device="cpu"), random_contexts("feature_anchor"), []
-    base_states(model, contexts, (0,), 1, pack_tokens=20, progress=told.append)
+    states = base_states(model.requires_grad_(True), contexts, (0,), 1, pack_tokens=20, progress=told.append)
+    assert not states[0].requires_grad  # they are a constant, whatever learns
     assert told == sorted(told) and told[0] >= 1 and len(told) > 2 and told[-1] == len(contexts.taken(1)) == PER_STEP
 
 

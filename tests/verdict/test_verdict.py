@@ -180,6 +180,27 @@ def test_what_lies_beyond_the_registered_recipes_is_judged_apart(tmp_path: Path)
     assert verdict_of(searched(tmp_path / "none")).beyond is None
 
 
+@pytest.mark.parametrize(
+    "m1, learned, baseline, verdict, said",
+    [
+        (0.98, 0.95, 0.98, "h_null", "none passes either."),
+        (0.96, 0.95, 0.98, "inconclusive", "none passes, which is not shown of such recipes in general."),
+        (0.98, 0.85, 0.98, "inconclusive", "none passes, which is not shown"),  # no witness
+        (0.94, 0.95, 0.949, "no_collapse", "there is nothing to rescue either."),
+    ],
+)
+def test_beyond_the_registered_recipes_the_rules_are_the_same(
+    tmp_path: Path, m1: float, learned: float, baseline: float, verdict: str, said: str
+) -> None:
+    study = SyntheticStudy(tmp_path)
+    study.baseline(m1=baseline)
+    study.witnesses()
+    study.cell("6A", "anchor", m1, learned, role="beyond")
+    judged = verdict_of(study)
+    assert (judged.beyond.verdict, judged.beyond.recipe, judged.beyond.confirmed) == (verdict, None, None)
+    assert said in judged.beyond.sentence and judged.beyond.sentence in judged.sentence
+
+
 @pytest.mark.parametrize("role", ["reference", "control"])
 def test_references_and_controls_neither_pass_nor_bear_witness(tmp_path: Path, role: Any) -> None:
     study = searched(tmp_path / "pass")
