@@ -125,6 +125,14 @@ def test_results_of_an_older_code_version_are_not_the_planned_ones(tmp_path: Pat
     assert [cell.status for cell in study.read().cells] == ["done", "missing"]
 
 
+def test_a_planned_cell_without_an_id_is_missing(tmp_path: Path) -> None:
+    study = SyntheticStudy(tmp_path)
+    study.baseline()
+    study.missing("2A", "beta=0.1")
+    study.plan[1] = replace(study.plan[1], cell="")
+    assert [(cell.status, cell.hash) for cell in study.read().cells] == [("done", "0" * 12), ("missing", "")]
+
+
 Damage = Callable[[Path], Any]
 
 
