@@ -51,8 +51,8 @@ def test_a_line_has_the_means_of_the_sums(tmp_path: Path) -> None:
     recorded = Recorded(tmp_path)
     row = recorded.step(1)
     assert row.pop("tokens_per_second") > 0
-    assert row == {"step": 1, "loss": 3.0, "cross_entropy": 2.0, "supervised_tokens": 10, "tokens": 20, "grad_norm": 2.0,
-                   "lr": 1e-3}  # fmt: skip
+    numbers = {"loss": 3.0, "cross_entropy": 2.0, "supervised_tokens": 10, "tokens": 20, "grad_norm": 2.0, "lr": 1e-3}
+    assert row == {"step": 1, **numbers}
     row = recorded.step(2, flags=(0, 2, 0), batch=replace(BATCH, context_tokens=6), ratio=0.25)
     assert (row["context_tokens"], row["penalty_ratio"], row["out_of_memory"]) == (6, 0.25, 2)
     row = recorded.step(3, batch=replace(BATCH, supervised=0))
