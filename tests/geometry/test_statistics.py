@@ -151,6 +151,14 @@ def test_student_quantile_is_scipys(degrees: int) -> None:
     assert student_quantile(0.975, degrees) != pytest.approx(1.96, rel=1e-2)
 
 
+@pytest.mark.parametrize("probability", [0.8, 0.9, 0.975, 0.995])
+def test_the_error_of_the_student_quantile_is_of_the_order_of_the_first_term_left_out(probability: float) -> None:
+    """1 / n^5: at twice the degrees it is a 32nd. A wrong coefficient would leave a term of 1 / n^4 or larger."""
+    scipy_stats = pytest.importorskip("scipy.stats")
+    error = [student_quantile(probability, n) - scipy_stats.t.ppf(probability, n) for n in (10, 20, 40)]
+    assert [error[0] / error[1], error[1] / error[2]] == [pytest.approx(32, rel=0.1)] * 2
+
+
 # noise floor
 
 

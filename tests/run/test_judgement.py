@@ -67,6 +67,14 @@ def test_the_registered_rule(m1: float, loss: float, passes: bool) -> None:
     assert judged(m1, loss, bounds=relative_bounds(0.5)).registered_pass is passes  # whatever else decides
 
 
+@pytest.mark.parametrize("baseline", [0.5, 1.0, 3.0])
+def test_the_registered_bound_is_twice_the_baseline_s_loss(baseline: float) -> None:
+    assert registered_pass(0.9, 2 * baseline, baseline) is True
+    assert registered_pass(0.9, 2.0001 * baseline, baseline) is False
+    assert registered_pass(0.9, None, baseline) is registered_pass(0.9, baseline, None) is None
+    assert registered_pass(0.95, None, baseline) is registered_pass(0.95, baseline, None) is False
+
+
 def test_the_untrained_base_passes_the_registered_rule_and_not_the_substantive_one() -> None:
     found = judge_row(BASE, BASE, BASELINE, ABSOLUTE)
     assert found.registered_pass is True and found.substantive_pass is False and found.learned == 0.0

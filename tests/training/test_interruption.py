@@ -19,7 +19,7 @@ from minipersona.config import DataSection, LoraConfig, RunConfig, TrainingSecti
 from minipersona.errors import Interrupted, UserError
 from minipersona.files import read_jsonl
 from minipersona.model.load import load_model
-from minipersona.training.checkpoint import Position, load_state, save_state
+from minipersona.training.checkpoint import Position, load_state, save_state, stored_position
 from minipersona.training.distributed import Distributed
 from minipersona.training.interruption import SIGNALS, Stop, handle_signals
 from minipersona.training.loop import Hooks, train
@@ -200,6 +200,14 @@ def test_another_runs_state_is_an_error(tmp_path: Path) -> None:
     for shape in ((4, 1), (5, 4), (4,)):
         with pytest.raises(UserError, match=r"state\.safetensors: holds another run's state; delete"):
             load_state(tmp_path, *optimised(*shape))
+
+
+def test_without_a_checkpoint_a_run_stands_at_its_beginning(tmp_path: Path) -> None:
+    weights = {"w": torch.nn.Parameter(torch.ones(3, 2))}
+    optimizer = AdamW(Flat(list(weights.values())), 0.9, 0.999, 1e-8, 0.0)
+    for found in (load_state(tmp_path, weights, optimizer), stored_position(tmp_path)):
+        assert (found.step, found.updates, found.done) == (0, 0, False)
+    assert optimizer.updates == 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a CUDA device")

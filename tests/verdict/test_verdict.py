@@ -421,6 +421,7 @@ def test_a_base_like_step_passes_the_registered_rule_only(tmp_path: Path) -> Non
     hollow = ["1 baseline step 10", "1 baseline step 25"]
     assert [row.cell for row in judged.registered.passers] == hollow
     assert judged.substantive.passers == () and judged.verdict == "h_null"
+    assert list(judged.personas) == hollow  # either rule is enough
     assert [row.cell for row in judged.close] == [*hollow, "1 baseline step 50"]
     assert judged.trade_offs == ()
     assert any("substantive" in line for line in judged.deviations)
