@@ -19,6 +19,7 @@ from minipersona.config import DataSection, LoraConfig, RunConfig, TrainingSecti
 from minipersona.errors import Interrupted, UserError
 from minipersona.files import read_jsonl
 from minipersona.model.load import load_model
+from minipersona.training import loop
 from minipersona.training.checkpoint import Position, load_state, save_state, stored_position
 from minipersona.training.distributed import Distributed
 from minipersona.training.interruption import SIGNALS, Stop, handle_signals
@@ -163,6 +164,34 @@ def test_stopped_anywhere_a_run_loses_no_step_and_repeats_no_measurement(
     assert all(torch.equal(expected[name], resumed[name]) for name in expected)
     assert first.measured + second.measured == DUE
     assert [row["step"] for row in read_jsonl(tmp_path / "cut" / "metrics.jsonl")] == list(range(1, 10))
+
+
+@pytest.mark.parametrize("size, begun", [(1, 4), (2, 5)])
+def test_one_of_several_ranks_stops_only_once_all_have_been_through_the_next_step(
+    hf_model: Callable[..., Path], documents: list[Document], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    size: int, begun: int,
+) -> None:  # fmt: skip
+    """A pass through a sharded model is a sequence of collective operations, which a rank cannot leave to the others.
+
+    Here the collective operations of the second rank are left out.
+    """
+    monkeypatch.setattr(Distributed, "sum", lambda self, *tensors: None)
+    monkeypatch.setattr(Distributed, "_max", lambda self, value: value)
+    real, steps = loop.accumulate, []
+
+    def counted(model, objective, forward, *rest, **more) -> torch.Tensor:
+        steps.append(forward.step)
+        return real(model, objective, forward, *rest, **more)
+
+    monkeypatch.setattr(loop, "accumulate", counted)
+    caller = Caller(("logged", 3))  # which happens during step 4
+    caller.distributed = replace(caller.distributed, size=size)
+    settings = replace(config(), training=replace(config().training, checkpoints=(9,), probe_every=0))
+    with pytest.raises(Interrupted, match="stopped after step 4"):
+        train(
+            load_model(str(hf_model()), device="cpu"), documents, settings, tmp_path, caller.distributed, caller.hooks()
+        )
+    assert steps == list(range(1, begun + 1))
 
 
 # ---------------------------------------------------------------- too many non-finite steps
