@@ -80,6 +80,7 @@ def test_a_pass_that_every_fresh_seed_repeats_is_positive(tmp_path: Path) -> Non
     assert (judged.verdict, judged.confirmed) == ("positive", True)
     assert judged.recipe is not None and judged.recipe.fresh_seeds == FRESH
     assert judged.sentence.startswith("There is a recipe that passes")
+    assert "1 passes the substantive rule" in judged.sentence
     assert "passes again with each of 3 fresh seeds" in judged.sentence
 
 
@@ -131,6 +132,7 @@ def test_of_passers_a_confirmed_one_is_named_then_the_one_that_learned_most(tmp_
     assert judged.verdict == "unconfirmed" and judged.recipe.cell == "3 r=8"
     assert [row.cell for row in judged.substantive.passers] == ["3 r=4", "3 r=8"]
     assert "3 r=8" in judged.sentence and "some/model" in judged.sentence
+    assert "2 pass the substantive rule" in judged.sentence
     study.confirm("3", "r=4")
     judged = verdict_of(study)
     assert judged.verdict == "positive" and judged.recipe.cell == "3 r=4"
