@@ -133,7 +133,7 @@ def ours(
 
 def ours_steady(model: Qwen2, docs: Sequence[Document], steps: int, checkpoint: bool) -> dict[str, Any]:
     """`ours`; where it trains by CUDA graphs, the third run of the same steps, which only replays them."""
-    if not uses_graphs(RunConfig(data=DataSection("-", "-")), model):
+    if not uses_graphs(RunConfig(data=DataSection("-", "-")), model.device, model.config):
         return ours(model, docs, steps, checkpoint)
     graphs = Graphs(model)
     for _ in range(3):

@@ -1,0 +1,350 @@
+"""How long a run takes, computed before it starts: a model of products, bytes and launches.
+
+A pass through the network is `Work`: P operations of matrix products, B bytes that other kernels read and write, and K
+kernels. It takes the longer of
+
+    device   P / rate + B / bandwidth + K * KERNEL
+    host     K * launch, and next to nothing where the pass is a CUDA graph
+
+`Machine` holds the three speeds, measured when the plan is made, and the constants below were fitted to short runs on
+one H200 (`python -m benchmarks.plan`; docs/log.md has planned beside measured). On a CPU, P / rate is all.
+
+T = tokens of a pass, D = width of the stream, F = width of the MLP, V = vocabulary
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from minipersona.chat import Document
+from minipersona.config import ObjectiveSection, RunConfig
+from minipersona.corpus.batch import make_packs
+from minipersona.corpus.buckets import TOKENS
+from minipersona.model.config import ModelConfig
+from minipersona.model.load import load_model
+from minipersona.objective.cross_entropy import CrossEntropy
+from minipersona.objective.head import ForwardPass
+from minipersona.run.resources import DTYPES, compiles, uses_graphs
+from minipersona.training.distributed import Distributed
+from minipersona.training.loop import backward
+from minipersona.training.parameters import make_trainable
+
+SMALL = 100e6  # parameters of a model whose own step is timed on a CPU; a larger one is judged by a large product
+# Of the rate of a large product and the bandwidth of a large copy, the share that a pass reaches.
+REACHED = {"cuda": 0.83, "cpu": 0.3}
+# Values of two bytes that kernels other than products read and write in a block's forward pass, for each token and
+# channel of the MLP and of the stream; those kernels' number; and what adapters with dropout add to each.
+MOVED_F, MOVED_D, KERNELS = 4, 14, 14
+ADAPTER_F, ADAPTER_D, ADAPTER_KERNELS = 3, 8, 18
+HEAD_BYTES = 12  # per logit of a token whose loss is computed, forward and backward
+UPDATE_BYTES = 48  # per parameter that learns, of its gradient's norm, its update and its copy in bf16
+KERNEL = 6e-6  # seconds that the device takes for a kernel beyond its products and bytes
+LAUNCHES = 8.0  # a kernel's launch from within the network, in launches of a plain addition
+SUPERVISED = 0.7  # of a row's tokens
+CACHED = 300  # tokens whose keys and values a token of an answer reads
+SAMPLING = 40  # kernels that choose an answer's next token
+BUCKETS = 2.5  # sizes of graphs for each number of tokens
+
+START, START_CPU = 9.0, 4.0  # seconds until a process has imported everything and reached the device
+LOAD_BYTES = 5e9  # bytes of weights loaded a second, or drawn at random
+COMPILING, COMPILING_MEASURING = 18.0, 7.0  # seconds: the training pass with its update, the pass without gradients
+RECORDING = 0.5  # seconds that a bucket's first pass and its recording take
+TOKENISED = 1e6  # tokens a second
+STATISTICS = 0.35  # seconds of a measurement's bootstrap for a width of 576, and proportionally
+RENDERING = 0.6  # seconds: the prompts, once a process
+WRITTEN = 1.5e9  # bytes a second
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one or more passes do."""
+
+    products: float = 0.0  # floating-point operations
+    moved: float = 0.0  # bytes
+    kernels: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.products + other.products, self.moved + other.moved, self.kernels + other.kernels)
+
+    def __mul__(self, times: float) -> Work:
+        return Work(self.products * times, self.moved * times, self.kernels * times)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a device reaches: floating-point operations and bytes a second, seconds that the host takes for a launch."""
+
+    device: str
+    products: float
+    bandwidth: float = math.inf
+    launch: float = 0.0
+
+    def __str__(self) -> str:
+        if self.device == "cpu":
+            return f"this CPU, which reaches {self.products / 1e9:,.1f} GFLOP/s"
+        return (
+            f"this GPU, which reaches {self.products / 1e12:.0f} TFLOP/s and {self.bandwidth / 1e12:.2f} TB/s, and its "
+            f"host, which launches a kernel in {self.launch * 1e6:.0f} microseconds"
+        )
+
+    def busy(self, work: Work) -> float:
+        """Seconds of the device."""
+        kernel = KERNEL if self.device == "cuda" else 0.0
+        return work.products / self.products + work.moved / self.bandwidth + work.kernels * kernel
+
+    def seconds(self, work: Work, graphs: bool = False) -> float:
+        """Seconds until it is done."""
+        return max(self.busy(work), 0.0 if graphs else work.kernels * self.launch)
+
+
+def measure_machine(config: RunConfig, sizes: ModelConfig, device: str) -> Machine:
+    """The machine that this process runs on, in half a second; on a CPU, by the step of a model that is small."""
+    if device == "cpu" and sizes.parameters <= SMALL:
+        return Machine(device, _reached_in_own_step(config, sizes))
+    size, dtype = (8192, torch.bfloat16) if device == "cuda" else (1024, torch.float32)
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    rate = REACHED[device] * 2 * size**3 / _fastest(lambda: a @ a, device)
+    if device == "cpu":
+        return Machine(device, rate)
+    source, small = torch.empty(2**30, dtype=torch.uint8, device=device), torch.zeros(1, device=device)
+    copying = _fastest(source.clone, device)
+    launching = _fastest(lambda: [small.add_(1.0) for _ in range(1000)], device) / 1000
+    return Machine(device, rate, 2 * source.numel() / copying, LAUNCHES * launching)
+
+
+def _reached_in_own_step(config: RunConfig, sizes: ModelConfig) -> float:
+    """Floating-point operations a second of a training step on random tokens, the first one aside."""
+    model = load_model(config.model.name, dtype=DTYPES[config.model.dtype], device="cpu")
+    make_trainable(model, config, Distributed(0, 1, model.device))
+    rng, length = np.random.default_rng(0), 75
+    documents = [
+        Document(rng.integers(0, sizes.vocab_size, length).astype(np.int32), np.arange(length) > 40, False)
+        for _ in range(config.training.batch)
+    ]
+    packs = make_packs(documents, range(len(documents)), config.training_tokens)
+    seconds = []
+    for number in (1, 2, 3):
+        started = time.perf_counter()
+        for pack in packs:
+            backward(model, pack, CrossEntropy(), ForwardPass(config.seed, number))
+        seconds.append(time.perf_counter() - started)
+    plain = replace(config, objective=ObjectiveSection())
+    return step(sizes, plain, length * len(documents), 0).products / min(seconds[1:])
+
+
+def _fastest(work: Callable[[], object], device: str) -> float:
+    """Seconds of the fastest of five calls."""
+    best = math.inf
+    for _ in range(5):
+        started = time.perf_counter()
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - started)
+    return best
+
+
+# ---------------------------------------------------------------- what passes do
+
+
+def forward(sizes: ModelConfig, tokens: float, logits: float, blocks: int = 0, passes: float = 1) -> Work:
+    """Passes without gradients over so many tokens together, with the logits of some of them.
+
+    blocks  stop after so many; 0 goes through all of them
+    """
+    d, f, blocks = sizes.hidden_size, sizes.intermediate_size, blocks or sizes.num_hidden_layers
+    products = 2 * tokens * blocks * _block_parameters(sizes) + 2 * logits * d * sizes.vocab_size
+    moved = 2 * tokens * blocks * (MOVED_F * f + MOVED_D * d) + logits * sizes.vocab_size * HEAD_BYTES / 2
+    return Work(products, moved, passes * blocks * KERNELS)
+
+
+def training(
+    sizes: ModelConfig, config: RunConfig, tokens: float, logits: float, blocks: int = 0, passes: float = 1
+) -> Work:
+    """Passes forward and backward: for each product one by the weight, one for the gradient of its input and, where
+    the weight learns, one for the weight's. A recomputed block leaves its last product out.
+    """
+    d, f, blocks = sizes.hidden_size, sizes.intermediate_size, blocks or sizes.num_hidden_layers
+    lora, again = config.training.method == "lora", config.execution.checkpoint_activations
+    once = forward(sizes, tokens, logits, blocks, passes)
+    work = once * 3
+    if lora:
+        own = adapter_parameters(sizes, config) * blocks / sizes.num_hidden_layers
+        work += Work(products=6 * tokens * own - once.products)
+        added = Work(0, 2 * tokens * blocks * (ADAPTER_F * f + ADAPTER_D * d), passes * blocks * ADAPTER_KERNELS)
+        work += added * (3 + again)
+    if again:
+        work += forward(sizes, tokens, 0, blocks, passes) + Work(products=-2 * tokens * blocks * d * f)
+    return work
+
+
+def step(sizes: ModelConfig, config: RunConfig, tokens: float, contexts: float) -> Work:
+    """A training step over rows of so many tokens, with its anchor's contexts of so many, and its update."""
+    kind = config.objective.kind
+    passes = math.ceil(tokens / config.training_tokens)
+    work = training(sizes, config, tokens, SUPERVISED * tokens, passes=passes)
+    if kind == "r3f":
+        work *= 2
+    elif kind == "kl_to_base":
+        work += forward(sizes, tokens, 2 * SUPERVISED * tokens, passes=passes)
+    elif kind == "kl_on_prompts":
+        work += training(sizes, config, contexts, contexts, passes=0) + forward(sizes, contexts, contexts)
+    elif config.objective.anchored:
+        work += training(sizes, config, contexts, 0, anchored_blocks(sizes, config), passes=0)
+    return work + Work(moved=UPDATE_BYTES * learned_parameters(sizes, config))
+
+
+def generation(sizes: ModelConfig, tokens: float, batch: int) -> Work:
+    """Answers of so many tokens together, `batch` at a time; a token reads all weights, and its keys and values."""
+    steps = tokens / batch
+    cache = batch * CACHED * sizes.num_hidden_layers * 4 * sizes.key_width
+    moved = 2 * sizes.matmul_parameters + cache + batch * sizes.vocab_size * HEAD_BYTES / 2
+    kernels = sizes.num_hidden_layers * KERNELS / 2 + SAMPLING
+    return Work(2 * batch * sizes.matmul_parameters, moved, kernels) * steps
+
+
+def anchored_blocks(sizes: ModelConfig, config: RunConfig) -> int:
+    """How many blocks the contexts of an anchor pass."""
+    if config.objective.kind == "kl_on_prompts":
+        return sizes.num_hidden_layers
+    return max(config.objective.anchor_layers or (sizes.probe_layer,)) + 1
+
+
+def adapter_parameters(sizes: ModelConfig, config: RunConfig) -> int:
+    """Parameters of the adapters that the config asks for."""
+    d, f, q, k = sizes.hidden_size, sizes.intermediate_size, sizes.query_width, sizes.key_width
+    widths = {"q_proj": d + q, "k_proj": d + k, "v_proj": d + k, "o_proj": q + d, "gate_proj": d + f, "up_proj": d + f,
+              "down_proj": f + d}  # fmt: skip
+    blocks = len(config.lora.adapted_blocks(sizes.num_hidden_layers))
+    return blocks * config.lora.rank * sum(widths[name] for name in config.lora.targets)
+
+
+def learned_parameters(sizes: ModelConfig, config: RunConfig) -> int:
+    """Parameters that training changes."""
+    return adapter_parameters(sizes, config) if config.training.method == "lora" else sizes.parameters
+
+
+def _block_parameters(sizes: ModelConfig) -> float:
+    return (sizes.matmul_parameters - sizes.hidden_size * sizes.vocab_size) / sizes.num_hidden_layers
+
+
+# ---------------------------------------------------------------- what a run does
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Tokens of a run."""
+
+    steps: Sequence[int]  # of each step
+    contexts: float  # of all steps' contexts
+    prompts: float  # of a measurement's prompts, what a persona's have in common once
+    heldout: float  # of the held-out rows, as they are and under personas
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of a run, by what it does. The first four are paid once a process that carries out several."""
+
+    starting: float
+    loading: float
+    compiling: float
+    recording: float  # CUDA graphs
+    reading: float  # rows, into tokens
+    training: float
+    measurements: int  # of the base and of every checkpoint
+    measurement: float  # one of them
+    writing: float
+    device: float  # of all these, what the device computes, for which processes that share it wait
+    step: float  # a mean step
+
+    @property
+    def once(self) -> float:
+        """What only the first run of a process pays."""
+        return self.starting + self.loading + self.compiling + self.recording
+
+    @property
+    def measuring(self) -> float:
+        """All measurements."""
+        return self.measurements * self.measurement
+
+    @property
+    def each(self) -> float:
+        """What every run pays; in a study the base is measured once, which is left out here."""
+        return self.reading + self.training + (self.measurements - 1) * self.measurement + self.writing
+
+    @property
+    def total(self) -> float:
+        """The run alone in its process."""
+        return self.once + self.each + self.measurement
+
+
+def run_times(sizes: ModelConfig, config: RunConfig, counts: Counts, machine: Machine) -> Times:
+    """How long a run takes that begins in a new process, with nothing compiled by an earlier one."""
+    device = torch.device(machine.device)
+    compiled, graphs = compiles(config, device), uses_graphs(config, device, sizes)
+    tokens = [_padded(n) for n in counts.steps] if graphs else counts.steps
+    contexts = counts.contexts / len(tokens)
+    steps = [step(sizes, config, n, contexts) for n in tokens]
+    training = sum(machine.seconds(work, graphs) for work in steps)
+    measured, each = measurements(config), measurement(sizes, config, counts)
+    loading = weight_bytes(sizes, config, machine.device) / LOAD_BYTES
+    again = loading * (config.training.method == "full")  # for the distance from the base
+    return Times(
+        starting=START if machine.device == "cuda" else START_CPU,
+        loading=loading,
+        compiling=compiled * (COMPILING + COMPILING_MEASURING),
+        recording=graphs * RECORDING * min(len(tokens), BUCKETS * len(set(tokens))),
+        reading=(sum(counts.steps) + counts.heldout) / TOKENISED + RENDERING,
+        training=training,
+        measurements=measured,
+        measurement=machine.seconds(each) + STATISTICS * sizes.hidden_size / 576 + again,
+        writing=written_bytes(sizes, config) / WRITTEN,
+        device=sum(map(machine.busy, steps)) + measured * machine.busy(each),
+        step=training / len(tokens),
+    )
+
+
+def measurements(config: RunConfig) -> int:
+    """How often the model is measured, the base included."""
+    return 1 + sum(config.training.measures(step) for step in range(1, config.training.steps + 1))
+
+
+def measurement(sizes: ModelConfig, config: RunConfig, counts: Counts) -> Work:
+    """The prompts up to the last block that is measured, and the losses of the held-out rows."""
+    most = config.execution.measuring_tokens
+    last = max(config.probe.measured(sizes.probe_layer))
+    work = forward(sizes, counts.prompts, 0, last + 1, math.ceil(counts.prompts / most) + 1)
+    return work + forward(sizes, counts.heldout, SUPERVISED * counts.heldout, passes=math.ceil(counts.heldout / most))
+
+
+def _padded(tokens: int) -> int:
+    """The tokens of the bucket that a step falls into."""
+    return -(-(tokens + 1) // TOKENS) * TOKENS
+
+
+def weight_bytes(sizes: ModelConfig, config: RunConfig, device: str) -> int:
+    """Bytes of the weights in the precision that they are used in."""
+    half = config.model.dtype == "bfloat16" or (config.model.dtype == "auto" and device == "cuda")
+    return sizes.parameters * (2 if half else 4)
+
+
+def checkpoint_bytes(sizes: ModelConfig, config: RunConfig) -> int:
+    """Bytes of one named checkpoint."""
+    return 4 * adapter_parameters(sizes, config) if config.training.method == "lora" else 2 * sizes.parameters
+
+
+def state_bytes(sizes: ModelConfig, config: RunConfig) -> int:
+    """Bytes of a rolling checkpoint: a master and two moments in fp32."""
+    return 12 * learned_parameters(sizes, config)
+
+
+def written_bytes(sizes: ModelConfig, config: RunConfig) -> int:
+    """Bytes that a run writes at its named steps; a rolling checkpoint goes with each but the last."""
+    named = len(config.training.checkpoints)
+    return named * checkpoint_bytes(sizes, config) + max(0, named - 1) * state_bytes(sizes, config)
