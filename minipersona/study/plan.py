@@ -90,7 +90,7 @@ def study_plan(study: StudyConfig, stages: Sequence[str], devices: Sequence[str]
     answers = estimate.answers(study, asked)
     answered = sum(seconds for _, seconds in answers)
     kinds = len({_kind(recipe.config) for recipe in asked})
-    total = _wall([cost.times for cost in asked_costs], measured + answered, kinds, devices)
+    total = wall_seconds([cost.times for cost in asked_costs], measured + answered, kinds, devices)
     whatever = study.exhaustive or set(stages) < set(STAGES)
     after_pass = "skips no phase," if whatever else "ends the search after its phase,"
     head = [to_toml(study).rstrip(), "", *estimate.basis(), "#"]
@@ -109,7 +109,7 @@ def study_plan(study: StudyConfig, stages: Sequence[str], devices: Sequence[str]
     return "\n".join(lines) + "\n"
 
 
-def _wall(cells: Sequence[Times], besides: float, kinds: int, devices: Sequence[str]) -> float:
+def wall_seconds(cells: Sequence[Times], besides: float, kinds: int, devices: Sequence[str]) -> float:
     """Seconds until all cells and what is done besides are done, in a process for each of `devices`.
 
     Processes that share a device wait for what it computes, and for nothing else of each other. Each of them starts,

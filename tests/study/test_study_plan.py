@@ -10,8 +10,10 @@ import pytest
 from minipersona.cli import main
 from minipersona.config import RunConfig
 from minipersona.errors import UserError
+from minipersona.run.times import Times
 from minipersona.settings import difference, load_config, override
 from minipersona.study import recipes as recipes_module
+from minipersona.study.plan import wall_seconds
 from minipersona.study.recipes import BASELINE_PLACEHOLDER, RESPONSES_PLACEHOLDER, Recipe, check_planned, planned
 from minipersona.study_config import STAGES, StudyConfig, changes
 
@@ -327,6 +329,26 @@ def test_a_plan_counts_the_answers_that_fall_due(capsys: pytest.CaptureFixture[s
     assert tokens[1] < tokens[0] / 2  # a server's tokens take no time of ours
     without = plan("--set", "suites=[]")  # the control
     assert "0 seconds of them for answers" in line_of(without, "in all ") and " answers, " not in without
+
+
+def test_processes_that_share_a_gpu_wait_for_what_it_computes() -> None:
+    cell = Times(
+        starting=10, loading=1, compiling=20, recording=10, reading=2, training=8, measurements=2, measurement=10,
+        writing=5, device=9, step=0.02,
+    )  # fmt: skip
+    assert cell.each == 25  # its base is measured once a study
+    once, first = 10 + 1, 20 + 10
+
+    def wall(devices: str, kinds: int = 1, cells: int = 40) -> float:
+        return wall_seconds([cell] * cells, 0.0, kinds, devices.split())
+
+    assert wall("") == wall("0") == once + first + 40 * 25
+    assert wall("0 1") == once + first + 40 * 25 / 2
+    assert wall("0 0") == once + first + 40 * 25 / 2  # the host's part is longer than the device's
+    assert wall("0 0 0 0 0") == once + first + 40 * 9  # all wait for the device
+    assert wall("0 0 0 0 0 1 1 1 1 1") == once + first + 40 * 9 / 2
+    assert wall("0", kinds=3) == once + 3 * first + 40 * 25
+    assert wall("0 1", kinds=3, cells=2) == once + first + 25  # a process has one cell, so one kind of it
 
 
 @pytest.mark.parametrize(
