@@ -38,7 +38,7 @@ from minipersona.settings import to_toml
 GIB = 2**30
 ROW_TOKENS = 450  # assumed of a row that is not here to be counted
 CONTEXT_TOKENS = 60  # likewise, of a prompt that an anchor passes
-PROMPT_TOKENS = 28  # likewise, of a prompt that is measured beyond what the prompts of its persona share
+PROMPT_TOKENS = 18  # likewise, of a prompt that is measured beyond what the prompts of its persona share
 HELDOUT_ROWS = 500  # assumed of held-out rows that are not here to be counted
 LOCAL = ("tiny:", "jsonl:", "parquet:", "pydoc:")  # sources that are read without a download
 PROMPTS = 12 * 240  # of the shipped and of the registered sets
