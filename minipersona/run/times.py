@@ -1,13 +1,16 @@
 """How long a run takes, computed before it starts: a model of products, bytes and launches.
 
-A pass through the network is `Work`: P operations of matrix products, B bytes that other kernels read and write, and K
-kernels. It takes the longer of
+A pass through the network is `Work`: P operations of matrix products, B bytes that other kernels move, and K kernels.
+It takes the longer of
 
     device   P / rate + B / bandwidth + K * KERNEL
     host     K * launch, and next to nothing where the pass is a CUDA graph
 
-`Machine` holds the three speeds, measured when the plan is made, and the constants below were fitted to short runs on
-one H200 (`python -m benchmarks.plan`; docs/log.md has planned beside measured). On a CPU, P / rate is all.
+seconds. A product's operands count as bytes too, since a thin product waits for them. On a CPU, P / rate is all.
+
+`Machine` holds the three speeds, measured when the plan is made. The constants below were fitted to the 7B's figures in
+docs/log.md and to one run of SmolLM2-135M-Instruct on an H200, and checked on others there. `python -m benchmarks.plan`
+holds them against short runs.
 
 T = tokens of a pass, D = width of the stream, F = width of the MLP, V = vocabulary
 """
@@ -36,28 +39,27 @@ from minipersona.training.loop import backward
 from minipersona.training.parameters import make_trainable
 
 SMALL = 100e6  # parameters of a model whose own step is timed on a CPU; a larger one is judged by a large product
-# Of the rate of a large product and the bandwidth of a large copy, the share that a pass reaches.
-REACHED = {"cuda": 0.83, "cpu": 0.3}
-# Values of two bytes that kernels other than products read and write in a block's forward pass, for each token and
-# channel of the MLP and of the stream; those kernels' number; and what adapters with dropout add to each.
-MOVED_F, MOVED_D, KERNELS = 4, 14, 14
-ADAPTER_F, ADAPTER_D, ADAPTER_KERNELS = 3, 8, 18
+REACHED = {"cuda": 0.9, "cpu": 0.6}  # of a large product's rate
+# A forward pass, per token and block: values of two bytes that kernels other than products read and write, for each
+# channel of the MLP and of the stream; how many kernels they are; and what adapters with dropout add to each.
+MOVED_F, MOVED_D, KERNELS = 3, 12, 14
+ADAPTER_F, ADAPTER_D, ADAPTER_KERNELS = 2, 5, 18
+ATTENTION = 6000  # bytes that are moved in the time of a head's attention, for a token of documents of some 300
 HEAD_BYTES = 12  # per logit of a token whose loss is computed, forward and backward
 UPDATE_BYTES = 48  # per parameter that learns, of its gradient's norm, its update and its copy in bf16
-KERNEL = 6e-6  # seconds that the device takes for a kernel beyond its products and bytes
-LAUNCHES = 8.0  # a kernel's launch from within the network, in launches of a plain addition
+KERNEL = 2.4e-6  # seconds that the device takes for a kernel beyond its products and bytes
+LAUNCHES = 10.0  # a kernel's launch from within the network, in launches of a plain addition
 SUPERVISED = 0.7  # of a row's tokens
 CACHED = 300  # tokens whose keys and values a token of an answer reads
-SAMPLING = 40  # kernels that choose an answer's next token
-BUCKETS = 2.5  # sizes of graphs for each number of tokens
+TOKEN_STEP = 6e-3  # seconds that the host takes for the next token of all answers in flight
 
 START, START_CPU = 9.0, 4.0  # seconds until a process has imported everything and reached the device
 LOAD_BYTES = 5e9  # bytes of weights loaded a second, or drawn at random
-COMPILING, COMPILING_MEASURING = 18.0, 7.0  # seconds: the training pass with its update, the pass without gradients
-RECORDING = 0.5  # seconds that a bucket's first pass and its recording take
+COMPILING, COMPILING_MEASURING = 16.0, 13.0  # seconds: training with its update; passes without gradients, two kinds
+RECORDING, BUCKETS = 0.28, 2.5  # seconds a size: its first pass and its recording; sizes for each number of tokens
 TOKENISED = 1e6  # tokens a second
-STATISTICS = 0.35  # seconds of a measurement's bootstrap for a width of 576, and proportionally
 RENDERING = 0.6  # seconds: the prompts, once a process
+STATISTICS, STATISTICS_D = 0.5, 2e-4  # seconds of a measurement's statistics, and for each channel of the stream
 WRITTEN = 1.5e9  # bytes a second
 
 
@@ -160,8 +162,9 @@ def forward(sizes: ModelConfig, tokens: float, logits: float, blocks: int = 0, p
     """
     d, f, blocks = sizes.hidden_size, sizes.intermediate_size, blocks or sizes.num_hidden_layers
     products = 2 * tokens * blocks * _block_parameters(sizes) + 2 * logits * d * sizes.vocab_size
-    moved = 2 * tokens * blocks * (MOVED_F * f + MOVED_D * d) + logits * sizes.vocab_size * HEAD_BYTES / 2
-    return Work(products, moved, passes * blocks * KERNELS)
+    values = MOVED_F * f + MOVED_D * d + _operands(sizes)
+    moved = tokens * blocks * (2 * values + ATTENTION * sizes.num_attention_heads)
+    return Work(products, moved + logits * sizes.vocab_size * HEAD_BYTES / 2, passes * blocks * KERNELS)
 
 
 def training(
@@ -171,16 +174,17 @@ def training(
     the weight learns, one for the weight's. A recomputed block leaves its last product out.
     """
     d, f, blocks = sizes.hidden_size, sizes.intermediate_size, blocks or sizes.num_hidden_layers
-    lora, again = config.training.method == "lora", config.execution.checkpoint_activations
+    again = config.execution.checkpoint_activations
     once = forward(sizes, tokens, logits, blocks, passes)
     work = once * 3
-    if lora:
+    if config.training.method == "lora":
+        values = ADAPTER_F * f + ADAPTER_D * d + _operands(sizes)
+        added = Work(0, 2 * tokens * blocks * values, passes * blocks * ADAPTER_KERNELS)
         own = adapter_parameters(sizes, config) * blocks / sizes.num_hidden_layers
-        work += Work(products=6 * tokens * own - once.products)
-        added = Work(0, 2 * tokens * blocks * (ADAPTER_F * f + ADAPTER_D * d), passes * blocks * ADAPTER_KERNELS)
-        work += added * (3 + again)
+        frozen = Work(once.products, 2 * tokens * blocks * _operands(sizes))  # no gradient of these weights
+        work += added * (3 + again) + Work(6 * tokens * own) + frozen * -1
     if again:
-        work += forward(sizes, tokens, 0, blocks, passes) + Work(products=-2 * tokens * blocks * d * f)
+        work += forward(sizes, tokens, 0, blocks, passes) + Work(-2 * tokens * blocks * d * f)
     return work
 
 
@@ -200,13 +204,12 @@ def step(sizes: ModelConfig, config: RunConfig, tokens: float, contexts: float) 
     return work + Work(moved=UPDATE_BYTES * learned_parameters(sizes, config))
 
 
-def generation(sizes: ModelConfig, tokens: float, batch: int) -> Work:
+def generation_seconds(sizes: ModelConfig, tokens: float, batch: int, machine: Machine) -> float:
     """Answers of so many tokens together, `batch` at a time; a token reads all weights, and its keys and values."""
-    steps = tokens / batch
     cache = batch * CACHED * sizes.num_hidden_layers * 4 * sizes.key_width
     moved = 2 * sizes.matmul_parameters + cache + batch * sizes.vocab_size * HEAD_BYTES / 2
-    kernels = sizes.num_hidden_layers * KERNELS / 2 + SAMPLING
-    return Work(2 * batch * sizes.matmul_parameters, moved, kernels) * steps
+    work = Work(2 * batch * sizes.matmul_parameters, moved, sizes.num_hidden_layers * KERNELS)
+    return tokens / batch * max(machine.busy(work), TOKEN_STEP if machine.device == "cuda" else 0.0)
 
 
 def anchored_blocks(sizes: ModelConfig, config: RunConfig) -> int:
@@ -228,6 +231,12 @@ def adapter_parameters(sizes: ModelConfig, config: RunConfig) -> int:
 def learned_parameters(sizes: ModelConfig, config: RunConfig) -> int:
     """Parameters that training changes."""
     return adapter_parameters(sizes, config) if config.training.method == "lora" else sizes.parameters
+
+
+def _operands(sizes: ModelConfig) -> int:
+    """Values that a block's seven products read and write for a token. A product that is thin waits for them."""
+    d, f, q, k = sizes.hidden_size, sizes.intermediate_size, sizes.query_width, sizes.key_width
+    return 2 * (d + q) + 2 * (d + k) + 3 * (d + f)
 
 
 def _block_parameters(sizes: ModelConfig) -> float:
@@ -303,7 +312,7 @@ def run_times(sizes: ModelConfig, config: RunConfig, counts: Counts, machine: Ma
         reading=(sum(counts.steps) + counts.heldout) / TOKENISED + RENDERING,
         training=training,
         measurements=measured,
-        measurement=machine.seconds(each) + STATISTICS * sizes.hidden_size / 576 + again,
+        measurement=machine.seconds(each) + STATISTICS + STATISTICS_D * sizes.hidden_size + again,
         writing=written_bytes(sizes, config) / WRITTEN,
         device=sum(map(machine.busy, steps)) + measured * machine.busy(each),
         step=training / len(tokens),

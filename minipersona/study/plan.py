@@ -32,7 +32,7 @@ from minipersona.run.plan import (
     vectors_bytes,
 )
 from minipersona.run.resources import load_run_tokenizer, resolve
-from minipersona.run.times import SUPERVISED, Counts, Times, forward, generation, measure_machine, run_times
+from minipersona.run.times import SUPERVISED, Counts, Times, forward, generation_seconds, measure_machine, run_times
 from minipersona.settings import flatten, to_toml
 from minipersona.study.frontier import SCALES
 from minipersona.study.recipes import Recipe, check_planned, planned, standard_config
@@ -68,6 +68,7 @@ def study_plan(study: StudyConfig, stages: Sequence[str], devices: Sequence[str]
     lines: list[str] = []
     asked: list[Recipe] = []
     asked_costs: list[Cost] = []
+    timed: list[list[tuple[object, Times]]] = []  # by phase
     disk = rolling_bytes(estimate.sizes, recipes[0].config)
     for stage, phases in STAGES.items():
         chosen = [recipe for recipe in recipes if recipe.phase in phases]
@@ -82,6 +83,8 @@ def study_plan(study: StudyConfig, stages: Sequence[str], devices: Sequence[str]
         lines += [_line(recipe, cost, study) for recipe, cost in zip(chosen, costs, strict=True)]
         asked += chosen * due
         asked_costs += costs * due
+        kinds = [_kind(recipe.config) for recipe in chosen]
+        timed += [[(kind, cost.times) for kind, cost in zip(kinds, costs, strict=True)]] * due
         disk += due * sum(kept_bytes(estimate.sizes, recipe.config) for recipe in chosen)
     scaled = len(SCALES) - 2
     matched = len(asked) + len(study.seeds) * (len(study.training.checkpoints) - 2)  # not to the baseline's own end
@@ -89,8 +92,7 @@ def study_plan(study: StudyConfig, stages: Sequence[str], devices: Sequence[str]
     disk += matched * vectors_bytes(estimate.sizes, recipes[0].config)
     answers = estimate.answers(study, asked)
     answered = sum(seconds for _, seconds in answers)
-    kinds = len({_kind(recipe.config) for recipe in asked})
-    total = wall_seconds([cost.times for cost in asked_costs], measured + answered, kinds, devices)
+    total = wall_seconds(timed, devices) + (measured + answered) / max(1, len(set(devices)))
     whatever = study.exhaustive or set(stages) < set(STAGES)
     after_pass = "skips no phase," if whatever else "ends the search after its phase,"
     head = [to_toml(study).rstrip(), "", *estimate.basis(), "#"]
@@ -109,24 +111,31 @@ def study_plan(study: StudyConfig, stages: Sequence[str], devices: Sequence[str]
     return "\n".join(lines) + "\n"
 
 
-def wall_seconds(cells: Sequence[Times], besides: float, kinds: int, devices: Sequence[str]) -> float:
-    """Seconds until all cells and what is done besides are done, in a process for each of `devices`.
+def wall_seconds(phases: Sequence[Sequence[tuple[object, Times]]], devices: Sequence[str]) -> float:
+    """Seconds until the cells of all phases are done, one phase after another, in a process for each of `devices`.
+
+    phases  of each cell its kind, equal for cells that a process compiles and records once, and its times
 
     Processes that share a device wait for what it computes, and for nothing else of each other. Each of them starts,
-    loads the model, and compiles and records what it has not yet met.
+    loads the model, and compiles and records what it has not met before.
     """
-    processes, places = max(1, len(devices)), max(1, len(set(devices)))
-    first = cells[0]
-    once = (
-        first.starting + first.loading + min(kinds, -(-len(cells) // processes)) * (first.compiling + first.recording)
-    )
-    computed = sum(cell.device for cell in cells) + besides
-    return once + max(computed / places, (sum(cell.each for cell in cells) + besides) / processes)
+    first = phases[0][0][1]
+    total, met = first.starting + first.loading, set()
+    for cells in phases:
+        processes = min(max(1, len(devices)), len(cells))
+        new = {kind: times.compiling + times.recording for kind, times in cells if kind not in met}
+        met |= set(new)
+        total += sum(sorted(new.values(), reverse=True)[: -(-len(cells) // processes)])
+        computed = sum(times.device for _, times in cells) / min(max(1, len(set(devices))), processes)
+        each = [times.each for _, times in cells]
+        total += max(computed, sum(each) / processes, max(each))
+    return total
 
 
 def _kind(config: RunConfig) -> object:
     """Equal for cells that a process compiles and records once."""
-    return config.objective.kind, config.lora.rank, bool(config.steering.vector), config.lora.blocks
+    lora = config.lora
+    return config.objective.kind, lora.rank, lora.blocks, bool(lora.null_space), bool(config.steering.vector)
 
 
 def _where(devices: Sequence[str], device: str) -> str:
@@ -179,7 +188,7 @@ class Estimate:
         counts, largest = self._counts(config)
         times = run_times(self.sizes, config, counts, self.machine)
         if config.data.responses:
-            written = self.machine.seconds(generation(self.sizes, SUPERVISED * sum(counts.steps), BATCH), graphs=True)
+            written = generation_seconds(self.sizes, SUPERVISED * sum(counts.steps), BATCH, self.machine)
             times = replace(times, reading=times.reading + written, device=times.device + written)
         return Cost(sum(counts.steps), memory_bytes(self.sizes, config, self.device, largest), times)
 
@@ -233,7 +242,7 @@ class Estimate:
 
     def _answers(self, which: str, asked: str, read: int, written: int, length: int) -> tuple[str, float]:
         seconds = self.machine.seconds(forward(self.sizes, read, 0))
-        seconds += self.machine.seconds(generation(self.sizes, written, BATCH), graphs=True)
+        seconds += generation_seconds(self.sizes, written, BATCH, self.machine)
         tokens = f"{(read + written) / 1e6:.2f} M tokens"
         return f"{which}: {asked}; {tokens}, {duration(seconds)}, estimated for answers of {length} tokens", seconds
 

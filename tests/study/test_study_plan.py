@@ -337,18 +337,21 @@ def test_processes_that_share_a_gpu_wait_for_what_it_computes() -> None:
         writing=5, device=9, step=0.02,
     )  # fmt: skip
     assert cell.each == 25  # its base is measured once a study
-    once, first = 10 + 1, 20 + 10
+    start, new = 10 + 1, 20 + 10
 
-    def wall(devices: str, kinds: int = 1, cells: int = 40) -> float:
-        return wall_seconds([cell] * cells, 0.0, kinds, devices.split())
+    def wall(devices: str, *phases: str) -> float:
+        """Of phases whose cells are named by their kinds."""
+        return wall_seconds([[(kind, cell) for kind in phase] for phase in phases], devices.split())
 
-    assert wall("") == wall("0") == once + first + 40 * 25
-    assert wall("0 1") == once + first + 40 * 25 / 2
-    assert wall("0 0") == once + first + 40 * 25 / 2  # the host's part is longer than the device's
-    assert wall("0 0 0 0 0") == once + first + 40 * 9  # all wait for the device
-    assert wall("0 0 0 0 0 1 1 1 1 1") == once + first + 40 * 9 / 2
-    assert wall("0", kinds=3) == once + 3 * first + 40 * 25
-    assert wall("0 1", kinds=3, cells=2) == once + first + 25  # a process has one cell, so one kind of it
+    many = "a" * 40
+    assert wall("", many) == wall("0", many) == start + new + 40 * 25
+    assert wall("0 1", many) == start + new + 40 * 25 / 2
+    assert wall("0 0", many) == start + new + 40 * 25 / 2  # the host's part is longer than the device's
+    assert wall("0 0 0 0 0", many) == start + new + 40 * 9  # all wait for the device
+    assert wall("0 0 0 0 0 1 1 1 1 1", many) == start + new + 40 * 9 / 2
+    assert wall("0", "aabbc") == start + 3 * new + 5 * 25
+    assert wall("0 1", "ab") == start + new + 25  # a process has one cell, so one kind
+    assert wall("0 1", "a", "aab") == start + 2 * new + 25 + 3 * 25 / 2  # a phase waits for the one before
 
 
 @pytest.mark.parametrize(
