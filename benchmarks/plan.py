@@ -37,7 +37,8 @@ from minipersona.corpus.training_set import training_set
 from minipersona.files import read_jsonl
 from minipersona.run import plan as planning
 from minipersona.run import resources, train
-from minipersona.run.times import measure_machine, run_times
+from minipersona.run.times import run_times
+from minipersona.run.work import measure_machine
 from minipersona.training import graphs, loop
 from minipersona.training.distributed import process_group
 from minipersona.training.interruption import Stop, handle_signals

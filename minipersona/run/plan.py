@@ -23,16 +23,8 @@ from minipersona.model.load import architecture_offline
 from minipersona.objective.head import CHUNK
 from minipersona.run.anchors import anchor_sets, check_anchors, make_contexts
 from minipersona.run.resources import compiles, load_run_tokenizer, resolve
-from minipersona.run.times import (
-    Counts,
-    Machine,
-    Times,
-    checkpoint_bytes,
-    learned_parameters,
-    measure_machine,
-    run_times,
-    state_bytes,
-)
+from minipersona.run.times import Counts, Times, checkpoint_bytes, run_times, state_bytes
+from minipersona.run.work import Machine, learned_parameters, measure_machine
 from minipersona.settings import to_toml
 
 GIB = 2**30

@@ -32,7 +32,8 @@ from minipersona.run.plan import (
     vectors_bytes,
 )
 from minipersona.run.resources import load_run_tokenizer, resolve
-from minipersona.run.times import SUPERVISED, Counts, Times, forward, generation_seconds, measure_machine, run_times
+from minipersona.run.times import Counts, Times, run_times
+from minipersona.run.work import SUPERVISED, forward, generation_seconds, measure_machine
 from minipersona.settings import flatten, to_toml
 from minipersona.study.frontier import SCALES
 from minipersona.study.recipes import Recipe, check_planned, planned, standard_config

@@ -18,7 +18,7 @@ from minipersona.geometry.prompts import PersonaSet, load_personas, load_questio
 from minipersona.model.load import architecture
 from minipersona.run import anchors
 from minipersona.run.anchors import anchor_sets, check_anchors, make_contexts, words
-from minipersona.run.times import step, training
+from minipersona.run.work import step, training
 
 TINY = architecture("tiny")
 COMMON = """a an the i me my you your do does did is are was be been to of and or in on at it its that what how why when

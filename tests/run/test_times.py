@@ -9,7 +9,8 @@ import pytest
 from minipersona.config import DataSection, ExecutionSection, LoraConfig, ObjectiveSection, RunConfig, TrainingSection
 from minipersona.model.config import ModelConfig
 from minipersona.model.load import architecture_offline
-from minipersona.run.times import REACHED, Counts, Machine, forward, run_times, step, training
+from minipersona.run.times import Counts, run_times
+from minipersona.run.work import REACHED, Machine, forward, step, training
 
 H200 = Machine("cuda", products=REACHED["cuda"] * 740e12, bandwidth=4.1e12, launch=60e-6)
 SIZES = {
