@@ -161,31 +161,29 @@ def strongest(model: Any, checkpointing: bool, pack_tokens: int) -> Iterator[Pee
     AttentionInterface.register(PACKED, within_documents)
     before, blocks = model.config._attn_implementation, list(model.model.layers)
     adapted = adapters(model)
-    model.set_attn_implementation(PACKED)
-    liger = model.device.type == "cuda"
-    if liger:
-        from transformers.integrations.liger import apply_liger_kernel
-
-        # The loss alone: the compiler fuses the rest, which separate kernels would break into parts.
-        apply_liger_kernel(model, {"rope": False, "rms_norm": False, "swiglu": False})
-    torch.compiler.reset()  # what was compiled for other models would be guarded against at every call
-    for index, block in enumerate(blocks):
-        outer = Checkpointed(block) if checkpointing else block
-        outer.compile(dynamic=True)
-        model.model.layers[index] = outer
 
     def passes(documents: Sequence[Document], apart: bool = True) -> list[Inputs]:
         return [packed(group, apart) for group in grouped(documents, pack_tokens)]
 
     try:
+        model.set_attn_implementation(PACKED)
+        if model.device.type == "cuda":
+            from liger_kernel.transformers import _apply_liger_kernel_to_instance  # transformers' own Trainer calls it
+
+            # The loss alone: the compiler fuses the rest, which separate kernels would break into parts.
+            _apply_liger_kernel_to_instance(model=model, rope=False, rms_norm=False, swiglu=False)
+        torch.compiler.reset()  # what was compiled for other models would be guarded against at every call
+        for index, block in enumerate(blocks):
+            outer = Checkpointed(block) if checkpointing else block
+            outer.compile(dynamic=True)
+            model.model.layers[index] = outer
         with torch._dynamo.config.patch(recompile_limit=64):
             yield Peer(adapted.train(), passes, fused=True, control=partial(passes, apart=False))
     finally:
         for index, block in enumerate(blocks):
             block._compiled_call_impl = None
             model.model.layers[index] = block
-        if liger:
-            del model.forward  # the class's own is back
+        vars(model).pop("forward", None)  # Liger's; the class's own is back
         model.set_attn_implementation(before)
         adapted.unload()
         torch.compiler.reset()
