@@ -1,9 +1,11 @@
-"""Starts two ranks on the CPU that run a script each, by torchrun or one process at a time."""
+"""Starts two ranks on the CPU that run a script each: by torchrun, one process at a time, or forked from a server."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
+import runpy
 import socket
 import subprocess
 import sys
@@ -154,3 +156,32 @@ def two_ranks(text: str, scenario: str, out: Path, model: Path | str = "-") -> l
         for process in processes:
             process.kill()
             process.wait()
+
+
+# ---------------------------------------------------------------- forked from a server
+
+FORKING = multiprocessing.get_context("forkserver")
+FORKING.set_forkserver_preload(  # once, for all ranks of a test run
+    ["torch.distributed.fsdp", "minipersona.model.load", "minipersona.training.loop", "minipersona.training.sharding"]
+)
+
+
+def forked_ranks(text: str, out: Path, arguments: Sequence[str], ranks: int) -> list[int | None]:
+    """Run a script as so many ranks, without importing torch for each: their exit statuses, None of one that hangs."""
+    shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    processes = []
+    for rank in range(ranks):
+        script = out / f"rank-{rank}.py"
+        variables = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
+        begin = f"import os, sys\nos.environ.update({variables!r})\nsys.argv = {[str(script), *arguments]!r}\n"
+        script.write_text(begin + text)
+        processes.append(FORKING.Process(target=runpy.run_path, args=(str(script), None, "__main__")))
+    try:
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(120)
+        return [process.exitcode for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
