@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import study_jobs
 import torch
+from forking import FORKING
 from hypothesis import given
 from hypothesis import strategies as st
 from small_study import CPU, QUIET, small_study
@@ -51,13 +52,8 @@ def here() -> Executor:
 
 @pytest.fixture(autouse=True)
 def _forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Workers are forked from a server that has torch imported, which every spawned one would import by itself.
-
-    `test_study_run.py` and `test_study_command.py` have spawned ones.
-    """
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["minipersona.study.executors"])
-    monkeypatch.setattr(executors, "multiprocessing", SimpleNamespace(get_context=lambda method: server))
+    """Workers are forked, not spawned as in `test_study_run.py` and `test_study_command.py`."""
+    monkeypatch.setattr(executors, "multiprocessing", SimpleNamespace(get_context=lambda method: FORKING))
 
 
 @contextlib.contextmanager

@@ -114,11 +114,11 @@ end_rank()
 def run(model: Path, out: Path, ranks: int, batch: int = 16, dtype: str = "float64", case: str = "whole") -> None:
     """Train as so many ranks."""
     out.mkdir(exist_ok=True)
-    codes = forked_ranks(WORKER, out, [str(model), str(out), str(batch), dtype, case], ranks)
+    ends = forked_ranks(WORKER, out, [str(model), str(out), str(batch), dtype, case], ranks)
     if case == "killed":
-        assert all(codes)
+        assert all(end.code for end in ends)
         return
-    assert codes == [0] * ranks
+    assert not any(end.code for end in ends), ends
     elements = sum(tensor.numel() for tensor in load_file(out / "end.safetensors").values())
     assert sum(int(file.read_text()) for file in out.glob("kept-*")) == elements  # nothing is kept twice
 
