@@ -69,7 +69,7 @@ def study_plan(study: StudyConfig, stages: Sequence[str], devices: Sequence[str]
     lines: list[str] = []
     asked: list[Recipe] = []
     asked_costs: list[Cost] = []
-    timed: list[list[tuple[object, Times]]] = []  # by phase
+    timed: list[list[tuple[object, Times]]] = []  # by phase, the baseline first
     disk = rolling_bytes(estimate.sizes, recipes[0].config)
     for stage, phases in STAGES.items():
         chosen = [recipe for recipe in recipes if recipe.phase in phases]
@@ -93,6 +93,9 @@ def study_plan(study: StudyConfig, stages: Sequence[str], devices: Sequence[str]
     disk += matched * vectors_bytes(estimate.sizes, recipes[0].config)
     answers = estimate.answers(study, asked)
     answered = sum(seconds for _, seconds in answers)
+    if study.exhaustive:  # no phase waits for another
+        every = [cell for phase in timed for cell in phase]
+        timed = [phase for phase in (every[:1], every[1:]) if phase]
     total = wall_seconds(timed, devices) + (measured + answered) / max(1, len(set(devices)))
     whatever = study.exhaustive or set(stages) < set(STAGES)
     after_pass = "skips no phase," if whatever else "ends the search after its phase,"
@@ -115,7 +118,7 @@ def study_plan(study: StudyConfig, stages: Sequence[str], devices: Sequence[str]
 def wall_seconds(phases: Sequence[Sequence[tuple[object, Times]]], devices: Sequence[str]) -> float:
     """Seconds until the cells of all phases are done, one phase after another, in a process for each of `devices`.
 
-    phases  of each cell its kind, equal for cells that a process compiles and records once, and its times
+    phases  none of them empty; of each cell its times and its kind, equal for those that a process compiles once
 
     Processes that share a device wait for what it computes, and for nothing else of each other. Each of them starts,
     loads the model, and compiles and records what it has not met before.
