@@ -159,9 +159,17 @@ def search(engine: Engine, stages: Sequence[str]) -> None:
         engine.console.say(f"calibration failed: {calibration.reason}")
         if not study.config.exhaustive:
             return
-    engine.complete([TrainCell(study, study.baseline)])
+    due = [cell for cell in study.cells if stage_of(cell) in ("1", *stages) and not confirms(cell)]
+    beside: list[Job] = [AskVoice(study)]  # what is asked of the base whatever comes of the baseline
+    if study.config.exhaustive:
+        beside += writing(study, due)
+    engine.complete([TrainCell(study, study.baseline), *beside])
     if not study.published(study.baseline):
         return  # without it nothing can be judged
+    if study.config.exhaustive:  # no pass ends the search, so that no phase waits for another
+        run_stage(engine, due)
+        confirm(engine)
+        return
     chosen = set(stages) < set(STAGES)
     ends = ENDS if study.config.confirmations else (*ENDS, "unconfirmed")
     ended = False
@@ -172,17 +180,21 @@ def search(engine: Engine, stages: Sequence[str]) -> None:
         elif stage in ("1", *stages):
             run_stage(engine, cells)
             confirm(engine)
-            if not study.config.exhaustive:
-                ended = ended or decide(read_study(study.directory)).verdict in ends
+            ended = ended or decide(read_study(study.directory)).verdict in ends
 
 
 def run_stage(engine: Engine, cells: Sequence[Cell]) -> None:
-    """All cells of a phase; first those that need neither what the base model writes nor the unmixed cell."""
-    written = [cell for cell in cells if cell.recipe.config.data.responses]
-    writing = {job.id: job for job in (WriteResponses(engine.study, cell) for cell in written)}
-    later = [cell for cell in cells if cell in written or cell.recipe.against_unmixed]
-    engine.complete([*writing.values(), *[TrainCell(engine.study, cell) for cell in cells if cell not in later]])
-    engine.complete([TrainCell(engine.study, cell) for cell in later])
+    """All of these cells; first those that need neither what the base model writes nor the unmixed cell."""
+    study = engine.study
+    later = [cell for cell in cells if cell.recipe.config.data.responses or cell.recipe.against_unmixed]
+    engine.complete([*writing(study, cells), *[TrainCell(study, cell) for cell in cells if cell not in later]])
+    engine.complete([TrainCell(study, cell) for cell in later])
+
+
+def writing(study: Study, cells: Sequence[Cell]) -> list[WriteResponses]:
+    """What the base model writes for these cells, each once."""
+    jobs = [WriteResponses(study, cell) for cell in cells if cell.recipe.config.data.responses]
+    return list({job.id: job for job in jobs}.values())
 
 
 def confirm(engine: Engine) -> None:
@@ -243,12 +255,24 @@ def asked_for(study: Study) -> list[Job]:
         jobs += _behaviour(study, asked)
     if "instructions" in study.config.suites:
         jobs += _instructions(study)
-    named = {found.cells[0].hash: found.step for found in _settled(recipes, results)}
+    compared = _compared(study, recipes, results)
     by_hash = {cell.hash: cell for cell in study.cells}
-    jobs += [MeasureTransfer(study, by_hash[key], step or _last(by_hash[key])) for key, step in named.items()]
+    jobs += [MeasureTransfer(study, by_hash[key], step or _last(by_hash[key])) for key, step in compared.items()]
     if voice.done():  # the base's own responses are what every model is asked about
-        jobs += [AskVoice(study, by_hash[key], step) for key, step in {study.baseline.hash: None, **named}.items()]
+        baselines = {cell.hash: None for cell in study.cells if cell.recipe.is_baseline and study.published(cell)}
+        jobs += [AskVoice(study, by_hash[key], step) for key, step in {**baselines, **compared}.items()]
     return jobs
+
+
+def _compared(study: Study, recipes: Sequence[RecipeResult], results: StudyResults) -> dict[str, int | None]:
+    """The cells that are measured on other personas, by hash, with the step (None: the last).
+
+    They are every seed of the recipes that are settled, and the recipes that the config names.
+    """
+    settled = _settled(recipes, results)
+    every = [one for found in settled for one in (found, found.confirmation) if one is not None]
+    named = [found for found in recipes if found.step is None and found.id in study.config.transfer.recipes]
+    return {cell.hash: found.step for found in (*named, *every) for cell in found.cells}
 
 
 def _settled(recipes: Sequence[RecipeResult], results: StudyResults) -> list[RecipeResult]:

@@ -58,7 +58,12 @@ def results(computed: object, inputs: Tensor, group: list[Linear]) -> list[Tenso
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("adapted", [(True, True, True), (False, False, False)])
 @pytest.mark.parametrize("lora", [LORA, UNEQUAL], ids=["alike", "unequal"])
-def test_fused_equals_one_by_one(bias: bool, adapted: tuple[bool, ...], lora: AdapterConfig) -> None:
+@pytest.mark.parametrize("operator", [True, False], ids=["operator", "eager"])
+def test_fused_equals_one_by_one(
+    bias: bool, adapted: tuple[bool, ...], lora: AdapterConfig, operator: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the operator, which CUDA and compiled code take, and by what a CPU takes."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: operator)
     group = layers(bias, adapted, lora)
     x = torch.randn(9, INPUTS, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     expected = results(lambda x, keys: [layer(x, keys) for layer in group], x, group)
@@ -189,6 +194,23 @@ def test_a_sum_of_products_adds_in_place_to_its_own_memory_alone() -> None:
     expected = sum((d @ w for d, w in zip(d_y, weights, strict=True)), torch.zeros(5, 6))
     assert relative_error(total, expected) < 1e-6
     assert all(torch.equal(a, b) for a, b in zip(before, (*d_y, *weights), strict=True))
+
+
+def test_a_pass_in_another_precision_leaves_the_weights_where_they_are() -> None:
+    """The fp32 reference of R3F's noise, between two runs: graphs that were recorded go on reading those addresses."""
+    group = layers()
+    fused = FusedLinear(*group)
+    refresh([fused], torch.float64)
+    before = fused.addresses
+    refresh([fused], torch.float32)
+    refresh([fused], torch.float64)
+    assert fused.ready and fused.addresses == before
+    x = torch.randn(9, INPUTS, dtype=torch.float64)
+    for ours, layer in zip(fused(x, None), group, strict=True):
+        assert relative_error(ours, layer(x)) < 1e-10
+    fused.release()  # the control: what is forgotten is laid out anew
+    refresh([fused], torch.float64)
+    assert fused.addresses != before
 
 
 def test_weights_that_begin_to_learn_are_held_once_and_a_copy_stands_alone() -> None:

@@ -10,10 +10,12 @@ import pytest
 from minipersona.cli import main
 from minipersona.config import RunConfig
 from minipersona.errors import UserError
+from minipersona.run.times import Times
 from minipersona.settings import difference, load_config, override
 from minipersona.study import recipes as recipes_module
+from minipersona.study.plan import wall_seconds
 from minipersona.study.recipes import BASELINE_PLACEHOLDER, RESPONSES_PLACEHOLDER, Recipe, check_planned, planned
-from minipersona.study_config import STAGES, StudyConfig, changes
+from minipersona.study_config import STAGES, StudyConfig, TransferSection, changes
 
 # The registered search, typed from the protocol: phase, name, rank, alpha, learning rate, and what else is varied.
 REGISTERED = """
@@ -329,6 +331,29 @@ def test_a_plan_counts_the_answers_that_fall_due(capsys: pytest.CaptureFixture[s
     assert "0 seconds of them for answers" in line_of(without, "in all ") and " answers, " not in without
 
 
+def test_processes_that_share_a_gpu_wait_for_what_it_computes() -> None:
+    cell = Times(
+        starting=10, loading=1, compiling=20, recording=10, reading=2, training=8, measurements=2, measurement=10,
+        writing=5, device=9, step=0.02,
+    )  # fmt: skip
+    assert cell.each == 25  # its base is measured once a study
+    start, new = 10 + 1, 20 + 10
+
+    def wall(devices: str, *phases: str) -> float:
+        """Of phases whose cells are named by their kinds."""
+        return wall_seconds([[(kind, cell) for kind in phase] for phase in phases], devices.split())
+
+    many = "a" * 40
+    assert wall("", many) == wall("0", many) == start + new + 40 * 25
+    assert wall("0 1", many) == start + new + 40 * 25 / 2
+    assert wall("0 0", many) == start + new + 40 * 25 / 2  # the host's part is longer than the device's
+    assert wall("0 0 0 0 0", many) == start + new + 40 * 9  # all wait for the device
+    assert wall("0 0 0 0 0 1 1 1 1 1", many) == start + new + 40 * 9 / 2
+    assert wall("0", "aabbc") == start + 3 * new + 5 * 25
+    assert wall("0 1", "ab") == start + new + 25  # a process has one cell, so one kind
+    assert wall("0 1", "a", "aab") == start + 2 * new + 25 + 3 * 25 / 2  # a phase waits for the one before
+
+
 @pytest.mark.parametrize(
     "arguments, said",
     [
@@ -355,3 +380,14 @@ def test_a_study_config_file_reads_back_equal(shipped: StudyConfig, tmp_path: Pa
 
     (tmp_path / "study.toml").write_text(to_toml(shipped))
     assert load_config(str(tmp_path / "study.toml"), StudyConfig) == shipped
+
+
+def test_what_is_measured_on_other_personas_is_checked_before_the_first_cell(tmp_path: Path) -> None:
+    more = tmp_path / "more.json"
+    more.write_text('{"eval_personas": {"a": "You are a.", "b": "You are b."}}')
+    study = load_config("tiny_study", StudyConfig)
+    check_planned(replace(study, transfer=TransferSection((str(more),), ("2A beta=0.1", "3 r=4 lr=0.001"))))
+    with pytest.raises(UserError, match=r"transfer.recipes: '2A beta=0.5' is not a recipe of this study; --plan lists"):
+        check_planned(replace(study, transfer=TransferSection(recipes=("2A beta=0.5",))))
+    with pytest.raises(UserError, match=r"none\.json"):
+        check_planned(replace(study, transfer=TransferSection(personas=(str(tmp_path / "none.json"),))))
