@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import relative_error
+from hypothesis import given
+from hypothesis import strategies as st
 
 from minipersona.chat import load_tokenizer
 from minipersona.errors import UserError
-from minipersona.geometry.extraction import extract, render_prompts
+from minipersona.geometry.extraction import common_prefixes, extract, render_prompts
 from minipersona.model.load import load_model
 from minipersona.model.network import Qwen2
 from minipersona.model.pack import make_pack
@@ -89,6 +92,20 @@ def test_a_shared_beginning_computed_once_is_the_same_as_every_prompt_whole(
             assert relative_error(together[layer][index], alone) < 1e-6  # the samples are fp32
     swapped = residuals(model, ids[3:6] + ids[:3] + ids[6:], read[3:6] + read[:3] + read[6:], 3, [2], pack_tokens=16)
     assert relative_error(swapped[2][:3], together[2][:3]) > 0.1  # the control: another persona's beginning
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=5), min_size=3, max_size=3),
+    st.lists(st.integers(0, 1), max_size=3),
+)
+def test_a_group_s_common_beginning_leaves_a_token_of_each_prompt(rests: list[list[int]], shared: list[int]) -> None:
+    prompts = [np.array([*shared, *rest], dtype=np.int32) for rest in rests]
+    alike = itertools.takewhile(
+        lambda tokens: len(set(tokens)) == 1, zip(*map(np.ndarray.tolist, prompts), strict=False)
+    )
+    expected = min(len(list(alike)), min(map(len, prompts)) - 1)
+    lone = [np.array([7, 8, 9])] * 3
+    assert common_prefixes([*prompts, *lone], 3) == [expected, 2] and expected >= len(shared)
 
 
 def test_method_b_is_the_mean_over_the_greedy_response(model: Qwen2) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from torch import nn
 from minipersona.config import DataSection, RunConfig, TrainingSection
 from minipersona.errors import UserError
 from minipersona.files import read_jsonl
-from minipersona.training import sharding
+from minipersona.model.tensor_file import open_safetensors
+from minipersona.training import checkpoint, sharding
 from minipersona.training.checkpoint import load_state
 from minipersona.training.distributed import Distributed
 from minipersona.training.optimizer import AdamW, Flat
@@ -279,6 +281,18 @@ def parts(directory: Path, save: int = 7) -> tuple[Path, Path, Callable[[], torc
         return weight.detach()
 
     return *files, restore
+
+
+@pytest.mark.parametrize("sizes", [(5,), (2, 3), (3, 2, 0), (0, 4, 1)])
+def test_any_rows_are_read_from_the_files_that_hold_them(tmp_path: Path, sizes: tuple[int, ...]) -> None:
+    whole = torch.arange(10.0).view(5, 2)
+    for part, rows in enumerate(whole.split(sizes)):
+        save_file({"w": rows.contiguous()}, tmp_path / f"{part}.safetensors")
+    with ExitStack() as stack:
+        handles = [stack.enter_context(open_safetensors(file)) for file in sorted(tmp_path.iterdir())]
+        for start in range(6):
+            for stop in range(start, 6):  # a rank beyond the rows stores none
+                assert torch.equal(checkpoint._rows(handles, "w", slice(start, stop)), whole[start:stop])
 
 
 def test_parts_make_the_whole(tmp_path: Path) -> None:
