@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict
+from functools import partial
 
 import pytest
 import torch
@@ -232,6 +233,13 @@ def test_fully_collapsed_personas_have_no_centred_measures() -> None:
     assert measures.m1 == pytest.approx(1)
     assert measures.centred_cosine is None and measures.effective_rank is None
     assert measures.between_variance == pytest.approx(0, abs=1e-12)
+
+
+def test_distances_that_are_rounding_are_not_geometry() -> None:
+    one, apart = 100 * gaussian(16, seed=22), gaussian(5, 16, seed=23)
+    rounded, near = one + 1e-12 * apart, one + 1e-6 * apart
+    for measure in (centred_cosine, effective_rank, partial(alignment, apart), lambda v: alignment(v, apart)):
+        assert math.isnan(measure(rounded)) and not math.isnan(measure(near))
 
 
 @pytest.mark.parametrize("bad, word", [(0.0, "zero"), (math.nan, "not finite"), (math.inf, "not finite")])

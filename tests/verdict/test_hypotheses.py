@@ -72,6 +72,14 @@ def test_h1_says_where_the_collapse_saturates(tmp_path: Path, rows: list[Row], s
     assert hypothesis(study, "H1").numbers.saturated_at == step
 
 
+def test_h1_names_the_first_fall(tmp_path: Path) -> None:
+    study = SyntheticStudy(tmp_path)
+    study.cell("1", "baseline", rows=[(10, 0.97, 0.1), (50, 0.95, 0.5), (200, 0.94, 0.9), (375, 0.98, 1.0)])
+    found = hypothesis(study, "H1")
+    assert found.numbers.falls == ((10, 50), (10, 200), (50, 200))
+    assert "From step 10 to step 50 it falls by more than the 95% intervals." in found.evidence
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_is_supported_by_a_confirmed_pass_and_refuted_by_none(tmp_path: Path, name: str) -> None:
     phases = FAMILIES[name]
@@ -143,7 +151,9 @@ def test_a_pass_that_rank_32_shares_is_not_the_rank_s_doing(tmp_path: Path) -> N
 def test_the_rival_is_the_one_with_the_same_learning_rate(tmp_path: Path) -> None:
     study = low_rank(tmp_path, 0.94, 0.975)
     study.cell("3", "r=8 lr=2e-05", 0.975, 0.9, knobs={"rank": 8, "learning_rate": 2e-5})
-    rows = hypothesis(study, "H3").numbers.against_same_rate
+    found = hypothesis(study, "H3")
+    assert "2 of 2 have a lower M1; the largest difference is -0.0350, 3 r=4 lr=0.0001." in found.evidence
+    rows = found.numbers.against_same_rate
     assert {row.cell: row.rival for row in rows} == {
         "3 r=4 lr=0.0001": "3 r=32 lr=0.0001",
         "3 r=8 lr=2e-05": "1 baseline",
