@@ -333,6 +333,7 @@ def test_a_missing_cell_leaves_the_study_incomplete(tmp_path: Path) -> None:
     study.missing("2A", "beta=0.1")
     judged = verdict_of(study)
     assert judged.verdict == "incomplete" and judged.missing == ("2A beta=0.1",)
+    assert ", since 1 of 2 planned cells are not done. Run the study again" in judged.sentence  # and nothing else
 
 
 def test_a_phase_is_judged_when_all_of_it_is_in(tmp_path: Path) -> None:
