@@ -168,6 +168,21 @@ def test_what_is_missing_leaves_it_open(tmp_path: Path) -> None:
     assert row.better is None and row.reason == "vectors or losses by row are missing"
 
 
+@pytest.mark.parametrize("learned, missing", [
+    (0.6, "matched/3-*.losses.safetensors"), (0.6, "matched/3-*.vectors.safetensors"),
+    *((share, f"cells/{cell}-*/{kind}/step-000375.safetensors")
+      for share, cell in ((0.6, "3"), (1.02, "3"), (1.02, "1")) for kind in ("vectors", "losses")),
+])  # fmt: skip
+def test_each_of_the_four_files_is_needed(tmp_path: Path, learned: float, missing: str) -> None:
+    """Of the recipe and of what it is held against: the scaled baseline or, for one that learned more, the whole."""
+    study = made(tmp_path)
+    study.cell("3", "r=4", 0.90, learned, less=0.01)
+    assert compared(study).better is True
+    next(study.directory.glob(missing)).unlink()
+    row = compared(study)
+    assert row.better is None and row.reason == "vectors or losses by row are missing"
+
+
 @pytest.mark.parametrize("field", ["baseline", "cell"])
 def test_a_scaled_update_of_another_baseline_or_for_another_cell_is_not_used(tmp_path: Path, field: str) -> None:
     study = made(tmp_path)
