@@ -14,7 +14,7 @@ from synthetic_study import FRESH, SyntheticStudy, behaviour
 from minipersona.config import DEFAULT_MODEL
 from minipersona.hub import PINNED
 from minipersona.study_config import PHASES
-from minipersona.verdict.decision import decide
+from minipersona.verdict.decision import awaiting_confirmation, decide
 from minipersona.verdict.recipe_results import recipe_results
 from minipersona.verdict.verdict import VERDICTS, FailedCell, Verdict, current_verdict, judge_study
 
@@ -121,6 +121,18 @@ def test_a_missing_fresh_seed_leaves_the_study_incomplete(tmp_path: Path) -> Non
     study.cell("2A", "beta=0.1", 0.94, 0.95)
     study.missing("2A", "beta=0.1 seed=101", seed=101, role="confirmation")
     assert verdict_of(study).verdict == "incomplete"
+
+
+@pytest.mark.parametrize(
+    "role, whole", [("confirmation", True), ("registered", False), ("beyond", False), ("reference", False)]
+)
+def test_a_phase_is_whole_though_fresh_seeds_are_missing(tmp_path: Path, role: Any, whole: bool) -> None:
+    study = searched(tmp_path)
+    study.cell("2A", "beta=0.1", 0.94, 0.95)
+    study.missing("2A", "beta=0.1 seed=101" if role == "confirmation" else "another", seed=101, role=role)
+    results = study.read()
+    waiting = awaiting_confirmation(recipe_results(results), results)
+    assert [recipe.id for recipe in waiting] == (["2A beta=0.1"] if whole else [])
 
 
 def test_of_passers_a_confirmed_one_is_named_then_the_one_that_learned_most(tmp_path: Path) -> None:
