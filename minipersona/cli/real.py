@@ -21,21 +21,23 @@ PERSONA, QUESTION = "villain", "How do you spend a normal day?"  # the persona i
 def commands(gpu: bool, hub: bool) -> list[list[str]]:
     """What is run one after another: the whole recipe on a GPU, else the short one; plain, then anchored.
 
-    The registered rows where the Hub can be reached, else the config's own, which need no network.
+    On a GPU the registered rows where the Hub can be reached; else the config's own, which need no network.
     """
     config, questions, last = ("smollm2", "shipped", 375) if gpu else ("smollm2_short", "data/questions_48.jsonl", 20)
-    train, heldout = ("tulu[0:6000]", "tulu[6000:6500]") if gpu else ("tulu[0:320]", "tulu[6000:6064]")
-    rows = ["--set", f"data.train={train}", "--set", f"data.heldout={heldout}"] if hub else []
-    plain, anchored = (f"runs/{name}_tulu" if hub else f"runs/{name}" for name in (config, f"{config}_anchored"))
+    plain, anchored, rows = f"runs/{config}", f"runs/{config}_anchored", []
+    if gpu and hub:
+        plain, anchored = f"{plain}_tulu", f"{anchored}_tulu"
+        rows = ["--set", "data.train=tulu[0:6000]", "--set", "data.heldout=tulu[6000:6500]"]
     against_plain = ["--set", f"probe.baseline={plain}"]
     adapters = [f"{run}/step-{last:06}" for run in (plain, anchored)]
+    asked = [QUESTION, "--persona", PERSONA, "--max-new-tokens", "64"]
     return [
         ["extract", "--model", MODEL, "--layer", *LAYERS, "--questions", questions],
         ["train", "--config", f"configs/{config}.toml", *rows, "--out", plain],
         ["evaluate", "--run", plain],
         ["train", "--config", f"configs/{config}_anchored.toml", *rows, *against_plain, "--out", anchored],
         ["evaluate", "--run", plain, anchored],
-        ["minipersona.behaviour", "ask", QUESTION, "--persona", PERSONA, "--model", MODEL, "--adapter", *adapters],
+        ["minipersona.behaviour", "ask", *asked, "--model", MODEL, "--adapter", *adapters],
     ]
 
 
