@@ -44,7 +44,7 @@ SUITES = ("behaviour", "instructions")
 # May change while a study goes on, since no cell depends on it: a new recipe is a new cell.
 RECIPE_FREE = (
     "out", "stop_rule", "bounds", "confirmations", "exhaustive", "suites", "controls", "recipe", "execution.",
-    "behaviour.", "instructions.",
+    "behaviour.", "instructions.", "transfer.",
 )  # fmt: skip
 # What the cells of a study share, so that they can be compared.
 SHARED = ("out", "seed", "model.", "probe.", "execution.", "data.heldout")
@@ -132,6 +132,16 @@ class InstructionsSection:
 
 
 @dataclass(frozen=True)
+class TransferSection:
+    """What confirmed recipes are measured on, with every seed, besides the study's own personas: other sets, every
+    layer, and voice.
+    """
+
+    personas: tuple[str, ...] = ()  # files of more personas, asked the study's questions
+    recipes: tuple[str, ...] = ()  # measured likewise whatever they show, to compare: "2A beta=0.1"
+
+
+@dataclass(frozen=True)
 class RecipeSection:
     """[[recipe]]: a recipe that is not registered, by the settings of a run in which it departs from the standard one.
 
@@ -195,6 +205,7 @@ class StudyConfig:
     rehearsal: RehearsalSection = field(default_factory=RehearsalSection)
     behaviour: BehaviourSection = field(default_factory=BehaviourSection)
     instructions: InstructionsSection = field(default_factory=InstructionsSection)
+    transfer: TransferSection = field(default_factory=TransferSection)
     execution: ExecutionSection = field(default_factory=ExecutionSection)
     recipe: tuple[RecipeSection, ...] = ()  # [[recipe]] tables: recipes that are not registered, run last
 

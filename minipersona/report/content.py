@@ -16,6 +16,7 @@ from minipersona.report.blocks import (
     Verbatim,
 )
 from minipersona.report.drawing import phase_title
+from minipersona.report.geometry import voice_shares
 from minipersona.report.passer_tables import (
     layer_table,
     passer_table,
@@ -57,6 +58,7 @@ def document(
     for one in series:
         undrawn = Paragraph(f"{one.title}: not drawn; its numbers are in figures/{one.name}.csv.")
         images[one.name] = Image(one.name, one.title, one.caption) if drawn else undrawn
+    seeds = seed_table(results, voice_shares(results))
     sections = [
         Section("Verdict", "verdict",
                 [images["m1_against_learned"], *verdict_blocks(results, verdict), *([] if drawn else [NOT_DRAWN])]),
@@ -74,7 +76,7 @@ def document(
         *_behaviour(results),
         *_optional("Instruction following", "instruction-following", instruction_table(results)),
         Section("Calibration", "calibration-check", [*_calibration(results)]),
-        Section("Spread over seeds", "spread", [seed_table(results) or Paragraph(_one_seed(results))]),
+        Section("Spread over seeds", "spread", [seeds or Paragraph(_one_seed(results))]),
         Section("What was not run, and why", "not-run", _not_run(results, verdict)),
         Section("How to reproduce", "reproduce", [*_reproduce(results)]),
     ]  # fmt: skip

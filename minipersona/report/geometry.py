@@ -14,7 +14,7 @@ from minipersona.geometry.statistics import bootstrap_interval, question_weights
 from minipersona.geometry.vectors import load_vectors
 from minipersona.report.series import Missing, Series
 from minipersona.run.directory import vectors_file
-from minipersona.verdict.cells import CellResult
+from minipersona.verdict.cells import CellResult, bare_name
 from minipersona.verdict.files import read_voice, step_of
 from minipersona.verdict.recipe_results import RecipeResult
 from minipersona.verdict.results import StudyResults
@@ -164,6 +164,7 @@ class TransferRow:
     """M1 at a layer on a set of personas, and the separation that is left of the base's."""
 
     recipe: str
+    seed: int
     personas: str  # "study" is the study's own set
     layer: int
     deciding: bool
@@ -175,11 +176,12 @@ class TransferRow:
 
 
 def transfer(results: StudyResults) -> Series:
-    """Every confirmed recipe on every set of personas at every layer, beside base and baseline."""
+    """Every confirmed recipe, with every seed, on every set of personas at every layer, beside base and baseline."""
     rows = [
         TransferRow(
-            cell.id, name, int(layer), int(layer) == cell.transfer.layer, one.base.m1[layer], one.baseline.m1[layer],
-            one.recipe.m1[layer], (1 - one.baseline.m1[layer]) / (1 - one.base.m1[layer]), one.separation(layer),
+            f"{cell.phase} {bare_name(cell)}", cell.seed, name, int(layer), int(layer) == cell.transfer.layer,
+            one.base.m1[layer], one.baseline.m1[layer], one.recipe.m1[layer],
+            (1 - one.baseline.m1[layer]) / (1 - one.base.m1[layer]), one.separation(layer),
         )
         for cell in results.cells
         if cell.transfer is not None
@@ -192,9 +194,9 @@ def transfer(results: StudyResults) -> Series:
     return Series(
         "transfer",
         "Other personas, other layers",
-        "The separation (1 - M1) / (1 - M1 of the base) that is left at each layer, a panel for each set of personas; "
-        "the recipes were chosen by the first set alone. Dotted line: half of the base's, where the bound on M1 lies "
-        "by its meaning. Vertical line: the deciding layer.",
+        "The separation (1 - M1) / (1 - M1 of the base) that is left at each layer, a panel for each set of personas: "
+        "the mean over seeds. Recipes were chosen by the first set and seed alone. Dotted line: half of the base's, "
+        "where the bound on M1 lies by its meaning. Vertical line: the deciding layer.",
         rows,
     )
 
@@ -208,6 +210,7 @@ class VoiceRow:
 
     phase: str
     model: str
+    seed: int | None
     nats: float
     nats_low: float
     nats_high: float
@@ -219,26 +222,43 @@ class VoiceRow:
 def voice(results: StudyResults) -> Series:
     """Voice of the base, the baseline and every other cell in which it was measured."""
     base = read_voice(results.directory / "base")
-    found = [(cell, read_voice(cell.directory)) for cell in results.cells if cell.directory is not None]
-    measured = [(cell.phase, cell.id, one) for cell, one in found if one is not None]
+    measured = [(cell.phase, f"{cell.phase} {bare_name(cell)}", cell.seed, one) for cell, one in _voices(results)]
     if base is None or base.value <= 0 or not measured:
         raise Missing("voice was not measured")
-    comparable = [row for row in measured if row[2].responses == base.responses]
+    comparable = [row for row in measured if row[3].responses == base.responses]
     if not comparable:
         raise Missing("voice was measured on other responses than the base's")
     return Series(
         "voice",
         "Voice",
         "How much a response token says about which persona speaks, in the model's own probabilities, on the base's "
-        f"responses: a share of the base's {base.value:.4f} nats a token. Bars are 95% bootstrap intervals over "
-        "questions, the same ones for both models. 0: the model ignores the persona.",
-        [_voice_row("", "base", base, base), *(_voice_row(*row, base) for row in comparable)],
+        f"responses: a share of the base's {base.value:.4f} nats a token, a bar for the mean over seeds and a dot a "
+        "seed. Lines are the first seed's 95% bootstrap interval over questions, the same ones for both models. 0: the "
+        "model ignores the persona.",
+        [_voice_row("", "base", None, base, base), *(_voice_row(*row, base) for row in comparable)],
     )
 
 
-def _voice_row(phase: str, model: str, own: Voice, base: Voice) -> VoiceRow:
+def voice_shares(results: StudyResults) -> dict[str, float]:
+    """Voice as a share of the base's, by the hash of each cell in which it was measured at its last step."""
+    base = read_voice(results.directory / "base")
+    if base is None or base.value <= 0:
+        return {}
+    return {
+        cell.hash: one.value / base.value
+        for cell, one in _voices(results)
+        if one.responses == base.responses and one.step == step_of(cell.final)
+    }
+
+
+def _voices(results: StudyResults) -> list[tuple[CellResult, Voice]]:
+    found = [(cell, read_voice(cell.directory)) for cell in results.cells if cell.directory is not None]
+    return [(cell, voice) for cell, voice in found if voice is not None]
+
+
+def _voice_row(phase: str, model: str, seed: int | None, own: Voice, base: Voice) -> VoiceRow:
     share = own.value / base.value
     of_own, of_base = (torch.tensor([*one.by_response.values()], dtype=torch.float64).mean(0) for one in (own, base))
     weights = question_weights(len(of_base), 1000)  # (R, Q)
     low, high = bootstrap_interval((weights @ of_own) / (weights @ of_base), share)
-    return VoiceRow(phase, model, own.value, *own.ci95, share, low, high)
+    return VoiceRow(phase, model, seed, own.value, *own.ci95, share, low, high)

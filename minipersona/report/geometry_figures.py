@@ -18,7 +18,7 @@ from minipersona.report.drawing import (
     point_style,
     shortened,
 )  # fmt: skip
-from minipersona.report.geometry import CosineRow, DecompositionRow, PersonaRow, TransferRow, VoiceRow
+from minipersona.report.geometry import CosineRow, DecompositionRow, PersonaRow, TransferRow
 from minipersona.report.series import Series
 from minipersona.run.judgement import PASS_SEPARATION
 
@@ -138,11 +138,9 @@ def transfer(series: Series) -> Figure:
     for axes, (name, group) in zip(panels, sets.items(), strict=True):
         recipes = grouped(group, lambda row: row.recipe)
         first = next(iter(recipes.values()))
-        layers = [row.layer for row in first]
-        axes.plot(layers, [row.separation_baseline for row in first], color=INK, marker=".", label="baseline")
+        axes.plot(*_by_layer(first, "separation_baseline"), color=INK, marker=".", label="baseline")
         for style, (recipe, own) in zip(line_styles(), recipes.items(), strict=False):
-            axes.plot([row.layer for row in own], [row.separation for row in own], markersize=4,
-                      label=shortened(recipe), **style)  # fmt: skip
+            axes.plot(*_by_layer(own, "separation"), markersize=4, label=shortened(recipe), **style)
         axes.axhline(PASS_SEPARATION, color=GREY, linewidth=0.9, linestyle=":", zorder=1)
         for row in first:
             if row.deciding:
@@ -156,20 +154,29 @@ def transfer(series: Series) -> Figure:
     return figure
 
 
+def _by_layer(rows: Sequence[TransferRow], name: str) -> tuple[list[int], list[float]]:
+    """Layers, and a number of the rows there, the mean over seeds."""
+    layers = grouped(rows, lambda row: row.layer)
+    return [*layers], [sum(getattr(row, name) for row in there) / len(there) for there in layers.values()]
+
+
 def voice(series: Series) -> Figure:
-    """A bar a model, its share of the base's voice and its interval."""
-    rows: Sequence[VoiceRow] = series.rows
-    figure = new_figure(10, 0.9 + 0.28 * len(rows))
+    """A bar a model, its share of the base's voice, with the interval of its first seed and a dot a seed."""
+    models = grouped(series.rows, lambda row: row.model)
+    figure = new_figure(10, 0.9 + 0.28 * len(models))
     axes = figure.subplots()
-    for place, row in enumerate(rows):
-        colour = colour_of(row.phase) if row.phase else GREY
-        axes.barh(place, row.share, height=0.6, color=colour, alpha=0.55)
-        axes.hlines(place, row.share_low, row.share_high, color=INK, linewidth=1.4)
-        axes.annotate(f"{row.share:.2f}", (max(row.share, row.share_high), place), (6, 0),
+    for place, rows in enumerate(models.values()):
+        first, shares = rows[0], [row.share for row in rows]
+        colour, mean = colour_of(first.phase) if first.phase else GREY, sum(shares) / len(shares)
+        axes.barh(place, mean, height=0.6, color=colour, alpha=0.55)
+        axes.hlines(place, first.share_low, first.share_high, color=INK, linewidth=1.4)
+        if len(rows) > 1:
+            axes.plot(shares, [place] * len(shares), ".", color=INK, markersize=5)
+        axes.annotate(f"{mean:.2f}", (max(*shares, first.share_high), place), (6, 0),
                       textcoords="offset points", va="center", fontsize=8.5)  # fmt: skip
     axes.axvline(1, color=GREY, linewidth=0.9, linestyle="-", zorder=1)
     axes.axvline(0, color=GREY, linewidth=0.9, zorder=1)
-    axes.set_yticks(range(len(rows)), [shortened(row.model, 40) for row in rows])
+    axes.set_yticks(range(len(models)), [shortened(model, 40) for model in models])
     axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.tick_params(axis="y", length=0)

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import fmean
+
+from minipersona.geometry.statistics import seed_interval
 from minipersona.report.blocks import Cell, Table
 from minipersona.report.tables import INTERVAL, SAID, interval_cell, number_cell, outcome_cell
 from minipersona.run.judgement import separation
 from minipersona.run.result import Checkpoint
+from minipersona.verdict.cells import bare_name
+from minipersona.verdict.files import SetTransfer
 from minipersona.verdict.recipe_results import RecipeResult, recipe_results
 from minipersona.verdict.results import StudyResults
 from minipersona.verdict.verdict import Verdict
@@ -112,33 +119,53 @@ def _left(row: Checkpoint, base: Checkpoint, layer: str) -> float | None:
 
 def transfer_table(results: StudyResults) -> Table | None:
     """Every confirmed recipe on every set of personas at the deciding layer, and its worst layer there."""
-    rows = []
+    groups: dict[tuple[str, str], list[tuple[SetTransfer, str]]] = {}
     for cell in results.cells:
-        for name, one in (cell.transfer.sets if cell.transfer is not None else {}).items():
-            assert cell.transfer is not None
-            layer = str(cell.transfer.layer)
-            apart = {key: one.separation(key) for key in one.base.m1 if one.base.m1[key] < 1}
-            worst = min(apart, key=lambda key: apart[key], default=None)
-            spread = one.recipe.between_variance / one.base.between_variance if one.base.between_variance else None
-            rows.append(
-                [
-                    Cell(cell.id),
-                    Cell(name if name == one.personas else f"{name}: {one.personas}"),
-                    *(number_cell(model.m1.get(layer)) for model in (one.base, one.baseline, one.recipe)),
-                    number_cell(apart.get(layer), ".2f"),
-                    number_cell(spread, ".2f"),
-                    number_cell(None if worst is None else apart[worst], ".2f"),
-                    Cell("-" if worst is None else worst, None if worst is None else float(worst)),
-                ]
-            )
-    columns = ("recipe", "personas", "M1, base", "baseline", "recipe", "separation", "spread", "lowest separation",
-               "at layer")  # fmt: skip
+        if cell.transfer is not None:
+            for name, one in cell.transfer.sets.items():
+                label = name if name in (one.personas, Path(one.personas).stem) else f"{name}: {one.personas}"
+                key = (f"{cell.phase} {bare_name(cell)}", label)
+                groups.setdefault(key, []).append((one, str(cell.transfer.layer)))
+    rows = [[Cell(recipe), Cell(label), *_on_set(seeds)] for (recipe, label), seeds in groups.items()]
+    columns = ("recipe", "personas", "seeds", "M1, base", "baseline", "recipe", INTERVAL, "separation",
+               "discriminability", "spread", "lowest separation", "at layer")  # fmt: skip
     caption = (
-        "Confirmed recipes on sets of personas and questions that they were not chosen by, beside the study's own. M1, "
-        "separation and spread (variance between personas, as a share of the base's) are at the deciding layer; the "
-        "lowest separation is over all layers."
+        "Recipes on sets of personas and questions that they were not chosen by, beside the study's own. Numbers are "
+        "means over seeds; the interval of M1 is Student's, over seeds. M1, separation, discriminability and spread "
+        "(variance between personas, alone and over that within, as shares of the base's) are at the deciding layer; "
+        "the lowest separation is over all layers."
     )
     return Table("transfer", columns, rows, caption) if rows else None
+
+
+def _on_set(seeds: Sequence[tuple[SetTransfer, str]]) -> list[Cell]:
+    """A set's columns, of each seed's measurements there and the deciding layer."""
+    one, layer = seeds[0]
+
+    def over_seeds(value: Callable[[SetTransfer], float]) -> float:
+        return fmean(value(each) for each, _ in seeds)
+
+    left = {
+        key: over_seeds(lambda each, key=key: each.separation(key))  # type: ignore[misc]
+        for key, m1 in one.base.m1.items()
+        if m1 < 1
+    }
+    worst = min(left, key=lambda key: left[key], default=None)
+    varies = one.base.between_variance > 0 and one.base.within_variance > 0
+    spread = over_seeds(lambda each: each.recipe.between_variance / each.base.between_variance) if varies else None
+    apart = over_seeds(lambda each: each.recipe.ratio / each.base.ratio) if varies else None
+    return [
+        Cell(str(len(seeds)), float(len(seeds))),
+        number_cell(one.base.m1[layer]),
+        number_cell(over_seeds(lambda each: each.baseline.m1[layer])),
+        number_cell(over_seeds(lambda each: each.recipe.m1[layer])),
+        interval_cell(seed_interval([each.recipe.m1[layer] for each, _ in seeds])),
+        number_cell(left.get(layer), ".2f"),
+        number_cell(apart, ".2f"),
+        number_cell(spread, ".2f"),
+        number_cell(None if worst is None else left[worst], ".2f"),
+        Cell("-" if worst is None else worst, None if worst is None else float(worst)),
+    ]
 
 
 def layer_table(verdict: Verdict, results: StudyResults) -> Table | None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from statistics import fmean
 
+from minipersona.geometry.statistics import seed_interval
 from minipersona.report.blocks import Cell, Table, Tone
 from minipersona.run.judgement import LEAST_LEARNED
 from minipersona.run.result import Checkpoint, Interval
@@ -253,19 +256,33 @@ def calibration_table(results: StudyResults) -> Table | None:
     return Table("calibration", ("layer", "M1", "predecessor", "difference", "within 0.003"), rows) if rows else None
 
 
-def seed_table(results: StudyResults) -> Table | None:
-    """The spread over seeds of every recipe that ran with more than one."""
-    rows = [
-        [Cell(recipe.id), Cell(", ".join(str(cell.seed) for cell in recipe.cells)),
-         *_spread(recipe.m1, [row.m1 for row in recipe.rows], ".4f"),
-         *_spread(recipe.learned, [row.learned for row in recipe.rows], ".2f")]
-        for recipe in recipe_results(results)
-        if len(recipe.cells) > 1
-    ]  # fmt: skip
-    columns = ("recipe", "seeds", "M1, mean", "lowest", "highest", "learned, mean", "lowest", "highest")
-    return Table("seeds", columns, rows) if rows else None
+SEEDED = {"M1": ("m1", ".4f"), "learned": ("learned", ".3f"), "under personas": ("learned_personas", ".3f"),
+          "separation": ("separation", ".2f"), "discriminability": ("discriminability", ".2f")}  # fmt: skip
 
 
-def _spread(mean: float | None, values: Sequence[float | None], form: str) -> list[Cell]:
+def seed_table(results: StudyResults, voice: Mapping[str, float]) -> Table | None:
+    """The spread over seeds, fresh ones included, of every recipe that ran with more than one at its last step.
+
+    voice  share of the base's voice by a cell's hash, where it was measured at that step
+    """
+    rows = []
+    for recipe in recipe_results(results):
+        every = [recipe, *([] if recipe.confirmation is None else [recipe.confirmation])]
+        cells = [cell for one in every for cell in one.cells]
+        checkpoints = [row for one in every for row in one.rows]
+        if len(cells) > 1 and all(row == cell.final for row, cell in zip(checkpoints, cells, strict=True)):
+            spoken = [voice.get(cell.hash) for cell in cells]
+            numbers = [_spread([getattr(row, name) for row in checkpoints], form) for name, form in SEEDED.values()]
+            seeds = Cell(", ".join(str(cell.seed) for cell in cells))
+            rows.append([Cell(recipe.id), seeds, *itertools.chain(*numbers), *_spread(spoken, ".2f")])
+    columns = ("recipe", "seeds", *(name for one in (*SEEDED, "voice") for name in (one, INTERVAL)))
+    caption = "Means over seeds, and Student's interval of the mean. Voice is a share of the base's."
+    return Table("seeds", columns, rows, caption) if rows else None
+
+
+def _spread(values: Sequence[float | None], form: str) -> list[Cell]:
+    """Mean and interval over seeds, as far as every seed has a number."""
     known = [value for value in values if value is not None]
-    return [number_cell(value, form) for value in (mean, min(known, default=None), max(known, default=None))]
+    if len(known) < len(values):
+        return [number_cell(None), Cell("-")]
+    return [number_cell(fmean(known), form), interval_cell(seed_interval(known), form)]

@@ -30,6 +30,7 @@ from minipersona.behaviour.instructions.dataset import load_instructions
 from minipersona.behaviour.questions import load_questions
 from minipersona.config import COLLAPSE, STEERING_RANDOM, ObjectiveSection, RunConfig, SteeringSection
 from minipersona.errors import Unreachable, UserError
+from minipersona.geometry.prompts import load_personas
 from minipersona.model.load import architecture_offline
 from minipersona.records import unknown_key
 from minipersona.run.anchors import check_anchors
@@ -137,6 +138,12 @@ def check_planned(study: StudyConfig) -> None:
     Whatever phase the cell is of: a study should not learn in its last one that its first one measured too little.
     """
     check_layers_measured(study)
+    for file in study.transfer.personas:
+        load_personas(file)
+    names = {f"{recipe.phase} {recipe.name}" for recipe in planned(study)}
+    for name in study.transfer.recipes:
+        if name not in names:
+            raise UserError(f"transfer.recipes: {name!r} is not a recipe of this study; --plan lists them")
     if "behaviour" in study.suites:
         load_questions(study.behaviour.questions)
     if "instructions" in study.suites:

@@ -243,12 +243,24 @@ def asked_for(study: Study) -> list[Job]:
         jobs += _behaviour(study, asked)
     if "instructions" in study.config.suites:
         jobs += _instructions(study)
-    named = {found.cells[0].hash: found.step for found in _settled(recipes, results)}
+    compared = _compared(study, recipes, results)
     by_hash = {cell.hash: cell for cell in study.cells}
-    jobs += [MeasureTransfer(study, by_hash[key], step or _last(by_hash[key])) for key, step in named.items()]
+    jobs += [MeasureTransfer(study, by_hash[key], step or _last(by_hash[key])) for key, step in compared.items()]
     if voice.done():  # the base's own responses are what every model is asked about
-        jobs += [AskVoice(study, by_hash[key], step) for key, step in {study.baseline.hash: None, **named}.items()]
+        baselines = {cell.hash: None for cell in study.cells if cell.recipe.is_baseline and study.published(cell)}
+        jobs += [AskVoice(study, by_hash[key], step) for key, step in {**baselines, **compared}.items()]
     return jobs
+
+
+def _compared(study: Study, recipes: Sequence[RecipeResult], results: StudyResults) -> dict[str, int | None]:
+    """The cells that are measured on other personas, by hash, with the step (None: the last).
+
+    They are every seed of the recipes that are settled, and the recipes that the config names.
+    """
+    settled = _settled(recipes, results)
+    every = [one for found in settled for one in (found, found.confirmation) if one is not None]
+    named = [found for found in recipes if found.step is None and found.id in study.config.transfer.recipes]
+    return {cell.hash: found.step for found in (*named, *every) for cell in found.cells}
 
 
 def _settled(recipes: Sequence[RecipeResult], results: StudyResults) -> list[RecipeResult]:

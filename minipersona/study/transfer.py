@@ -1,12 +1,14 @@
 """Does a recipe keep the geometry of personas that it was not chosen by? M1 on every persona set, at every layer.
 
 A recipe is chosen by M1 over twelve personas at one layer, and M1 differs more between sets of personas than by
-anything else. So a confirmed recipe is measured on the study's own set, the shipped and the registered one, beside base
-and baseline.
+anything else. So a confirmed recipe is measured on the study's own set, the shipped and the registered one and those
+that the config names, beside base and baseline, with every seed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from minipersona.config import SHIPPED, ProbeSection
@@ -35,7 +37,9 @@ class Sets(NamedTuple):
 def measure_transfer(study: Study, cell: Cell, step: int, worker: Worker) -> Transfer:
     """Base, baseline and a cell at a step on every set that there is."""
     config, baseline = study.baseline.recipe.config, study.scaled_for(cell)
-    instruments, (sets, missing) = worker.resources.instruments(config), persona_sets(config.probe)
+    instruments = worker.resources.instruments(config)
+    sets, missing = persona_sets(config.probe, study.config.transfer.personas)
+    steps = config.training.steps
 
     def on_sets(model: Qwen2) -> dict[str, ModelOnSet]:
         return {name: on_set(model, instruments, asked) for name, asked in sets.items()}
@@ -44,7 +48,7 @@ def measure_transfer(study: Study, cell: Cell, step: int, worker: Worker) -> Tra
         return worker.trained_model(study.placed_config(cell), study.cell_directory(cell), step)
 
     base = on_sets(worker.resources.model(config))
-    ours = on_sets(trained(baseline, config.training.steps))
+    ours = on_sets(trained(baseline, steps))
     recipe = on_sets(trained(cell, step))
     return Transfer(
         baseline=baseline.hash,
@@ -67,7 +71,7 @@ def measure_transfer(study: Study, cell: Cell, step: int, worker: Worker) -> Tra
     )
 
 
-def persona_sets(probe: ProbeSection) -> tuple[dict[str, Sets], dict[str, str]]:
+def persona_sets(probe: ProbeSection, more: Sequence[str] = ()) -> tuple[dict[str, Sets], dict[str, str]]:
     """Every set that there is, each once, and why another is missing: nothing has to be fetched for a study."""
     sets: dict[str, Sets] = {}
     missing = {}
@@ -75,6 +79,7 @@ def persona_sets(probe: ProbeSection) -> tuple[dict[str, Sets], dict[str, str]]:
         (OWN, probe.personas, probe.questions),
         (SHIPPED, SHIPPED, SHIPPED),
         (REGISTERED, REGISTERED, REGISTERED),
+        *((Path(file).stem, file, probe.questions) for file in more),
     ):
         try:
             found = Sets(load_personas(personas), load_questions(questions))

@@ -177,6 +177,11 @@ class ModelOnSet:
         for layer in self.m1:
             require(layer.isdecimal() and len(layer) < 10, f"m1: {layer[:80]!r} is not the number of a layer")
 
+    @property
+    def ratio(self) -> float:
+        """Between- over within-persona variance."""
+        return self.between_variance / self.within_variance
+
 
 @dataclass(frozen=True)
 class SetTransfer:

@@ -191,6 +191,23 @@ def test_a_sum_of_products_adds_in_place_to_its_own_memory_alone() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, (*d_y, *weights), strict=True))
 
 
+def test_a_pass_in_another_precision_leaves_the_weights_where_they_are() -> None:
+    """The fp32 reference of R3F's noise, between two runs: graphs that were recorded go on reading those addresses."""
+    group = layers()
+    fused = FusedLinear(*group)
+    refresh([fused], torch.float64)
+    before = fused.addresses
+    refresh([fused], torch.float32)
+    refresh([fused], torch.float64)
+    assert fused.ready and fused.addresses == before
+    x = torch.randn(9, INPUTS, dtype=torch.float64)
+    for ours, layer in zip(fused(x, None), group, strict=True):
+        assert relative_error(ours, layer(x)) < 1e-10
+    fused.release()  # the control: what is forgotten is laid out anew
+    refresh([fused], torch.float64)
+    assert fused.addresses != before
+
+
 def test_weights_that_begin_to_learn_are_held_once_and_a_copy_stands_alone() -> None:
     group = layers(adapted=(False, False, False))
     fused = FusedLinear(*group)

@@ -13,7 +13,7 @@ from minipersona.errors import UserError
 from minipersona.settings import difference, load_config, override
 from minipersona.study import recipes as recipes_module
 from minipersona.study.recipes import BASELINE_PLACEHOLDER, RESPONSES_PLACEHOLDER, Recipe, check_planned, planned
-from minipersona.study_config import STAGES, StudyConfig, changes
+from minipersona.study_config import STAGES, StudyConfig, TransferSection, changes
 
 # The registered search, typed from the protocol: phase, name, rank, alpha, learning rate, and what else is varied.
 REGISTERED = """
@@ -355,3 +355,14 @@ def test_a_study_config_file_reads_back_equal(shipped: StudyConfig, tmp_path: Pa
 
     (tmp_path / "study.toml").write_text(to_toml(shipped))
     assert load_config(str(tmp_path / "study.toml"), StudyConfig) == shipped
+
+
+def test_what_is_measured_on_other_personas_is_checked_before_the_first_cell(tmp_path: Path) -> None:
+    more = tmp_path / "more.json"
+    more.write_text('{"eval_personas": {"a": "You are a.", "b": "You are b."}}')
+    study = load_config("tiny_study", StudyConfig)
+    check_planned(replace(study, transfer=TransferSection((str(more),), ("2A beta=0.1", "3 r=4 lr=0.001"))))
+    with pytest.raises(UserError, match=r"transfer.recipes: '2A beta=0.5' is not a recipe of this study; --plan lists"):
+        check_planned(replace(study, transfer=TransferSection(recipes=("2A beta=0.5",))))
+    with pytest.raises(UserError, match=r"none\.json"):
+        check_planned(replace(study, transfer=TransferSection(personas=(str(tmp_path / "none.json"),))))

@@ -86,8 +86,9 @@ class FusedLinear:
             and len(adapters) in (0, len(self.layers))
         )
         if not self.ready:
-            self.release()
-            return
+            if any(weight.requires_grad for weight in weights):
+                self.release()  # an optimizer lays such weights out
+            return  # where they lie is kept otherwise, for the passes in their own precision and their graphs
         ranks = [adapter.lora_B.shape[1] for adapter in adapters]
         inputs, width = weights[0].shape[1], weights[0].shape[1] + sum(ranks)
         if self._memory is None or self._memory.shape[1] < width or self._laid_out != self.addresses:
