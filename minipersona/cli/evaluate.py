@@ -33,7 +33,7 @@ def evaluate_options(commands: Any) -> None:
         f"  python evaluate.py --run runs/phase1 --suite behaviour --set samples=20\n\n{FORMS}",
     )
     option = parser.add_argument
-    option("--run", nargs="+", default=[], metavar="DIR", help="directories that train.py made")
+    option("--run", nargs="+", default=[], metavar="DIR", help="what train.py made; of several, their last steps")
     model_options(parser)
     option("--baseline", default="", metavar="RUN", help="the run whose last step sets the loss to compare with")
     option("--heldout", default="", metavar="SOURCE", help="the rows that held-out loss is measured on")
