@@ -18,7 +18,7 @@ from minipersona.geometry.prompts import PersonaSet, load_personas, load_questio
 from minipersona.model.load import architecture
 from minipersona.run import anchors
 from minipersona.run.anchors import anchor_sets, check_anchors, make_contexts, words
-from minipersona.run.plan import context_flops, step_flops
+from minipersona.run.work import step, training
 
 TINY = architecture("tiny")
 COMMON = """a an the i me my you your do does did is are was be been to of and or in on at it its that what how why when
@@ -142,11 +142,15 @@ def test_a_plan_fetches_no_measured_set(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_plan_counts_the_contexts() -> None:
-    plain = step_flops(TINY, RunConfig(DataSection("-", "-")))
-    assert context_flops(TINY, config("kl_on_prompts")) > plain > context_flops(TINY, config(anchor_layers=(7,)))
-    assert context_flops(TINY, config(anchor_layers=(3, 0))) * 2 == pytest.approx(
-        context_flops(TINY, config(anchor_layers=(7,)))
-    )
+    plain = RunConfig(DataSection("-", "-"))
+
+    def context(config: RunConfig) -> float:
+        """Operations that one token of the contexts adds to a step."""
+        return step(TINY, config, 100, 1).products - step(TINY, plain, 100, 0).products
+
+    row, last = training(TINY, plain, 1, 1).products, context(config(anchor_layers=(7,)))
+    assert context(config("kl_on_prompts")) > row > last
+    assert context(config(anchor_layers=(3, 0))) * 2 == pytest.approx(last)
 
 
 def test_a_run_records_its_anchors_and_continues_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
