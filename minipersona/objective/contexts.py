@@ -69,7 +69,7 @@ class Contexts:
     personas: int
     per_step: int
     seed: int
-    by_question: bool = False
+    by_question: bool
     base: Mapping[int, Tensor] = field(default_factory=dict)
 
     @cached_property
