@@ -92,9 +92,12 @@ def _anchor_lines(tokens: int, config: RunConfig) -> list[str]:
     if not config.objective.anchored:
         return []
     personas, questions = anchor_sets(config.objective)
+    most = config.objective.anchor_responses
+    answered = f", with the base's responses of up to {most} tokens" if most else ""
     return [
         f"# anchor     {config.objective.contexts} prompts a step, of {len(personas.prompts)} personas x "
-        f"{len(questions.questions)} questions; {tokens / config.training.steps:,.0f} tokens a step besides"
+        f"{len(questions.questions)} questions{answered}; {'up to ' if most else ''}"
+        f"{tokens / config.training.steps:,.0f} tokens a step besides"
     ]
 
 
@@ -170,27 +173,29 @@ def step_flops(sizes: ModelConfig, config: RunConfig) -> float:
 
 
 def context_tokens(config: RunConfig, tokenizer: ChatTokenizer) -> int:
-    """Tokens of the contexts of all steps; 0 where the objective is not anchored."""
+    """Tokens of the contexts of all steps, responses as long as they may be; 0 where the objective is not anchored."""
     if not config.objective.anchored:
         return 0
     contexts = make_contexts(config, tokenizer)
     taken = (c for step in range(1, config.training.steps + 1) for group in contexts.groups(step) for c in group)
-    return sum(len(contexts.ids[c]) for c in taken)
+    return sum(len(contexts.ids[c]) + config.objective.anchor_responses for c in taken)
 
 
 def assumed_context_tokens(config: RunConfig) -> int:
     """The same, where the prompts cannot be counted."""
     section = config.objective
-    return section.anchored * section.contexts * CONTEXT_TOKENS * config.training.steps
+    tokens = CONTEXT_TOKENS + section.anchor_responses
+    return section.anchored * section.contexts * tokens * config.training.steps
 
 
 def context_flops(sizes: ModelConfig, config: RunConfig) -> float:
-    """The same as `step_flops` for a token of a step's contexts. KL passes them through the base too; the other anchors
-    stop after the last anchored block, and their pass through the base, once a run, is left out.
+    """The same as `step_flops` for a token of a step's contexts. KL passes them through the base too, and once more to
+    generate responses; the other anchors stop after the last anchored block, and their pass through the base, once a
+    run, is left out.
     """
     plain = step_flops(sizes, replace(config, objective=ObjectiveSection()))
     if config.objective.kind == "kl_on_prompts":
-        return plain + 2 * sizes.matmul_parameters
+        return plain + (4 if config.objective.anchor_responses else 2) * sizes.matmul_parameters
     blocks = max(config.objective.anchor_layers or (sizes.probe_layer,)) + 1
     head = sizes.hidden_size * sizes.vocab_size
     return plain * (1 - head / sizes.matmul_parameters) * blocks / sizes.num_hidden_layers
