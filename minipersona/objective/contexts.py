@@ -106,7 +106,9 @@ class Contexts:
         lengths = [sum(len(self.ids[c]) for c in group) for group in groups]
         count, tokens = sum(map(len, groups)), sum(lengths)
         held = sum(int(self.responses[c].sum()) for group in groups for c in group) if self.responses else tokens
-        per_context, per_token = torch.tensor([batch.supervised / count, batch.supervised / held], dtype=torch.float64)
+        # The loop also makes the batch after the last step, for whose contexts there may be no responses.
+        parts = [batch.supervised / count, batch.supervised / max(1, held)]
+        per_context, per_token = torch.tensor(parts, dtype=torch.float64)
         own = balance(lengths, size)[rank]
         packs: list[Pack] = []
         for share in filter(None, assign_to_packs([lengths[i] for i in own], pack_tokens)):
