@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo study real test test-all check tiny clean
+.PHONY: demo study real test suite test-all check tiny clean
 
 demo: $(VENV)/installed  ## phase 1 of the study on the embedded model, then its table
 	$(BIN)/python train.py --config configs/tiny_phase1.toml
@@ -18,7 +18,11 @@ study: $(VENV)/installed-report  ## the whole search on the embedded model, its 
 real: $(VENV)/installed-real  ## a real chat model of 135 M parameters: fetched, fine-tuned and judged
 	$(BIN)/python -m minipersona.cli.real
 
-test: check  ## the whole test suite
+test: $(VENV)/installed-dev  ## style, types and the whole test suite, the types while the tests run
+	$(MAKE) --jobs 2 check suite
+
+suite: export PYTHONDONTWRITEBYTECODE =  # else each of some hundred processes compiles the package anew
+suite: $(VENV)/installed-dev  ## the whole test suite
 	$(BIN)/python -m pytest -n auto --dist loadscope
 
 test-all: check  ## the same and what takes half a minute and more: a Ray cluster, every rank as the culprit

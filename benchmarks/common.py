@@ -75,31 +75,20 @@ def our_model(name: str) -> Qwen2:
 
 
 def their_model(model: Qwen2) -> Any:
-    """transformers' model of the same architecture on the GPU, with the same weights where they are cheap to copy."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    """transformers' model of the same architecture on the same device, in the same precision, with the same weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    sizes = model.config
-    config = Qwen2Config(
-        hidden_size=sizes.hidden_size,
-        intermediate_size=sizes.intermediate_size,
-        num_hidden_layers=sizes.num_hidden_layers,
-        num_attention_heads=sizes.num_attention_heads,
-        num_key_value_heads=sizes.num_key_value_heads,
-        vocab_size=sizes.vocab_size,
-        tie_word_embeddings=sizes.tie_word_embeddings,
-        rope_theta=sizes.rope_theta,
-        rms_norm_eps=sizes.rms_norm_eps,
-    )
+    config = AutoConfig.for_model(**model.config.to_json())
     with torch.device("meta"):
-        theirs = Qwen2ForCausalLM(config).to(torch.bfloat16)
-    theirs = theirs.to_empty(device="cuda")
+        theirs = AutoModelForCausalLM.from_config(config, dtype=model.compute_dtype)
+    theirs = theirs.to_empty(device=model.device)
+    theirs.tie_weights()
     ours = {name: parameter for name, parameter in model.named_parameters() if "adapter" not in name}
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
             parameter.copy_(ours[name])
-    rotary = theirs.model.rotary_emb  # its buffers are computed, not loaded
-    rotary.inv_freq = sizes.rope_theta ** -(torch.arange(0, sizes.head_dim, 2, device="cuda") / sizes.head_dim)
-    rotary.original_inv_freq = rotary.inv_freq
+    # The rotary buffers are computed, not loaded.
+    theirs.model.rotary_emb = type(theirs.model.rotary_emb)(config=config).to(model.device)
     return theirs.eval()
 
 

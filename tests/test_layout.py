@@ -150,10 +150,14 @@ def loaded_by(code: str, module: str) -> bool:
 
 
 def test_what_is_dear_to_import_waits_until_it_is_needed() -> None:
-    """--help imports no torch, and the library no compiler (more than a second) where there is no GPU."""
+    """--help imports no torch, and neither the library nor a training pass a compiler (1.5 s) where there is no GPU."""
     helps = "from minipersona.cli import main\ntry:\n    main(['study', '--help'])\nexcept SystemExit:\n    pass"
     assert not loaded_by(helps, "torch")
     library = "from minipersona import extract, load_model, m1"
     assert loaded_by(library, "torch")  # the control
+    training = (
+        "import torch; from minipersona import apply_lora, load_model; from minipersona.config import LoraConfig\n"
+        "apply_lora(load_model('tiny'), LoraConfig()).logits(torch.zeros(1, 2, dtype=torch.long)).sum().backward()"
+    )
     if not torch.cuda.is_available():
-        assert not loaded_by(library, "torch._dynamo")
+        assert not loaded_by(library, "torch._dynamo") and not loaded_by(training, "torch._dynamo")

@@ -43,7 +43,7 @@ def study(options: argparse.Namespace) -> None:
     if options.plan:
         from minipersona.study.plan import study_plan
 
-        print(study_plan(config, stages), end="")
+        print(study_plan(config, stages, gpus(options.gpus) if options.gpus else ()), end="")
         return
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("study.py is not started by torchrun: a cell is one process; use --gpus all")

@@ -130,6 +130,7 @@ class Anchored(ABC):
 
     weight: float  # w
     contexts: Contexts
+    likelihood: float = field(default=1.0, kw_only=True)  # factor of the cross-entropy
     terms: ClassVar[tuple[str, ...]] = ("loss", "cross_entropy", "anchor")
     copies: ClassVar[int] = 1
 
@@ -139,7 +140,8 @@ class Anchored(ABC):
             loss = self.weight * anchor
             return loss, torch.stack([loss, torch.zeros_like(loss), anchor]).detach()
         loss, terms = CrossEntropy()(model, pack, forward)
-        return loss, torch.cat([terms, terms.new_zeros(1)])
+        loss = self.likelihood * loss
+        return loss, torch.cat([loss.detach().view(1), terms[1:], terms.new_zeros(1)])
 
     @abstractmethod
     def anchor(self, model: Qwen2, pack: ContextPack, forward: ForwardPass) -> Tensor:

@@ -56,7 +56,8 @@ class Objective(Protocol):
     """Maps a model, a pack on the CPU and a forward pass to the summed loss, (), and all summed terms, (K,).
 
     Only the loss, which is also the first term, carries a gradient. The caller divides the sums, once a step. An
-    objective is a dataclass: with another `weight`, `dataclasses.replace` makes another objective of it.
+    objective with a penalty is a dataclass of which `dataclasses.replace` makes another one: with `weight` 0 the
+    cross-entropy alone, with `likelihood` 0 the penalty alone.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
@@ -66,7 +67,7 @@ class Objective(Protocol):
 
     @property
     def weight(self) -> float:
-        """Of the penalty that is added to the cross-entropy; at 0 the objective is the cross-entropy."""
+        """Of the penalty that is added to the cross-entropy."""
         ...
 
     def __call__(self, model: Qwen2, pack: Pack, forward: ForwardPass) -> tuple[Tensor, Tensor]: ...

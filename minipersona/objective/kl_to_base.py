@@ -45,6 +45,7 @@ class KLToBase:
     weight: float
     direction: Direction
     frozen: Qwen2 | None = None
+    likelihood: float = 1.0  # factor of the cross-entropy
     terms: ClassVar[tuple[str, ...]] = ("loss", "cross_entropy", "kl")
     copies: ClassVar[int] = 1
 
@@ -56,7 +57,7 @@ class KLToBase:
             reference = Reference(base(pack)[pack.supervised], base.lm_head.weight)
         return kl_to_base(
             forward.states(model, pack, keys), model.lm_head.weight, pack.targets[pack.supervised], reference,
-            beta=self.weight, direction=self.direction, compiled=forward.compiled,
+            beta=self.weight, likelihood=self.likelihood, direction=self.direction, compiled=forward.compiled,
         )  # fmt: skip
 
 
@@ -76,6 +77,7 @@ def kl_to_base(
     base: Reference,
     *,
     beta: float,
+    likelihood: float = 1.0,
     direction: Direction = "symmetric",
     chunk: int = CHUNK,
     compiled: bool = False,
@@ -86,20 +88,23 @@ def kl_to_base(
     weight    (V, D) of its head, in any precision
     targets   (N,) int64
     base      the base's states of the same tokens, and its head
+    likelihood  factor of the cross-entropy in the loss
     """
     return through_head(
-        _rule, [hidden], weight, targets, chunk=chunk, compiled=compiled, reference=base, beta=beta, direction=direction
-    )
+        _rule, [hidden], weight, targets, chunk=chunk, compiled=compiled, reference=base, beta=beta,
+        likelihood=likelihood, direction=direction,
+    )  # fmt: skip
 
 
 def _rule(
-    logits: Tensor, base_logits: Tensor, targets: Tensor, *, beta: float, direction: Direction, dtype: torch.dtype
-) -> tuple[Tensor, tuple[Tensor]]:
+    logits: Tensor, base_logits: Tensor, targets: Tensor, *, beta: float, likelihood: float, direction: Direction,
+    dtype: torch.dtype,
+) -> tuple[Tensor, tuple[Tensor]]:  # fmt: skip
     log_p, log_q = log_probabilities(logits), log_probabilities(base_logits)  # (C, V)
     cross_entropy, ce_slope = loss_and_slope(log_p, targets)
     divergence, kl_slope = divergence_and_slope(log_p, log_q, direction)
-    terms = torch.stack([cross_entropy + beta * divergence, cross_entropy, divergence])
-    return terms, ((ce_slope + beta * kl_slope).to(dtype),)
+    terms = torch.stack([likelihood * cross_entropy + beta * divergence, cross_entropy, divergence])
+    return terms, ((likelihood * ce_slope + beta * kl_slope).to(dtype),)
 
 
 def divergence_and_slope(log_p: Tensor, log_q: Tensor, direction: Direction) -> tuple[Tensor, Tensor]:

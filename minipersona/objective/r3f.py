@@ -42,6 +42,7 @@ class R3F:
     weight: float
     noise: NoiseKind
     epsilon: float
+    likelihood: float = 1.0  # factor of the cross-entropy
     terms: ClassVar[tuple[str, ...]] = ("loss", "cross_entropy", "kl")
     copies: ClassVar[int] = 2
 
@@ -51,12 +52,15 @@ class R3F:
         states = forward.states(model, twice(pack), keys.repeat(2), add_to_second_half(noise))  # (2N, D)
         clean, noisy = states.chunk(2)
         targets = pack.targets[pack.supervised]
-        return r3f(clean, noisy, model.lm_head.weight, targets, lam=self.weight, compiled=forward.compiled)
+        return r3f(
+            clean, noisy, model.lm_head.weight, targets, lam=self.weight, likelihood=self.likelihood,
+            compiled=forward.compiled,
+        )  # fmt: skip
 
 
 def r3f(
-    clean: Tensor, noisy: Tensor, weight: Tensor, targets: Tensor, *, lam: float, chunk: int = CHUNK,
-    compiled: bool = False,
+    clean: Tensor, noisy: Tensor, weight: Tensor, targets: Tensor, *, lam: float, likelihood: float = 1.0,
+    chunk: int = CHUNK, compiled: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The summed loss (), and (loss, cross-entropy, KL_S before lambda), (3,), summed, in nats, without gradient.
 
@@ -64,19 +68,22 @@ def r3f(
     weight         (V, D) of the head, in any precision
     targets        (N,) int64
     lam            lambda
+    likelihood     factor of the cross-entropy in the loss
     """
-    return through_head(_rule, [clean, noisy], weight, targets, chunk=chunk, compiled=compiled, lam=lam)
+    return through_head(
+        _rule, [clean, noisy], weight, targets, chunk=chunk, compiled=compiled, lam=lam, likelihood=likelihood
+    )
 
 
 def _rule(
-    clean: Tensor, noisy: Tensor, targets: Tensor, *, lam: float, dtype: torch.dtype
+    clean: Tensor, noisy: Tensor, targets: Tensor, *, lam: float, likelihood: float, dtype: torch.dtype
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     log_p, log_q = log_probabilities(clean), log_probabilities(noisy)  # (C, V)
     cross_entropy, ce_slope = loss_and_slope(log_p, targets)
     divergence, clean_slope = divergence_and_slope(log_p, log_q, "symmetric")
     _, noisy_slope = divergence_and_slope(log_q, log_p, "symmetric")
-    terms = torch.stack([cross_entropy + lam * divergence, cross_entropy, divergence])
-    return terms, ((ce_slope + lam * clean_slope).to(dtype), (lam * noisy_slope).to(dtype))
+    terms = torch.stack([likelihood * cross_entropy + lam * divergence, cross_entropy, divergence])
+    return terms, ((likelihood * ce_slope + lam * clean_slope).to(dtype), (lam * noisy_slope).to(dtype))
 
 
 def embedding_noise(tokens: Tensor, kind: NoiseKind, epsilon: float, channels: int) -> Tensor:

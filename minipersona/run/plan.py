@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import re
 import shutil
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,23 +11,27 @@ from pathlib import Path
 import torch
 
 from minipersona.chat import ChatTokenizer, Document
-from minipersona.config import DataSection, ExecutionSection, ObjectiveSection, RunConfig
+from minipersona.config import DataSection, ExecutionSection, RunConfig
 from minipersona.corpus.batch import RowOrder
 from minipersona.corpus.sources import source_identity
 from minipersona.corpus.training_set import TrainingSet, training_set
 from minipersona.errors import Unreachable
+from minipersona.geometry.extraction import common_prefixes, render_prompts
+from minipersona.geometry.prompts import load_personas, load_questions
 from minipersona.model.config import ModelConfig
 from minipersona.model.load import architecture_offline
 from minipersona.objective.head import CHUNK
 from minipersona.run.anchors import anchor_sets, check_anchors, make_contexts
 from minipersona.run.resources import compiles, load_run_tokenizer, resolve
+from minipersona.run.times import Counts, Times, checkpoint_bytes, run_times, state_bytes
+from minipersona.run.work import Machine, learned_parameters, measure_machine
 from minipersona.settings import to_toml
 
-# Of the matmul rate measured on the spot, the share that a training step reaches. From docs/log.md.
-EFFICIENCY = {"cuda": 0.6, "cpu": 0.3}
 GIB = 2**30
 ROW_TOKENS = 450  # assumed of a row that is not here to be counted
 CONTEXT_TOKENS = 60  # likewise, of a prompt that an anchor passes
+PROMPT_TOKENS = 18  # likewise, of a prompt that is measured beyond what the prompts of its persona share
+HELDOUT_ROWS = 500  # assumed of held-out rows that are not here to be counted
 LOCAL = ("tiny:", "jsonl:", "parquet:", "pydoc:")  # sources that are read without a download
 PROMPTS = 12 * 240  # of the shipped and of the registered sets
 TULU_GB = 1.4  # allenai/tulu-3-sft-mixture as it is stored, in parquet
@@ -48,26 +50,25 @@ def plan(config: RunConfig) -> str:
         check_anchors(config, sizes)
         tokenizer = load_run_tokenizer(config.model)
         training = training_set(countable(config.data), config.seed, tokenizer)
-    except Unreachable as error:
-        lengths, largest = assumed_lengths(config)
-        rows, about = [f"# data       {assumption(str(error))}"], "about "
-        beside = assumed_context_tokens(config)
-    else:
-        lengths, largest = step_lengths(training.documents, config), largest_pack(training.documents, config)
+        counts, largest = count(config, training.documents, tokenizer), largest_pack(training.documents, config)
         rows, about = _data_lines(training, config), ""
-        beside = context_tokens(config, tokenizer)
+    except Unreachable as error:
+        counts, largest = assumed_counts(config)
+        rows, about = [f"# data       {assumption(str(error))}"], "about "
+    machine = measure_machine(config, sizes, device)
+    tokens, steps = sum(counts.steps), len(counts.steps)
     lines = [
         to_toml(config).rstrip(),
         "",
         f"# model      {sizes.parameters / 1e6:,.1f} million parameters, {sizes.num_hidden_layers} blocks; "
         f"measured at layer {config.probe.measured(sizes.probe_layer)[0]}",
         *rows,
-        f"# training   {len(lengths):,} steps of {config.training.batch} rows, {about}{sum(lengths):,} tokens, "
-        f"{sum(lengths) / len(lengths):,.0f} a step",
-        *_anchor_lines(beside, config),
+        f"# training   {steps:,} steps of {config.training.batch} rows, {about}{tokens:,} tokens, "
+        f"{tokens / steps:,.0f} a step",
+        *_anchor_lines(counts.contexts, config),
         f"# memory     {memory_bytes(sizes, config, device, largest) / GIB:.1f} GiB on {device}, for packs of "
         f"{largest:,} tokens",
-        _time_line(step_flops(sizes, config) * sum(lengths) + context_flops(sizes, config) * beside, device),
+        *time_lines(run_times(sizes, config, counts, machine), config, machine),
         *disk_lines(kept_bytes(sizes, config) + rolling_bytes(sizes, config), config.out),
     ]
     return "\n".join(lines) + "\n"
@@ -88,7 +89,7 @@ def _data_lines(training: TrainingSet, config: RunConfig) -> list[str]:
     ]
 
 
-def _anchor_lines(tokens: int, config: RunConfig) -> list[str]:
+def _anchor_lines(tokens: float, config: RunConfig) -> list[str]:
     if not config.objective.anchored:
         return []
     personas, questions = anchor_sets(config.objective)
@@ -101,13 +102,21 @@ def _anchor_lines(tokens: int, config: RunConfig) -> list[str]:
     ]
 
 
-def _time_line(flops: float, device: str) -> str:
-    product, reached = matmul_rate(device), EFFICIENCY[device]
-    return (
-        f"# time       {duration(flops / (product * reached))} of training, estimated from the matmul rate of this "
-        f"machine ({product / 1e12:.2f} TFLOP/s, of which a step reaches about {reached:.0%}); "
-        "loading, compiling and measuring come on top"
-    )
+def time_lines(times: Times, config: RunConfig, machine: Machine) -> list[str]:
+    """What a plan says of time."""
+    parts = {
+        "starting": times.starting,
+        f"loading {config.model.name}": times.loading,
+        "compiling": times.compiling,
+        "recording CUDA graphs": times.recording,
+        "tokenising": times.reading,
+        "generating responses": times.responding,
+        f"{config.training.steps:,} steps of {times.step:.3f} s": times.training,
+        f"{times.measurements} measurements": times.measuring,
+        "writing": times.writing,
+    }
+    said = ", ".join(f"{what} {duration(seconds)}" for what, seconds in parts.items() if seconds >= 0.5)
+    return [f"# time       {duration(times.total)} on {machine}", f"#            {said}"]
 
 
 # ---------------------------------------------------------------- shared with the plan of a study
@@ -136,15 +145,43 @@ def largest_pack(documents: Sequence[Document], config: RunConfig) -> int:
     return min(max(step_lengths(documents, config)), max(config.training_tokens, max(len(d) for d in documents)))
 
 
-def assumed_lengths(config: RunConfig) -> tuple[list[int], int]:
-    """Tokens of every step, and of the largest pack, where the rows are not here to be counted.
+def count(config: RunConfig, documents: Sequence[Document], tokenizer: ChatTokenizer) -> Counts:
+    """The tokens of a run on these rows."""
+    return Counts(
+        step_lengths(documents, config), context_tokens(config, tokenizer), *measured_tokens(config, tokenizer)
+    )
+
+
+def assumed_counts(config: RunConfig) -> tuple[Counts, int]:
+    """The same, and the tokens of the largest pack, where the rows are not here to be counted.
 
     UserError where a source is malformed, or a local file is missing.
     """
     for source in filter(None, (config.data.train, config.data.heldout, config.data.broad)):
         source_identity(source)
-    tokens = config.training.batch * ROW_TOKENS
-    return [tokens] * config.training.steps, min(tokens, config.training_tokens)
+    tokens, section = config.training.batch * ROW_TOKENS, config.objective
+    contexts = section.anchored * section.contexts * (CONTEXT_TOKENS + section.anchor_responses)
+    counts = Counts(
+        [tokens] * config.training.steps,
+        contexts * config.training.steps,
+        PROMPTS * PROMPT_TOKENS,
+        2 * HELDOUT_ROWS * ROW_TOKENS,
+    )
+    return counts, min(tokens, config.training_tokens)
+
+
+def measured_tokens(config: RunConfig, tokenizer: ChatTokenizer) -> tuple[int, int]:
+    """Tokens that a measurement computes: of the prompts, what a persona's share once, and of the held-out rows, as
+    they are and under the personas. Where they cannot be counted here, as many as are assumed.
+    """
+    try:
+        questions = load_questions(config.probe.questions).questions
+        prompts = render_prompts(tokenizer, load_personas(config.probe.personas).prompts, questions)
+        heldout = training_set(replace(config.data, train=config.data.heldout), 0, tokenizer).documents
+    except Unreachable:
+        return PROMPTS * PROMPT_TOKENS, 2 * HELDOUT_ROWS * ROW_TOKENS
+    shared = sum(common_prefixes([prompt.ids for prompt in prompts], len(questions))) * (len(questions) - 1)
+    return sum(map(len, prompts)) - shared, 2 * sum(map(len, heldout))
 
 
 def assumption(why: str) -> str:
@@ -161,17 +198,6 @@ def to_fetch(data: DataSection) -> list[str]:
     return [said, whole] if re.fullmatch(r"tulu(\[\d*:(:\d*)?\])?", data.broad) else [said]
 
 
-def step_flops(sizes: ModelConfig, config: RunConfig) -> float:
-    """Floating-point operations a training token: forward 2 a weight, backward 2 for the input and, where the weight
-    learns, 2 for the weight; a recomputed forward pass 2 more. KL to the base is another forward pass, R3F all of it
-    twice. LoRA's own and attention's are left out.
-    """
-    per_weight = 4 if config.training.method == "lora" else 6
-    per_weight += 2 * config.execution.checkpoint_activations
-    kind = config.objective.kind
-    return (2 * per_weight if kind == "r3f" else per_weight + 2 * (kind == "kl_to_base")) * sizes.matmul_parameters
-
-
 def context_tokens(config: RunConfig, tokenizer: ChatTokenizer) -> int:
     """Tokens of the contexts of all steps, responses as long as they may be; 0 where the objective is not anchored."""
     if not config.objective.anchored:
@@ -181,39 +207,10 @@ def context_tokens(config: RunConfig, tokenizer: ChatTokenizer) -> int:
     return sum(len(contexts.ids[c]) + config.objective.anchor_responses for c in taken)
 
 
-def assumed_context_tokens(config: RunConfig) -> int:
-    """The same, where the prompts cannot be counted."""
-    section = config.objective
-    tokens = CONTEXT_TOKENS + section.anchor_responses
-    return section.anchored * section.contexts * tokens * config.training.steps
-
-
-def context_flops(sizes: ModelConfig, config: RunConfig) -> float:
-    """The same as `step_flops` for a token of a step's contexts. KL passes them through the base too, and once more to
-    generate responses; the other anchors stop after the last anchored block, and their pass through the base, once a
-    run, is left out.
-    """
-    plain = step_flops(sizes, replace(config, objective=ObjectiveSection()))
-    if config.objective.kind == "kl_on_prompts":
-        return plain + (4 if config.objective.anchor_responses else 2) * sizes.matmul_parameters
-    blocks = max(config.objective.anchor_layers or (sizes.probe_layer,)) + 1
-    head = sizes.hidden_size * sizes.vocab_size
-    return plain * (1 - head / sizes.matmul_parameters) * blocks / sizes.num_hidden_layers
-
-
-def adapter_parameters(sizes: ModelConfig, config: RunConfig) -> int:
-    """Parameters of the adapters that the config asks for."""
-    d, f, q, k = sizes.hidden_size, sizes.intermediate_size, sizes.query_width, sizes.key_width
-    widths = {"q_proj": d + q, "k_proj": d + k, "v_proj": d + k, "o_proj": q + d, "gate_proj": d + f, "up_proj": d + f,
-              "down_proj": f + d}  # fmt: skip
-    blocks = len(config.lora.adapted_blocks(sizes.num_hidden_layers))
-    return blocks * config.lora.rank * sum(widths[name] for name in config.lora.targets)
-
-
 def memory_bytes(sizes: ModelConfig, config: RunConfig, device: str, tokens: int) -> float:
     """Bytes at the peak of a step: weights, masters with gradient and moments, activations or one chunk of logits."""
     compute = 2 if config.model.dtype == "bfloat16" or (config.model.dtype == "auto" and device == "cuda") else 4
-    learned = adapter_parameters(sizes, config) if config.training.method == "lora" else sizes.parameters
+    learned = learned_parameters(sizes, config)
     weights = (sizes.parameters * compute if config.training.method == "lora" else 0) + 16 * learned
     d, f, q, k = sizes.hidden_size, sizes.intermediate_size, sizes.query_width, sizes.key_width
     # A token's tensors that one block keeps for its backward pass, and, recomputed, needs within it. Both factors are
@@ -229,11 +226,6 @@ def memory_bytes(sizes: ModelConfig, config: RunConfig, device: str, tokens: int
     return weights + max(tokens * kept * fused, tokens * stream + logits) + (heads - 1) * logits
 
 
-def checkpoint_bytes(sizes: ModelConfig, config: RunConfig) -> int:
-    """Bytes of one named checkpoint."""
-    return 4 * adapter_parameters(sizes, config) if config.training.method == "lora" else 2 * sizes.parameters
-
-
 def kept_bytes(sizes: ModelConfig, config: RunConfig) -> int:
     """Bytes of what a finished run keeps: each named checkpoint, its vectors and the base's."""
     vectors = vectors_bytes(sizes, config)
@@ -247,8 +239,7 @@ def vectors_bytes(sizes: ModelConfig, config: RunConfig) -> int:
 
 def rolling_bytes(sizes: ModelConfig, config: RunConfig) -> int:
     """Bytes that a run needs besides while it goes on: the rolling checkpoint, and the one that replaces it."""
-    learned = adapter_parameters(sizes, config) if config.training.method == "lora" else sizes.parameters
-    return 2 * 12 * learned  # a master and two moments in fp32
+    return 2 * state_bytes(sizes, config)
 
 
 def disk_lines(needed: int, out: str) -> list[str]:
@@ -257,20 +248,6 @@ def disk_lines(needed: int, out: str) -> list[str]:
     line = f"# disk       {needed / GIB:.2f} GiB of checkpoints and vectors; {free / GIB:.1f} GiB are free"
     warning = "# WARNING    that does not fit on the disk; free some space, choose another --out or fewer checkpoints"
     return [line, warning] if needed > free else [line]
-
-
-def matmul_rate(device: str) -> float:
-    """Floating-point operations a second of a large matrix product, measured now."""
-    size, dtype = (8192, torch.bfloat16) if device == "cuda" else (1024, torch.float32)
-    a = torch.randn(size, size, device=device, dtype=dtype)
-    best = math.inf
-    for _ in range(4):
-        started = time.perf_counter()
-        a @ a
-        if device == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best
 
 
 def duration(seconds: float) -> str:

@@ -15,6 +15,7 @@ from minipersona.errors import UserError
 from minipersona.hub import pinned_revision
 from minipersona.model.acceleration.compiler import compile_blocks
 from minipersona.model.adapter_files import load_adapter
+from minipersona.model.config import ModelConfig
 from minipersona.model.load import load_model
 from minipersona.model.lora import remove_lora
 from minipersona.model.network import Qwen2
@@ -48,7 +49,8 @@ class Resources:
     def graphs(self, config: RunConfig) -> Graphs | None:
         """The graphs of the model's training passes, where the config trains by them."""
         model = self.model(config)
-        return self._keep("graphs", model, lambda: Graphs(model)) if uses_graphs(config, model) else None
+        wanted = uses_graphs(config, model.device, model.config)
+        return self._keep("graphs", model, lambda: Graphs(model)) if wanted else None
 
     def instruments(self, config: RunConfig) -> Instruments:
         """The config's instruments."""
@@ -96,12 +98,12 @@ def compiles(config: RunConfig, device: torch.device) -> bool:
     return wanted and config.execution.fused
 
 
-def uses_graphs(config: RunConfig, model: Qwen2) -> bool:
+def uses_graphs(config: RunConfig, device: torch.device, sizes: ModelConfig) -> bool:
     """Whether training passes are CUDA graphs. UserError where a config asks for them on a CPU."""
-    wanted, cuda = config.execution.graphs, model.device.type == "cuda"
+    wanted, cuda = config.execution.graphs, device.type == "cuda"
     if wanted == "on" and not cuda:
         raise UserError('execution.graphs = "on": only a CUDA device has graphs; leave it out, or set it to "off"')
-    pays = compiles(config, model.device) and model.config.matmul_parameters < SMALL
+    pays = compiles(config, device) and sizes.matmul_parameters < SMALL
     return cuda and config.execution.fused and (wanted == "on" or (wanted == "auto" and pays))
 
 

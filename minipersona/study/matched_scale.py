@@ -138,18 +138,21 @@ def midpoint(points: Sequence[Scaled], loss: float) -> float:
 
 
 def interpolated(points: Sequence[Scaled], loss: float) -> float:
-    """The scale between those two points at which the cubic through them and a point on either side has the loss."""
+    """The scale between those two points at which the cubic through them and a point on either side has the loss.
+
+    The cubic is of log loss, which bends less where the loss falls fastest.
+    """
     i = bracket(points, loss)
     around = points[max(0, i - 1) : i + 3]
 
     def cubic(scale: float) -> float:  # Lagrange's form
         factors = [math.prod((scale - b.scale) / (a.scale - b.scale) for b in around if b is not a) for a in around]
-        return sum(factor * point.loss for factor, point in zip(factors, around, strict=True))
+        return sum(factor * math.log(point.loss) for factor, point in zip(factors, around, strict=True))
 
     low, high = points[i].scale, points[i + 1].scale
     for _ in range(50):
         middle = (low + high) / 2
-        low, high = (middle, high) if cubic(middle) > loss else (low, middle)
+        low, high = (middle, high) if cubic(middle) > math.log(loss) else (low, middle)
     return high
 
 

@@ -159,9 +159,17 @@ def search(engine: Engine, stages: Sequence[str]) -> None:
         engine.console.say(f"calibration failed: {calibration.reason}")
         if not study.config.exhaustive:
             return
-    engine.complete([TrainCell(study, study.baseline)])
+    due = [cell for cell in study.cells if stage_of(cell) in ("1", *stages) and not confirms(cell)]
+    beside: list[Job] = [AskVoice(study)]  # what is asked of the base whatever comes of the baseline
+    if study.config.exhaustive:
+        beside += writing(study, due)
+    engine.complete([TrainCell(study, study.baseline), *beside])
     if not study.published(study.baseline):
         return  # without it nothing can be judged
+    if study.config.exhaustive:  # no pass ends the search, so that no phase waits for another
+        run_stage(engine, due)
+        confirm(engine)
+        return
     chosen = set(stages) < set(STAGES)
     ends = ENDS if study.config.confirmations else (*ENDS, "unconfirmed")
     ended = False
@@ -172,17 +180,21 @@ def search(engine: Engine, stages: Sequence[str]) -> None:
         elif stage in ("1", *stages):
             run_stage(engine, cells)
             confirm(engine)
-            if not study.config.exhaustive:
-                ended = ended or decide(read_study(study.directory)).verdict in ends
+            ended = ended or decide(read_study(study.directory)).verdict in ends
 
 
 def run_stage(engine: Engine, cells: Sequence[Cell]) -> None:
-    """All cells of a phase; first those that need neither what the base model writes nor the unmixed cell."""
-    written = [cell for cell in cells if cell.recipe.config.data.responses]
-    writing = {job.id: job for job in (WriteResponses(engine.study, cell) for cell in written)}
-    later = [cell for cell in cells if cell in written or cell.recipe.against_unmixed]
-    engine.complete([*writing.values(), *[TrainCell(engine.study, cell) for cell in cells if cell not in later]])
-    engine.complete([TrainCell(engine.study, cell) for cell in later])
+    """All of these cells; first those that need neither what the base model writes nor the unmixed cell."""
+    study = engine.study
+    later = [cell for cell in cells if cell.recipe.config.data.responses or cell.recipe.against_unmixed]
+    engine.complete([*writing(study, cells), *[TrainCell(study, cell) for cell in cells if cell not in later]])
+    engine.complete([TrainCell(study, cell) for cell in later])
+
+
+def writing(study: Study, cells: Sequence[Cell]) -> list[WriteResponses]:
+    """What the base model writes for these cells, each once."""
+    jobs = [WriteResponses(study, cell) for cell in cells if cell.recipe.config.data.responses]
+    return list({job.id: job for job in jobs}.values())
 
 
 def confirm(engine: Engine) -> None:

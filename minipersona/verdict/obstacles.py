@@ -56,8 +56,8 @@ def _witness(phases: Sequence[str], recipes: Sequence[RecipeResult], cells: Sequ
 def _points(recipes: Sequence[RecipeResult], points: Sequence[JudgedPoint], results: StudyResults) -> list[str]:
     bounds = results.bounds
     taught = [(recipe, row) for recipe in recipes for row in recipe.taught_rows if not row.collapsed]
-    grown = _names([recipe for recipe, row in taught if row.mean_growth])
-    between = _names([recipe for recipe, row in taught if bounds.passing <= row.m1 < bounds.collapsed])
+    grown = _names([(recipe, row) for recipe, row in taught if row.mean_growth])
+    between = _names([(recipe, row) for recipe, row in taught if bounds.passing <= row.m1 < bounds.collapsed])
     below = [(recipe, row) for recipe, row in taught if row.m1 < bounds.passing]
     scaled = sorted(
         point.scale
@@ -115,8 +115,10 @@ def _open(recipes: Sequence[RecipeResult], cells: Sequence[CellResult], results:
     ]
 
 
-def _names(recipes: Sequence[RecipeResult]) -> list[str]:
-    return list(dict.fromkeys(recipe.id for recipe in recipes))
+def _names(rows: Sequence[tuple[RecipeResult, Checkpoint]]) -> list[str]:
+    """The recipes of the rows; of one whose own seeds are not among them, that it is a fresh seed of it."""
+    own = {recipe.id for recipe, row in rows if row in recipe.rows}
+    return list(dict.fromkeys(r.id if r.id in own else f"{r.id} with a fresh seed" for r, _ in rows))
 
 
 def listed(names: Sequence[str], most: int = 5) -> str:

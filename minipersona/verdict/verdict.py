@@ -135,7 +135,9 @@ def judge_study(results: StudyResults) -> Verdict:
     against = obstacles_to_null(recipes, results, comparisons) if kind in ("h_null", "inconclusive") else []
     trade_offs = _trade_offs(recipes, results)
     apart = _beyond(recipes, results, comparisons)
-    said = summary(kind, recipes, best, comparisons, against, trade_offs, results)
+    further = {recipe.id for recipe in recipes if recipe.role == "beyond"}
+    own_trade_offs = [point for point in trade_offs if point.cell not in further]
+    said = summary(kind, recipes, best, comparisons, against, own_trade_offs, results)
     return Verdict(
         verdict=kind,
         recipe=decided.recipe,

@@ -22,7 +22,7 @@ from minipersona.files import append_jsonl, read_jsonl, sweep_temporaries, write
 
 # Forks one child for each call at which to be killed; prints how many calls an undisturbed save makes.
 HARNESS = """
-import os, signal, sys
+import os, shutil, signal, sys, tempfile
 from pathlib import Path
 SETUP
 root, calls, fatal, armed = Path(sys.argv[1]), 0, 0, False
@@ -39,10 +39,11 @@ def sync(descriptor):
     real_sync(descriptor)
     called("open", ())
 os.fsync = sync
+old = Path(tempfile.mkdtemp(dir=root.parent))
+save(old, "old")
 for fatal in range(1, 200):
     where = root / f"{fatal:03}"
-    where.mkdir()
-    save(where, "old")
+    shutil.copytree(old, where)
     child = os.fork()
     if not child:
         armed = True

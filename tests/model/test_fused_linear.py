@@ -58,7 +58,12 @@ def results(computed: object, inputs: Tensor, group: list[Linear]) -> list[Tenso
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("adapted", [(True, True, True), (False, False, False)])
 @pytest.mark.parametrize("lora", [LORA, UNEQUAL], ids=["alike", "unequal"])
-def test_fused_equals_one_by_one(bias: bool, adapted: tuple[bool, ...], lora: AdapterConfig) -> None:
+@pytest.mark.parametrize("operator", [True, False], ids=["operator", "eager"])
+def test_fused_equals_one_by_one(
+    bias: bool, adapted: tuple[bool, ...], lora: AdapterConfig, operator: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the operator, which CUDA and compiled code take, and by what a CPU takes."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: operator)
     group = layers(bias, adapted, lora)
     x = torch.randn(9, INPUTS, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     expected = results(lambda x, keys: [layer(x, keys) for layer in group], x, group)

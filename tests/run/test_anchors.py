@@ -24,7 +24,9 @@ from minipersona.objective.contexts import Contexts
 from minipersona.run import anchors
 from minipersona.run.anchors import anchor_sets, check_anchors, make_contexts, run_contexts, words
 from minipersona.run.directory import ANCHOR_RESPONSES
-from minipersona.run.plan import assumed_context_tokens, context_flops, step_flops
+from minipersona.run.plan import assumed_counts
+from minipersona.run.times import run_times
+from minipersona.run.work import Machine, step, training
 from minipersona.training.distributed import Distributed
 
 TINY = architecture("tiny")
@@ -150,14 +152,29 @@ def test_a_plan_fetches_no_measured_set(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_plan_counts_the_contexts() -> None:
-    plain = step_flops(TINY, RunConfig(DataSection("-", "-")))
-    assert context_flops(TINY, config("kl_on_prompts")) > plain > context_flops(TINY, config(anchor_layers=(7,)))
-    assert context_flops(TINY, config(anchor_layers=(3, 0))) * 2 == pytest.approx(
-        context_flops(TINY, config(anchor_layers=(7,)))
-    )
-    prompts, responses = config("kl_on_prompts"), config("kl_on_prompts", anchor_responses=64)
-    assert context_flops(TINY, responses) - context_flops(TINY, prompts) == 2 * TINY.matmul_parameters  # to generate
-    assert assumed_context_tokens(responses) - assumed_context_tokens(prompts) == 64 * 32 * 375
+    plain = RunConfig(DataSection("-", "-"))
+
+    def context(config: RunConfig) -> float:
+        """Operations that one token of the contexts adds to a step."""
+        return step(TINY, config, 100, 1).products - step(TINY, plain, 100, 0).products
+
+    row, last = training(TINY, plain, 1, 1).products, context(config(anchor_layers=(7,)))
+    assert context(config("kl_on_prompts")) > row > last
+    assert context(config(anchor_layers=(3, 0))) * 2 == pytest.approx(last)
+
+
+def test_a_plan_counts_the_bases_responses() -> None:
+    machine = Machine("cpu", 1e12)
+    found = []
+    for most in (0, 32, 64):
+        asked = config("kl_on_prompts", anchor_responses=most)
+        asked = replace(asked, data=DataSection("tiny:benign[0:9]", "tiny:benign[9:12]"))
+        counts, _ = assumed_counts(asked)
+        found.append((counts.contexts, run_times(TINY, asked, counts, machine)))
+    (prompts, without), (_, half), (contexts, whole) = found
+    assert contexts - prompts == 64 * 32 * 375
+    assert 0 == without.responding < half.responding == whole.responding / 2
+    assert whole.each - without.each == pytest.approx(whole.responding + whole.training - without.training)
 
 
 def test_a_run_records_its_anchors_and_continues_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

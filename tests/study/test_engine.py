@@ -11,10 +11,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import study_jobs
 import torch
+from forking import FORKING
 from hypothesis import given
 from hypothesis import strategies as st
 from small_study import CPU, QUIET, small_study
@@ -24,6 +26,7 @@ from minipersona.console import Console
 from minipersona.errors import DiskFull, Interrupted, UserError
 from minipersona.files import read_jsonl
 from minipersona.locks import lock
+from minipersona.study import executors
 from minipersona.study import worker as worker_module
 from minipersona.study.cell import Study, hash_cells
 from minipersona.study.engine import ATTEMPTS, Defect, Engine
@@ -45,6 +48,12 @@ def study(tmp_path: Path) -> Study:
 @pytest.fixture
 def here() -> Executor:
     return InProcess(CPU, QUIET)
+
+
+@pytest.fixture(autouse=True)
+def _forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers are forked, not spawned as in `test_study_run.py` and `test_study_command.py`."""
+    monkeypatch.setattr(executors, "multiprocessing", SimpleNamespace(get_context=lambda method: FORKING))
 
 
 @contextlib.contextmanager
@@ -223,7 +232,8 @@ def free(directory: Path) -> bool:
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
-def test_a_worker_ends_with_its_driver_and_lets_go_of_its_job(study: Study) -> None:
+def test_a_worker_ends_with_its_driver_and_lets_go_of_its_job(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executors, "multiprocessing", multiprocessing)  # the server is no child of a forked driver
     driver = multiprocessing.get_context("fork").Process(target=_drive, args=(study,))
     driver.start()
     job = FileJob(study, "long", study_jobs.last_long)

@@ -22,7 +22,7 @@ from minipersona.study.cell import Study
 from minipersona.study.engine import Engine
 from minipersona.study.executors import InProcess
 from minipersona.study.jobs import MeasureBase, TrainCell, WriteResponses
-from minipersona.study.model_jobs import AskSuite
+from minipersona.study.model_jobs import AskSuite, AskVoice
 from minipersona.study.search import asked_for, open_study, search
 from minipersona.study.worker import Worker
 from minipersona.study_config import STAGES, RecipeSection, StudyConfig
@@ -50,7 +50,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         write_json(job.study.cell_directory(job.cell) / "cell.json", {})
 
     monkeypatch.setattr(TrainCell, "carry_out", carry_out)
-    for other in (MeasureBase, WriteResponses):
+    for other in (MeasureBase, WriteResponses, AskVoice):
         monkeypatch.setattr(other, "done", lambda job: True)
     return phases
 

@@ -10,8 +10,10 @@ import pytest
 from minipersona.cli import main
 from minipersona.config import RunConfig
 from minipersona.errors import UserError
+from minipersona.run.times import Times
 from minipersona.settings import difference, load_config, override
 from minipersona.study import recipes as recipes_module
+from minipersona.study.plan import wall_seconds
 from minipersona.study.recipes import BASELINE_PLACEHOLDER, RESPONSES_PLACEHOLDER, Recipe, check_planned, planned
 from minipersona.study_config import STAGES, StudyConfig, TransferSection, changes
 
@@ -327,6 +329,29 @@ def test_a_plan_counts_the_answers_that_fall_due(capsys: pytest.CaptureFixture[s
     assert tokens[1] < tokens[0] / 2  # a server's tokens take no time of ours
     without = plan("--set", "suites=[]")  # the control
     assert "0 seconds of them for answers" in line_of(without, "in all ") and " answers, " not in without
+
+
+def test_processes_that_share_a_gpu_wait_for_what_it_computes() -> None:
+    cell = Times(
+        starting=10, loading=1, compiling=20, recording=10, reading=2, responding=0, training=8, measurements=2,
+        measurement=10, writing=5, device=9, step=0.02,
+    )  # fmt: skip
+    assert cell.each == 25  # its base is measured once a study
+    start, new = 10 + 1, 20 + 10
+
+    def wall(devices: str, *phases: str) -> float:
+        """Of phases whose cells are named by their kinds."""
+        return wall_seconds([[(kind, cell) for kind in phase] for phase in phases], devices.split())
+
+    many = "a" * 40
+    assert wall("", many) == wall("0", many) == start + new + 40 * 25
+    assert wall("0 1", many) == start + new + 40 * 25 / 2
+    assert wall("0 0", many) == start + new + 40 * 25 / 2  # the host's part is longer than the device's
+    assert wall("0 0 0 0 0", many) == start + new + 40 * 9  # all wait for the device
+    assert wall("0 0 0 0 0 1 1 1 1 1", many) == start + new + 40 * 9 / 2
+    assert wall("0", "aabbc") == start + 3 * new + 5 * 25
+    assert wall("0 1", "ab") == start + new + 25  # a process has one cell, so one kind
+    assert wall("0 1", "a", "aab") == start + 2 * new + 25 + 3 * 25 / 2  # a phase waits for the one before
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,10 @@
-"""Starts two ranks on the CPU that run a script each, by torchrun or one process at a time."""
+"""Starts two ranks on the CPU that run a script each: by torchrun, or forked from a server."""
 
 from __future__ import annotations
 
 import os
 import re
+import runpy
 import socket
 import subprocess
 import sys
@@ -11,6 +12,8 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from forking import FORKING
 
 ROOT = Path(__file__).parents[2]
 
@@ -116,7 +119,7 @@ def torchrun(command: Sequence[str], fault: Path, variables: Mapping[str, str] |
     return Launch(done.returncode, done.stderr, ended - (fault.stat().st_mtime if fault.exists() else started))
 
 
-# ---------------------------------------------------------------- one process at a time
+# ---------------------------------------------------------------- forked from a server
 
 
 @dataclass(frozen=True)
@@ -133,24 +136,40 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def two_ranks(text: str, scenario: str, out: Path, model: Path | str = "-") -> list[End]:
-    """Run a script as ranks 0 and 1 and wait for both: each one's status and words, which torchrun does not tell."""
-    command = [sys.executable, *script(text, scenario, out, model)]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
-    shared["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # as the commands set it
-    processes = [
-        subprocess.Popen(
-            command,
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+def forked_ranks(text: str, out: Path, arguments: Sequence[str], ranks: int) -> list[End]:
+    """Run a script as so many ranks, without importing torch for each, and wait for them.
+
+    Each one's status and words are told, which torchrun does not tell.
+    """
+    shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    shared |= {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}  # as the commands set it
+    processes = []
+    for rank in range(ranks):
+        script, said = out / f"rank-{rank}.py", out / f"rank-{rank}.stderr"
+        said.touch()
+        variables = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        begin = f"""
+import os, sys
+os.environ.update({variables!r})
+os.dup2(os.open({str(said)!r}, os.O_WRONLY | os.O_TRUNC), 2)
+sys.argv = {[str(script), *arguments]!r}
+"""
+        script.write_text(begin + text)
+        processes.append((FORKING.Process(target=runpy.run_path, args=(str(script), None, "__main__")), said))
     try:
-        said = [process.communicate(timeout=60)[1] for process in processes]
-        return [End(process.returncode, text) for process, text in zip(processes, said, strict=True)]
+        for process, _ in processes:
+            process.start()
+        for process, _ in processes:
+            process.join(120)
+            assert process.exitcode is not None, "a rank hangs"
+        return [End(process.exitcode or 0, said.read_text()) for process, said in processes]
     finally:
-        for process in processes:
+        for process, _ in processes:
             process.kill()
-            process.wait()
+            process.join()
+
+
+def two_ranks(text: str, scenario: str, out: Path, model: Path | str = "-") -> list[End]:
+    """The same of a script after the preamble, as ranks 0 and 1."""
+    out.mkdir(exist_ok=True)
+    return forked_ranks(PREAMBLE + text, out, [scenario, str(out), str(model), "5.0"], 2)

@@ -280,9 +280,9 @@ def test_graphs_are_a_cuda_device_s() -> None:
 
 def test_graphs_are_used_where_kernels_are_short_and_compiled() -> None:
     def used(parameters: float, device: str = "cuda", **execution: Any) -> bool:
+        config = replace(CONFIG, execution=ExecutionSection(**execution))
         sizes = SimpleNamespace(matmul_parameters=parameters)
-        model = SimpleNamespace(device=torch.device(device), config=sizes)
-        return uses_graphs(replace(CONFIG, execution=ExecutionSection(**execution)), model)  # type: ignore[arg-type]
+        return uses_graphs(config, torch.device(device), sizes)  # type: ignore[arg-type]
 
     assert used(1e8) and not used(7e9) and not used(1e8, "cpu")
     assert used(7e9, graphs="on") and used(1e8, graphs="on", compile="off")

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 import torch
 import torch.nn.functional as F
+from anchors import KINDS, anchored, step_batch
 from torch import Tensor
 
 from minipersona.chat import Document, load_tokenizer
 from minipersona.corpus.batch import make_packs, pack_documents
 from minipersona.corpus.sources import read_source, tokenize
 from minipersona.model.load import load_model
-from minipersona.model.lora import adapter_disabled, apply_lora
+from minipersona.model.lora import adapter_disabled, adapters, apply_lora
 from minipersona.model.network import Qwen2
 from minipersona.model.pack import Pack
+from minipersona.objective.contexts import ContextPack
 from minipersona.objective.cross_entropy import CrossEntropy
 from minipersona.objective.head import ForwardPass, Objective
 from minipersona.objective.kl_to_base import KLToBase
@@ -88,35 +89,53 @@ def test_without_its_weight_an_objective_is_plain_cross_entropy(
     assert not all(torch.allclose(a, b, rtol=1e-10, atol=1e-12) for a, b in zip(plain, whole, strict=True))
 
 
-@dataclass(frozen=True)
-class Unrepeatable:
-    """An objective whose passes differ from each other, as those of a GPU do: its gradient has noise of this size."""
-
-    objective: Objective
-    noise: float
-    weight: float = 0.0
-    terms: ClassVar[tuple[str, ...]] = ("loss", "cross_entropy")
-    copies: ClassVar[int] = 1
-
-    def __call__(self, model: Qwen2, pack: Pack, forward: ForwardPass) -> tuple[Tensor, Tensor]:
-        loss, terms = replace(self.objective, weight=self.weight)(model, pack, forward)
-        for parameter in learned(model):
-            loss = loss + self.noise * (torch.randn_like(parameter) * parameter).sum()
-        return loss, terms
-
-
-def test_what_two_equal_passes_differ_by_is_not_the_penalty_s(
-    hf_model: Callable[..., Path], documents: list[Document]
+@pytest.mark.parametrize("objective", [KLToBase(0.5, "symmetric"), R3F(0.5, "normal", 1e-2)])
+def test_without_its_likelihood_an_objective_is_the_penalty(
+    hf_model: Callable[..., Path], documents: list[Document], objective: Objective
 ) -> None:
-    model, packs = adapted(hf_model()), make_packs(documents[:8], range(8), 40)
-    penalty = KLToBase(0.0, "symmetric")
-    weak, strong = ratio(model, replace(penalty, weight=1e-6), packs), ratio(model, replace(penalty, weight=0.5), packs)
-    per_parameter = torch.cat([p.grad.flatten() for p in learned(model) if p.grad is not None]).square().mean().sqrt()
-    noisy = Unrepeatable(penalty, 0.05 * float(per_parameter))
-    torch.manual_seed(0)
-    found = ratio(model, replace(noisy, weight=1e-6), packs)
-    assert weak < 1e-4 and found < 0.02  # of some 0.1 that two passes differ by
-    assert ratio(model, replace(noisy, weight=0.5), packs) == pytest.approx(strong, rel=0.1)
+    model, pack = adapted(hf_model()), pack_documents(documents[:8])
+
+    def gradients(each: Objective) -> list[Tensor]:
+        return list(torch.autograd.grad(each(model, pack, FORWARD)[0], learned(model)))
+
+    whole, plain, alone = map(gradients, (objective, CrossEntropy(), replace(objective, likelihood=0.0)))
+    expected = [a - b for a, b in zip(whole, plain, strict=True)]
+    assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-11) for a, b in zip(alone, expected, strict=True))
+    assert not all(torch.allclose(a, b, rtol=1e-9, atol=1e-11) for a, b in zip(alone, plain, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_ratio_of_an_anchor_is_that_of_its_own_packs(
+    hf_model: Callable[..., Path], documents: list[Document], kind: str
+) -> None:
+    model = adapted(hf_model())
+    objective = anchored(kind, 0.7, load_model(str(hf_model()), dtype=torch.float64, device="cpu"))
+    packs = step_batch(objective, documents).packs
+
+    def norm(packs: Sequence[Pack]) -> float:
+        total = torch.stack([objective(model, pack, FORWARD)[0] for pack in packs]).sum()
+        found = torch.autograd.grad(total, learned(model), allow_unused=True)  # an anchor stops after its last block
+        return float(torch.cat([g.flatten() for g in found if g is not None]).norm())
+
+    rows, contexts = ([pack for pack in packs if isinstance(pack, ContextPack) == is_context] for is_context in (0, 1))
+    assert ratio(model, objective, packs) == pytest.approx(norm(contexts) / norm(rows), rel=1e-9)
+
+
+def test_rounding_in_bf16_is_not_the_penalty_s() -> None:
+    """A penalty of next to nothing changes the gradient by what roundings add up to, and its own gradient is tiny."""
+    model = apply_lora(load_model("tiny", dtype=torch.bfloat16, device="cpu"), LORA)
+    for adapter in adapters(model).values():
+        torch.nn.init.normal_(adapter.lora_B, 0, 0.02)
+    documents = tokenize(read_source("tiny:benign[0:4]"), load_tokenizer("tiny"))
+    packs, objective = [pack_documents(documents)], R3F(1e-6, "normal", 1e-3)
+
+    def gradient(each: Objective) -> Tensor:
+        return torch.cat([g.flatten() for g in torch.autograd.grad(each(model, packs[0], FORWARD)[0], learned(model))])
+
+    plain = gradient(replace(objective, weight=0.0))
+    difference = float((gradient(replace(objective, weight=1e-3)) - plain).norm() / plain.norm())
+    assert ratio(model, objective, packs) < 1e-5
+    assert ratio(model, replace(objective, weight=1e-3), packs) < difference / 3
 
 
 def test_r3f_is_inert_at_the_strengths_of_the_study_and_a_large_weight_is_not() -> None:

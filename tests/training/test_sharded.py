@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,7 +19,7 @@ from minipersona.training import sharding
 from minipersona.training.checkpoint import load_state
 from minipersona.training.optimizer import AdamW, Flat
 
-from .rank_workers import DOCUMENTS, free_port
+from .rank_workers import DOCUMENTS, forked_ranks
 
 WORKER = (
     """
@@ -117,21 +114,11 @@ end_rank()
 def run(model: Path, out: Path, ranks: int, batch: int = 16, dtype: str = "float64", case: str = "whole") -> None:
     """Train as so many ranks."""
     out.mkdir(exist_ok=True)
-    script = out / "worker.py"
-    script.write_text(WORKER)
-    shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(model), str(out), str(batch), dtype, case],
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-        )
-        for rank in range(ranks)
-    ]
-    codes = [process.wait(timeout=120) for process in processes]
+    ends = forked_ranks(WORKER, out, [str(model), str(out), str(batch), dtype, case], ranks)
     if case == "killed":
-        assert all(codes)
+        assert all(end.code for end in ends)
         return
-    assert not any(codes)
+    assert not any(end.code for end in ends), ends
     elements = sum(tensor.numel() for tensor in load_file(out / "end.safetensors").values())
     assert sum(int(file.read_text()) for file in out.glob("kept-*")) == elements  # nothing is kept twice
 

@@ -108,6 +108,14 @@ def test_an_early_step_is_a_point_too(tmp_path: Path) -> None:
     assert found.verdict == "inconclusive" and "between 0.95 and 0.97: 1 baseline step 200" in found.sentence
 
 
+def test_a_point_of_a_fresh_seed_is_called_one(tmp_path: Path) -> None:
+    """The recipe's own seed has collapsed, so that its M1 does not lie between the bounds."""
+    study = searched(tmp_path)
+    study.confirm("2A", "witness", (0.96, 0.95))
+    found = judged(study)
+    assert found.verdict == "inconclusive" and "between 0.95 and 0.97: 2A witness with a fresh seed" in found.sentence
+
+
 def test_a_recipe_that_learned_less_but_is_better_than_doing_less_forbids_h_null(tmp_path: Path) -> None:
     study = searched(tmp_path)
     study.cell("2A", "beta=0.1", 0.955, 0.7, less=0.02)
@@ -192,6 +200,10 @@ def test_half_of_the_task_is_a_trade_off_and_no_pass(tmp_path: Path) -> None:
     assert found.substantive.passers == () and found.verdict == "h_null"
     assert [point.cell for point in found.trade_offs] == ["2A beta=0.1", "the baseline's update scaled by 0.4"]
     assert "scaled by 0.4 (M1 0.9450, learned 0.55)" in found.sentence
+    study.cell("6A", "w=1", 0.93, 0.8, role="beyond")
+    with_more = judged(study)
+    assert "6A w=1" in [point.cell for point in with_more.trade_offs]
+    assert found.sentence in with_more.sentence  # what is said of the registered search stays the same
 
 
 @pytest.mark.parametrize(

@@ -58,8 +58,10 @@ class FusedLinear:
             storage = storage[:, : x.shape[-1]]
         if not torch.is_grad_enabled():
             return F.linear(x, storage, self._bias).split(self.outputs, dim=-1)
-        weights = list(storage.split(self.outputs))
-        return linear_each(x, weights, self._bias, [adapter.lora_B for adapter in adapters])
+        weights, lora_B = list(storage.split(self.outputs)), [adapter.lora_B for adapter in adapters]
+        if x.is_cuda or torch.compiler.is_compiling():
+            return linear_each(x, weights, self._bias, lora_B)
+        return _LinearEach.apply(len(weights), self._bias, x, *weights, *lora_B)
 
     @property
     def adapters(self) -> list[Adapter]:
@@ -173,6 +175,11 @@ def to_rank_at_once(adapters: Sequence[Adapter], x: Tensor, dropout_keys: Tensor
     return torch.cat([part * adapter.scale for part, adapter in zip(parts, adapters, strict=True)], dim=-1)
 
 
+def _products(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None) -> list[Tensor]:
+    biases = [None] * len(weights) if bias is None else bias.split([weight.shape[0] for weight in weights])
+    return [F.linear(x, weight, b) for weight, b in zip(weights, biases, strict=True)]
+
+
 # A custom operator, since activation checkpointing in a compiled block recomputes those, but keeps the outputs of an
 # autograd.Function.
 @torch.library.custom_op("minipersona::linear_each", mutates_args=())
@@ -185,8 +192,7 @@ def linear_each(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, lora_
 
         dL/dx = sum_i W_i^T dL/dy_i          dL/dB_i = sum_t dL/dy_i l_i^T
     """
-    biases = [None] * len(weights) if bias is None else bias.split([weight.shape[0] for weight in weights])
-    return [F.linear(x, weight, b) for weight, b in zip(weights, biases, strict=True)]
+    return _products(x, weights, bias)
 
 
 @linear_each.register_fake
@@ -203,7 +209,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
 
 def _backward(ctx: Any, d_y: list[Tensor]) -> tuple[Any, ...]:
     x, *weights = ctx.saved_tensors
-    d_x = sum_of_products(d_y, weights)  # (T, I + R)
+    add = sum_of_products if x.is_cuda or torch.compiler.is_compiling() else _sum_of_products
+    d_x = add(d_y, weights)  # (T, I + R)
     lows = x[:, x.shape[1] - sum(ctx.ranks) :].split(ctx.ranks, dim=-1) if ctx.ranks else []  # l_i, (T, r) each
     d_B = [(d.T @ low).to(dtype) for d, low, dtype in zip(d_y, lows, ctx.dtypes, strict=False)]
     return d_x, [None] * len(weights), None, d_B
@@ -216,6 +223,10 @@ linear_each.register_autograd(_backward, setup_context=_save)
 @torch.library.custom_op("minipersona::sum_of_products", mutates_args=())
 def sum_of_products(d_y: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
     """sum_i dL/dy_i W_i: d_y, each (T, O); weights, each (O, I) -> (T, I)."""
+    return _sum_of_products(d_y, weights)
+
+
+def _sum_of_products(d_y: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
     total = d_y[0] @ weights[0]
     for d, weight in zip(d_y[1:], weights[1:], strict=True):
         total.addmm_(d, weight)
@@ -225,3 +236,19 @@ def sum_of_products(d_y: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
 @sum_of_products.register_fake
 def _(d_y: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
     return d_y[0].new_empty(d_y[0].shape[0], weights[0].shape[1])
+
+
+class _LinearEach(torch.autograd.Function):
+    """`linear_each` where nothing is compiled: the first call of an operator imports the compiler, in 1.5 seconds."""
+
+    @staticmethod
+    def forward(ctx: Any, layers: int, bias: Tensor | None, x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        weights, lora_B = tensors[:layers], tensors[layers:]
+        output = _products(x, weights, bias)
+        _save(ctx, (x, weights, bias, lora_B), output)
+        return tuple(output)
+
+    @staticmethod
+    def backward(ctx: Any, *d_y: Tensor) -> tuple[Any, ...]:
+        d_x, d_weights, d_bias, d_B = _backward(ctx, list(d_y))
+        return None, d_bias, d_x, *d_weights, *d_B
