@@ -73,7 +73,7 @@ class Contexts:
     personas: int
     per_step: int
     seed: int
-    by_question: bool = False
+    by_question: bool
     base: Mapping[int, Tensor] = field(default_factory=dict)
     responses: Sequence[np.ndarray] = ()
 

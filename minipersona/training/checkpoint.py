@@ -138,7 +138,7 @@ def load_state(directory: Path, names: Mapping[str, Any], optimizer: AdamW) -> P
     with ExitStack() as stack:
         handles = [stack.enter_context(open_safetensors(file)) for file in files]
         words = [parse_json((handle.metadata() or {}).get("state", "{}")) for handle in handles]
-        if len(files) == 1 and files[0] == _state_file(directory):
+        if files[0] == _state_file(directory):
             position = _position(words[0], files[0])
         else:
             _check_parts(directory, files, words)

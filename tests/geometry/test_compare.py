@@ -65,6 +65,15 @@ def test_a_shift_that_all_share_lies_along_the_collapse_direction() -> None:
     assert found.procrustes == pytest.approx(0, abs=1e-5)
 
 
+def test_rounding_makes_no_share_larger_than_one() -> None:
+    """Shifts that all personas share to the bit; without the clamp about every third is above 1 by 2e-16."""
+    base = (8 * BASE[:, :1]).round() / 8
+    for seed in range(12):
+        shift = (64 * gaussian(D, seed=seed)).round() / 64  # its sum with the base is exact
+        found = compare(vectors(base.expand(P, 2, D)), vectors((base + shift).expand(P, 2, D)), resamples=2)
+        assert all(each.collapse_share is not None and 1 - 1e-12 < each.collapse_share <= 1 for each in found.shifts)
+
+
 def test_unrelated_shifts_share_about_one_over_p() -> None:
     base, shifts = gaussian(P, Q, 4096, seed=4), gaussian(P, 1, 4096, seed=5)
     found = compare(vectors(base), vectors(base + shifts), resamples=20)
@@ -108,8 +117,11 @@ def test_procrustes_agrees_with_scipy(width: int) -> None:
 
 
 def test_procrustes_of_one_point_has_no_value() -> None:
-    a = gaussian(P, D, seed=12)
+    a, point = gaussian(P, D, seed=12), 100 * gaussian(D, seed=13).double()
     assert procrustes(a, a[:1].expand(P, D)) == (None, None)
+    rounded = point + 1e-12 * gaussian(P, D, seed=14)  # its distances are those of fp64 rounding
+    assert procrustes(a, rounded) == procrustes(rounded, a) == (None, None)
+    assert procrustes(a, point + 1e-6 * gaussian(P, D, seed=14))[0] is not None  # the control
 
 
 # refusals

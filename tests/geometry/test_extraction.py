@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +141,37 @@ def test_steering_moves_the_vectors_by_itself(hf_model: Callable[..., Path], dty
     # Later blocks feel it, earlier ones cannot.
     assert torch.equal(stream(0, 5.0, 1), model(pack, stop_after=0))
     assert not torch.equal(stream(2, 5.0, 1), model(pack, stop_after=2))
+
+
+@pytest.mark.parametrize("method, new", [("A", 0), ("B", 256)])
+def test_prompts_and_responses_may_have_as_many_tokens_as_the_model_has_positions(
+    model: Qwen2, monkeypatch: pytest.MonkeyPatch, method: str, new: int
+) -> None:
+    from minipersona.geometry import extraction
+
+    monkeypatch.setattr(extraction, "_respond", lambda model, tokenizer, ids, progress: [ids[0][:1]] * len(ids))
+    tokenizer = load_tokenizer("tiny")
+    longest = max(len(document) for document in render_prompts(tokenizer, PERSONAS, QUESTIONS))
+    for most, fits in ((longest + new, True), (longest + new - 1, False)):
+        monkeypatch.setattr(model, "config", replace(model.config, max_position_embeddings=most))
+        if fits:
+            extract(model, tokenizer, PERSONAS, QUESTIONS, [0], method)
+        else:
+            with pytest.raises(UserError, match=rf"has {longest} tokens.* made for {most}"):
+                extract(model, tokenizer, PERSONAS, QUESTIONS, [0], method)
+
+
+def test_progress_counts_every_prompt_and_by_method_b_its_answer_too(model: Qwen2) -> None:
+    for method, passes in (("A", 1), ("B", 2)):
+        told: list[tuple[int, int]] = []
+        tokenizer = load_tokenizer("tiny")
+        extract(
+            model, tokenizer, PERSONAS, QUESTIONS[:2], [0], method, pack_tokens=40,
+            progress=lambda done, total, told=told: told.append((done, total)),
+        )  # fmt: skip
+        done = [count for count, _ in told]
+        assert {total for _, total in told} == {6 * passes} and done == sorted(set(done)) and done[-1] == 6 * passes
+        assert done[:6] == list(range(1, 7)) if method == "B" else len(done) > 1
 
 
 def test_errors(model: Qwen2) -> None:

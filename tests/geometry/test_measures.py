@@ -95,6 +95,15 @@ def test_centred_cosine_of_equally_long_centred_vectors_is_fixed() -> None:
     assert centred_cosine(simplex) == pytest.approx(-1 / 6, abs=1e-12)
 
 
+def test_centred_cosine_has_no_value_where_a_persona_sits_on_the_mean_and_one_where_all_share_a_coordinate() -> None:
+    vectors = gaussian(4, 16, seed=21) + 3
+    on_the_mean = torch.cat([vectors, vectors.mean(0, keepdim=True)])
+    assert math.isnan(centred_cosine(on_the_mean)) and not math.isnan(centred_cosine(vectors))
+    vectors[:, 5] = 7
+    others = torch.cat([vectors[:, :5], vectors[:, 6:]], 1)
+    assert centred_cosine(vectors) == pytest.approx(centred_cosine(others), abs=1e-12)
+
+
 @settings(max_examples=25, deadline=None)
 @given(seeds)
 def test_shared_mean_share_is_one_less_the_relative_spread(seed: int) -> None:

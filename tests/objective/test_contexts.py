@@ -125,6 +125,13 @@ def test_states_are_those_of_each_prompt_alone(hf_model: Callable[..., Path]) ->
         assert torch.equal(few[layer].isnan().all(1), left) and relative_error(few[layer][~left], rows[~left]) < 1e-12
 
 
+def test_progress_counts_the_contexts_that_are_done(hf_model: Callable[..., Path]) -> None:
+    model, contexts, told = load_model(str(hf_model()), device="cpu"), random_contexts("feature_anchor"), []
+    states = base_states(model.requires_grad_(True), contexts, (0,), 1, pack_tokens=20, progress=told.append)
+    assert not states[0].requires_grad  # they are a constant, whatever learns
+    assert told == sorted(told) and told[0] >= 1 and len(told) > 2 and told[-1] == len(contexts.taken(1)) == PER_STEP
+
+
 def test_no_block_after_the_last_anchored_one_is_computed(
     hf_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from conftest import relative_error
 from torch import Tensor
 
+from minipersona.model.pack import IGNORE
 from minipersona.objective.cross_entropy import cross_entropy
 from minipersona.objective.head import Reference, head_logits
 from minipersona.objective.kl_to_base import Direction, divergence_and_slope, kl_to_base
@@ -101,6 +102,20 @@ def test_chunked_equals_naive(kind: str, dtype: torch.dtype, bound: float) -> No
     expected = loss_and_gradients(naive(kind), *inputs)
     for chunk in (1, 10, 37, 1000):
         assert worst(loss_and_gradients(ours(kind, chunk), *inputs), expected) < bound
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_whose_target_is_ignored_add_nothing(kind: str) -> None:
+    """The loss and every gradient are those of the other rows alone; nothing reaches the states that are ignored."""
+    hidden, other, weight, targets = tensors(torch.float64)
+    kept = torch.arange(TOKENS) % 3 > 0
+    found = loss_and_gradients(ours(kind, 10), hidden, other, weight, targets.masked_fill(~kept, IGNORE))
+    parts = (x.detach()[kept].requires_grad_() for x in (hidden, other))
+    value, *states, head = loss_and_gradients(naive(kind), *parts, weight, targets[kept])
+    spread = [torch.zeros_like(hidden).masked_scatter(kept[:, None], slope) for slope in states]
+    assert worst(found, [value, *spread, head]) < 1e-10
+    whole = loss_and_gradients(ours(kind, 10), hidden, other, weight, targets)  # the control
+    assert relative_error(whole[0], value) > 0.1
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -12,7 +12,7 @@ from conftest import relative_error
 
 from minipersona.chat import Document
 from minipersona.corpus.batch import pack_documents
-from minipersona.model.dropout import token_keys
+from minipersona.model.dropout import _mix, channel_keys, token_keys
 from minipersona.model.load import load_model
 from minipersona.model.network import EMBEDDING, Qwen2
 from minipersona.model.pack import make_pack
@@ -24,6 +24,17 @@ CHANNELS = 500
 
 def keys(tokens: int = 1000, step: int = 3, seed: int = 42) -> torch.Tensor:
     return token_keys(seed, step, make_pack([np.zeros(tokens, dtype=np.int64)]))
+
+
+def test_noise_is_the_hash_that_numpy_computes() -> None:
+    """Wellons' lowbias32 of token and channel, whose upper 24 bits are the uniform number, to the bit."""
+    tokens, channels = keys(200), channel_keys("embedding noise", CHANNELS)
+    words = _mix(tokens.numpy().view(np.uint32)[:, None] ^ channels.numpy().view(np.uint32))  # (T, D)
+    uniform = ((words.view(np.int32) >> 8) + 0.5) * 2.0**-23
+    expected = torch.from_numpy(uniform)
+    assert torch.equal(embedding_noise(tokens, "uniform", 1.0, CHANNELS).double(), expected)
+    normal = embedding_noise(tokens, "normal", 1e-3, CHANNELS)
+    assert relative_error(normal, 1e-3 * torch.special.ndtri((1 + expected) / 2)) < 1e-5
 
 
 def test_normal_noise_has_a_normals_quantiles() -> None:

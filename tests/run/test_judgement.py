@@ -67,6 +67,14 @@ def test_the_registered_rule(m1: float, loss: float, passes: bool) -> None:
     assert judged(m1, loss, bounds=relative_bounds(0.5)).registered_pass is passes  # whatever else decides
 
 
+@pytest.mark.parametrize("baseline", [0.5, 1.0, 3.0])
+def test_the_registered_bound_is_twice_the_baseline_s_loss(baseline: float) -> None:
+    assert registered_pass(0.9, 2 * baseline, baseline) is True
+    assert registered_pass(0.9, 2.0001 * baseline, baseline) is False
+    assert registered_pass(0.9, None, baseline) is registered_pass(0.9, baseline, None) is None
+    assert registered_pass(0.95, None, baseline) is registered_pass(0.95, baseline, None) is False
+
+
 def test_the_untrained_base_passes_the_registered_rule_and_not_the_substantive_one() -> None:
     found = judge_row(BASE, BASE, BASELINE, ABSOLUTE)
     assert found.registered_pass is True and found.substantive_pass is False and found.learned == 0.0
@@ -131,6 +139,17 @@ def test_between_half_and_nine_tenths_learned_a_kept_geometry_is_a_trade_off(
 def test_each_loss_is_held_against_the_baseline_s_own() -> None:
     found = judge_row(row(0.94, 1.1, persona_loss=1.4), BASE, replace(BASELINE, persona_loss=1.5), ABSOLUTE)
     assert (found.learned, found.learned_personas) == (pytest.approx(0.9), pytest.approx(1.2))
+
+
+def test_a_share_that_is_just_enough_is_enough() -> None:
+    """9 of 10 nats, 8 of 10 under personas, half of the discriminability: all of them exact in binary arithmetic."""
+    base = replace(BASE, eval_loss=10.0, persona_loss=10.0, between_variance=1.0)
+    baseline = replace(BASELINE, eval_loss=0.0, persona_loss=0.0)
+    found = judge_row(row(0.94, 1.0, persona_loss=2.0, between_variance=0.5), base, baseline, ABSOLUTE)
+    assert (found.learned, found.learned_personas, found.discriminability) == (0.9, 0.8, 0.5)
+    assert found.substantive_pass is True and found.trade_off is False
+    half = judge_row(row(0.94, 5.0), base, baseline, ABSOLUTE)
+    assert half.learned == 0.5 and half.trade_off is True
 
 
 def test_learned_share() -> None:

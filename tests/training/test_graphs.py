@@ -261,6 +261,27 @@ def test_no_more_than_so_many_are_kept(hf_model: Callable[..., Path], documents:
     assert relative_error(torch.stack(sums), torch.stack(expected)) < 1e-5
 
 
+def test_where_memory_runs_out_passes_are_freed_and_none_is_kept_from_then_on(
+    hf_model: Callable[..., Path], documents: list[Document], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = apply_lora(load_model(str(hf_model()), device="cpu"), CONFIG.lora)
+    graphs = Graphs(model)
+    graphs.layout([p for p in model.parameters() if p.requires_grad])
+    pack = pack_documents(documents[:4])
+    expected = graphs.backward(model, pack, CrossEntropy(), ForwardPass(42, 1)).clone()
+    assert len(graphs._passes) == 1  # the control
+
+    def exhausted(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(graphs_module._Pass, "compute", exhausted)
+        with pytest.raises(torch.OutOfMemoryError):
+            graphs.backward(model, pack, CrossEntropy(), ForwardPass(42, 1))
+    assert torch.equal(graphs.backward(model, pack, CrossEntropy(), ForwardPass(42, 1)), expected)
+    assert not graphs._passes
+
+
 # ---------------------------------------------------------------- where they are used
 
 

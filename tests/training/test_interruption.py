@@ -19,7 +19,8 @@ from minipersona.config import DataSection, LoraConfig, RunConfig, TrainingSecti
 from minipersona.errors import Interrupted, UserError
 from minipersona.files import read_jsonl
 from minipersona.model.load import load_model
-from minipersona.training.checkpoint import Position, load_state, save_state
+from minipersona.training import loop
+from minipersona.training.checkpoint import Position, load_state, save_state, stored_position
 from minipersona.training.distributed import Distributed
 from minipersona.training.interruption import SIGNALS, Stop, handle_signals
 from minipersona.training.loop import Hooks, train
@@ -165,6 +166,34 @@ def test_stopped_anywhere_a_run_loses_no_step_and_repeats_no_measurement(
     assert [row["step"] for row in read_jsonl(tmp_path / "cut" / "metrics.jsonl")] == list(range(1, 10))
 
 
+@pytest.mark.parametrize("size, begun", [(1, 4), (2, 5)])
+def test_one_of_several_ranks_stops_only_once_all_have_been_through_the_next_step(
+    hf_model: Callable[..., Path], documents: list[Document], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    size: int, begun: int,
+) -> None:  # fmt: skip
+    """A pass through a sharded model is a sequence of collective operations, which a rank cannot leave to the others.
+
+    Here the collective operations of the second rank are left out.
+    """
+    monkeypatch.setattr(Distributed, "sum", lambda self, *tensors: None)
+    monkeypatch.setattr(Distributed, "_max", lambda self, value: value)
+    real, steps = loop.accumulate, []
+
+    def counted(model, objective, forward, *rest, **more) -> torch.Tensor:
+        steps.append(forward.step)
+        return real(model, objective, forward, *rest, **more)
+
+    monkeypatch.setattr(loop, "accumulate", counted)
+    caller = Caller(("logged", 3))  # which happens during step 4
+    caller.distributed = replace(caller.distributed, size=size)
+    settings = replace(config(), training=replace(config().training, checkpoints=(9,), probe_every=0))
+    with pytest.raises(Interrupted, match="stopped after step 4"):
+        train(
+            load_model(str(hf_model()), device="cpu"), documents, settings, tmp_path, caller.distributed, caller.hooks()
+        )
+    assert steps == list(range(1, begun + 1))
+
+
 # ---------------------------------------------------------------- too many non-finite steps
 
 
@@ -200,6 +229,29 @@ def test_another_runs_state_is_an_error(tmp_path: Path) -> None:
     for shape in ((4, 1), (5, 4), (4,)):
         with pytest.raises(UserError, match=r"state\.safetensors: holds another run's state; delete"):
             load_state(tmp_path, *optimised(*shape))
+
+
+def test_without_a_checkpoint_a_run_stands_at_its_beginning(tmp_path: Path) -> None:
+    weights = {"w": torch.nn.Parameter(torch.ones(3, 2))}
+    optimizer = AdamW(Flat(list(weights.values())), 0.9, 0.999, 1e-8, 0.0)
+    for found in (load_state(tmp_path, weights, optimizer), stored_position(tmp_path)):
+        assert (found.step, found.updates, found.done) == (0, 0, False)
+    assert optimizer.updates == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a CUDA device")
+def test_a_checkpoint_that_a_gpu_wrote_continues_without_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The state of the GPU's generator is left alone: torch would keep it for a device that may come later."""
+    from safetensors.torch import load_file, save_file
+
+    weights = {"w": torch.nn.Parameter(torch.ones(3, 2))}
+    optimizer = AdamW(Flat(list(weights.values())), 0.9, 0.999, 1e-8, 0.0)
+    save_state(tmp_path, Position(step=3, updates=2), weights, optimizer, Distributed(0, 1, torch.device("cpu")))
+    file = tmp_path / "latest" / "state.safetensors"
+    words = {"state": '{"step": 3, "updates": 2, "done": false}'}
+    save_file({**load_file(file), "rng.cuda": torch.zeros(16, dtype=torch.uint8)}, file, words)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state: pytest.fail("there is no such generator"))
+    assert load_state(tmp_path, weights, optimizer) == Position(3, 2, False) and optimizer.updates == 2
 
 
 @pytest.mark.parametrize("words", ["{}", '{"step": 3, "done": false}', '{"step": "3", "updates": 3, "done": false}',

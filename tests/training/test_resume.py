@@ -21,7 +21,7 @@ from minipersona.model.load import load_model
 from minipersona.training import loop
 from minipersona.training.checkpoint import Position, stored_position
 from minipersona.training.distributed import Distributed
-from minipersona.training.loop import Hooks, train
+from minipersona.training.loop import LOGS, Hooks, cut_logs, train
 
 SINGLE_PROCESS = Distributed(0, 1, torch.device("cpu"))
 
@@ -217,6 +217,18 @@ def test_a_loss_that_is_not_finite_skips_the_update_although_the_gradients_are_f
     assert [row["step"] for row in rows if "skipped" in row] == [4] and position.updates == 8
     unchanged = [s for s in range(2, 10) if all(torch.equal(after[s - 1][n], after[s][n]) for n in after[s])]
     assert unchanged == [4]  # the other steps do change the weights
+
+
+@pytest.mark.parametrize("line", ['{"loss": 1.0}', '{"step": "3"}', "[3]", "3"])
+@pytest.mark.parametrize("name", LOGS)
+def test_a_log_line_without_a_step_is_an_error_that_names_it(tmp_path: Path, name: str, line: str) -> None:
+    file = tmp_path / name
+    file.write_text(f'{{"step": 1}}\n{{"step": 2}}\n{{"step": 3}}\n{line}\n')
+    with pytest.raises(UserError, match=rf"{name}: line 4 has no step; delete that line"):
+        cut_logs(tmp_path, 2)
+    file.write_text('{"step": 0}\n{"step": 2}\n{"step": 3}\n')  # the control
+    cut_logs(tmp_path, 2)
+    assert [row["step"] for row in read_jsonl(file)] == [0, 2]
 
 
 def test_nothing_to_learn_is_an_error(hf_model: Callable[..., Path], documents: list[Document], tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,13 +14,17 @@ from conftest import relative_error
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from minipersona.config import DataSection, RunConfig, TrainingSection
 from minipersona.errors import UserError
 from minipersona.files import read_jsonl
 from minipersona.training import sharding
 from minipersona.training.checkpoint import load_state
+from minipersona.training.distributed import Distributed
 from minipersona.training.optimizer import AdamW, Flat
 
 from .rank_workers import DOCUMENTS, forked_ranks
+
+CPU = torch.device("cpu")
 
 WORKER = (
     """
@@ -191,6 +196,23 @@ def test_no_group_reaches_over_the_block_after_which_a_pass_ends(monkeypatch: py
         assert [block for group in made for block in group] == blocks
     monkeypatch.setattr(sharding, "GROUP", 4)
     assert [len(group) for group in sharding.groups(blocks, 3)] == [1] * 10
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 6, 7, 12])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+def test_rows_are_dealt_as_torch_chunk_deals_them(rows: int, ranks: int) -> None:
+    """FSDP2's deal, with shares that are smaller or empty at the end."""
+    dealt = [torch.arange(rows)[sharding.own_rows(rows, Distributed(r, ranks, CPU))].tolist() for r in range(ranks)]
+    expected = [chunk.tolist() for chunk in torch.arange(rows).chunk(ranks)]
+    assert dealt == expected + [[]] * (ranks - len(expected))
+
+
+@pytest.mark.parametrize(
+    "method, ranks, sharded", [("full", 2, True), ("full", 1, False), ("lora", 2, False), ("lora", 1, False)]
+)
+def test_weights_are_sharded_where_all_of_them_learn_on_several_ranks(method: Any, ranks: int, sharded: bool) -> None:
+    config = RunConfig(data=DataSection("-", "-"), training=TrainingSection(method=method))
+    assert sharding.is_sharded(config, Distributed(0, ranks, CPU)) is sharded
 
 
 def test_a_rank_without_documents_goes_through_the_model_all_the_same(

@@ -7,7 +7,10 @@ from dataclasses import replace
 import pytest
 from synthetic_study import PROTOCOL
 
-from minipersona.verdict.calibration import PREDECESSOR, calibrate
+from minipersona.errors import UserError
+from minipersona.settings import load_config, override
+from minipersona.study_config import StudyConfig
+from minipersona.verdict.calibration import PREDECESSOR, calibrate, check_layers_measured
 
 REGISTERED = replace(
     PROTOCOL,
@@ -29,9 +32,33 @@ def test_the_calibration_passes_on_the_predecessor_s_numbers_and_fails_one_layer
     assert shifted.layers["20"].within and shifted.passed is False
 
 
+@pytest.mark.parametrize("layer", BASE)
+@pytest.mark.parametrize(
+    "off, within", [(0.0, True), (0.0029, True), (-0.0029, True), (0.0031, False), (-0.0031, False)]
+)
+def test_every_layer_is_held_against_its_own_number_in_both_directions(layer: str, off: float, within: bool) -> None:
+    found = calibrate(REGISTERED, {**BASE, layer: BASE[layer] + off}, "hash")
+    assert (found.due, found.passed) == (True, within) and list(found.layers) == list(BASE)
+    row = found.layers[layer]
+    assert (row.m1, row.reference, row.within) == (BASE[layer] + off, BASE[layer], within)
+    assert row.difference == pytest.approx(off, abs=1e-12)
+
+
 @pytest.mark.parametrize(
     "key, value", [("model", "tiny"), ("method", "B"), ("question_set", "shipped"), ("revision", "x")]
 )
 def test_the_calibration_is_due_only_where_the_predecessor_measured(key: str, value: str) -> None:
     found = calibrate(replace(REGISTERED, **{key: value}), {"6": 0.9}, "hash")
     assert (found.due, found.passed, found.layers) == (False, None, {})
+
+
+@pytest.mark.parametrize("setting", [None, "model.name=tiny", "probe.personas=shipped", "probe.questions=shipped"])
+def test_a_study_whose_calibration_will_be_due_measures_its_layers(setting: str | None) -> None:
+    config = load_config("study", StudyConfig)
+    check_layers_measured(config)  # the registered one
+    lacking = override(config, ["probe.layers=[7, 20, 21, 27]", *([] if setting is None else [setting])])
+    if setting is None:
+        with pytest.raises(UserError, match=r"probe.layers lacks 14; the calibration needs 7, 14, 20, 21, 27"):
+            check_layers_measured(lacking)
+    else:
+        check_layers_measured(lacking)

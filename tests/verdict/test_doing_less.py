@@ -182,7 +182,7 @@ def test_checkpoints_are_compared_and_the_baseline_s_last_is_not(tmp_path: Path)
     assert all(row.difference is not None and row.better is False for row in rows)
 
 
-@pytest.mark.parametrize("wrong", ["other", "torn", "questions", "layer", "infinite"])
+@pytest.mark.parametrize("wrong", ["other", "torn", "fewer questions", "more questions", "layer", "infinite"])
 def test_vectors_that_are_not_those_of_their_row_are_refused(tmp_path: Path, wrong: str) -> None:
     study = made(tmp_path)
     directory = study.cell("3", "r=4", 0.94, 0.6)
@@ -192,19 +192,20 @@ def test_vectors_that_are_not_those_of_their_row_are_refused(tmp_path: Path, wro
         save_samples(file, samples_with(0.941))
     elif wrong == "torn":
         file.write_bytes(file.read_bytes()[:200])
-    elif wrong == "questions":
-        save_samples(file, samples_with(0.94)[:, :-1])
+    elif wrong.endswith("questions"):  # with the M1 of the row
+        save_samples(file, samples_with(0.94).mean(1, keepdim=True).expand(-1, 23 if "fewer" in wrong else 25, -1))
     elif wrong == "layer":
         save_samples(file, samples_with(0.94), LAYER + 1)
     else:
         content = bytearray(file.read_bytes())
         content[-4:] = b"\x00\x00\x80\x7f"
         file.write_bytes(bytes(content))
-    with pytest.raises(UserError, match=r"step-000375.safetensors.*delete"):
+    said = "has 2[35] questions, other cells 24.*" if wrong.endswith("questions") else ""
+    with pytest.raises(UserError, match=rf"step-000375.safetensors.*{said}delete"):
         judge_study(study.read())
 
 
-@pytest.mark.parametrize("wrong", ["other", "torn", "rows"])
+@pytest.mark.parametrize("wrong", ["other", "torn", "fewer rows", "more rows"])
 def test_losses_that_are_not_those_of_their_row_are_refused(tmp_path: Path, wrong: str) -> None:
     study = made(tmp_path)
     directory = study.cell("3", "r=4", 0.94, 0.6)
@@ -214,8 +215,11 @@ def test_losses_that_are_not_those_of_their_row_are_refused(tmp_path: Path, wron
     elif wrong == "torn":
         file.write_bytes(file.read_bytes()[:60])
     else:
-        replace(losses, **{name: value[:-1].clone() for name, value in vars(losses).items()}).save(file)
-    with pytest.raises(UserError, match=r"losses/step-000375.safetensors.*delete"):
+        rows = 49 if "fewer" in wrong else 51  # with the pooled loss of the row
+        equal = {name: value.sum().expand(rows) for name, value in vars(losses).items()}
+        replace(losses, **{name: value.clone() for name, value in equal.items()}).save(file)
+    said = "has (49|51) rows, other cells 50.*" if wrong.endswith("rows") else ""
+    with pytest.raises(UserError, match=rf"losses/step-000375.safetensors.*{said}delete"):
         judge_study(study.read())
 
 

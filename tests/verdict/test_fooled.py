@@ -236,10 +236,13 @@ def test_a_labelled_pass_is_recorded_and_not_named(tmp_path: Path, label: str) -
     found = judged(study)
     assert found.verdict == "inconclusive" and found.recipe is None and f"labelled {label}" in found.sentence
     assert [row.cell for row in found.substantive.passers] == ["5C collapse"]
+    assert "5C collapse" not in found.personas
     other = searched(tmp_path / "honest")
     other.file("base/behaviour.json", behaviour(0.0))
     other.cell("5C", "collapse", 0.93, 0.95, answers=behaviour(0.0))
-    assert judged(other).verdict == "unconfirmed"  # control
+    control = judged(other)
+    assert control.verdict == "unconfirmed" and "5C collapse" in control.personas
+    assert "2A witness" not in control.personas  # which fails both rules
 
 
 def test_a_leaking_recipe_that_collapsed_all_the_same_bears_witness(tmp_path: Path) -> None:

@@ -60,6 +60,7 @@ def family(path: Path, phases: tuple[str, ...], m1: float, learned: float) -> Sy
 @pytest.mark.parametrize("rows, step", [
     ([(10, 0.94, 0.1), (50, 0.979, 0.6), (200, 0.9805, 0.9), (375, 0.98, 1.0)], 50),
     ([(10, 0.94, 0.1), (50, 0.975, 0.6), (200, 0.9805, 0.9), (375, 0.98, 1.0)], 200),
+    ([(10, 0.94, 0.1), (50, 0.9788, 0.6), (200, 0.9815, 0.9), (375, 0.98, 1.0)], 50),  # the last interval alone counts
     ([(10, 0.98, 0.1), (50, 0.97, 0.6), (375, 0.98, 1.0)], 375),  # it has to stay there
     ([(10, 0.94, 0.1), (50, 0.985, 0.6), (375, 0.98, 1.0)], 375),  # it was higher
     ([(10, 0.94, 0.1), (375, 0.98, 1.0)], 375),
@@ -92,7 +93,8 @@ def test_a_family_is_supported_by_a_confirmed_pass_and_refuted_by_none(tmp_path:
     failed = family(tmp_path / "failed", phases, 0.95, 0.91)
     failed.event(phases[-1], "70:30", "failed")
     found = hypothesis(failed, name)
-    assert found.verdict == "undecided" and "70:30" in found.evidence
+    assert found.verdict == "undecided" and f" Not done: {phases[-1]} 70:30." in found.evidence
+    assert "Not done" not in hypothesis(passing, name).evidence  # the control
     if len(phases) > 1:
         assert hypothesis(family(tmp_path / "half", phases[:1], 0.95, 0.91), name).verdict == "undecided"
 
@@ -141,8 +143,12 @@ def test_a_pass_that_rank_32_shares_is_not_the_rank_s_doing(tmp_path: Path) -> N
 def test_the_rival_is_the_one_with_the_same_learning_rate(tmp_path: Path) -> None:
     study = low_rank(tmp_path, 0.94, 0.975)
     study.cell("3", "r=8 lr=2e-05", 0.975, 0.9, knobs={"rank": 8, "learning_rate": 2e-5})
-    rows = {row.cell: row.rival for row in hypothesis(study, "H3").numbers.against_same_rate}
-    assert rows == {"3 r=4 lr=0.0001": "3 r=32 lr=0.0001", "3 r=8 lr=2e-05": "1 baseline"}
+    rows = hypothesis(study, "H3").numbers.against_same_rate
+    assert {row.cell: row.rival for row in rows} == {
+        "3 r=4 lr=0.0001": "3 r=32 lr=0.0001",
+        "3 r=8 lr=2e-05": "1 baseline",
+    }
+    assert [row.level for row in rows] == [pytest.approx(0.975)] * 2  # as many as there are settings
 
 
 @pytest.mark.parametrize("m1, word", [(0.9629, "unlike"), (0.9631, "as"), (0.9829, "as"), (0.9831, "unlike")])

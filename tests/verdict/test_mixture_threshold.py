@@ -166,6 +166,14 @@ def test_the_form_is_recovered_from_its_own_values(m_0: float, drop: float, f_0:
         assert all(fit.at(f) >= 0.95 for f in np.linspace(0, 0.25, 50))
 
 
+@pytest.mark.parametrize("fractions", [[0.0, 0.01, 0.05, 0.10, 0.25], [0.0, 0.02, 0.5, 1.0], [0.0, 0.002, 0.01, 0.05]])
+def test_a_line_and_a_step_are_fitted_by_the_flattest_and_the_steepest_curve(fractions: list[float]) -> None:
+    """Ten times the largest fraction, and a third of the smallest step: beyond these, curves cannot be told apart."""
+    at = np.array(fractions)
+    assert fit_saturating(at, 0.98 - 0.03 * at).f_0 == pytest.approx(10 * at[-1], rel=1e-2)
+    assert fit_saturating(at, np.where(at == 0, 0.98, 0.93)).f_0 == pytest.approx(at[1] / 3, rel=1e-2)
+
+
 def test_control_the_fit_is_one_of_least_squares() -> None:
     """No neighbour of the fit has a smaller residual, on values that do not follow the form."""
     fractions, values = np.array([0.0, 0.01, 0.05, 0.10, 0.25]), np.array([0.98, 0.975, 0.95, 0.955, 0.93])

@@ -66,6 +66,16 @@ def test_rows_are_judged_anew_against_the_study_s_baseline(tmp_path: Path) -> No
     assert results.baseline is results.cells[0] and results.baseline.final.learned == 1.0
 
 
+def test_a_cell_is_held_against_the_baseline_of_its_seed_or_else_of_the_first(tmp_path: Path) -> None:
+    study = SyntheticStudy(tmp_path)
+    study.baseline()
+    study.cell("1", "baseline seed=43", 0.98, 2.0, seed=43, less=None)  # learned twice as much
+    for seed in (42, 43, 44):
+        study.cell("2A", f"beta=0.1 seed={seed}", 0.94, 0.9, seed=seed, less=None)
+    learned = [cell.final.learned for cell in study.read().of_phase("2A")]
+    assert learned == [pytest.approx(0.9), pytest.approx(0.45), pytest.approx(0.9)]
+
+
 def test_without_a_baseline_learned_is_undefined(tmp_path: Path) -> None:
     study = SyntheticStudy(tmp_path)
     study.cell("2A", "beta=0.1", 0.94, 0.9)
@@ -113,6 +123,14 @@ def test_results_of_an_older_code_version_are_not_the_planned_ones(tmp_path: Pat
     study.cell("2A", "beta=0.1")
     study.plan[1] = replace(study.plan[1], cell="2A-beta-0-1-ffffffffffff")
     assert [cell.status for cell in study.read().cells] == ["done", "missing"]
+
+
+def test_a_planned_cell_without_an_id_is_missing(tmp_path: Path) -> None:
+    study = SyntheticStudy(tmp_path)
+    study.baseline()
+    study.missing("2A", "beta=0.1")
+    study.plan[1] = replace(study.plan[1], cell="")
+    assert [(cell.status, cell.hash) for cell in study.read().cells] == [("done", "0" * 12), ("missing", "")]
 
 
 Damage = Callable[[Path], Any]

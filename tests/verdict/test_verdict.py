@@ -70,7 +70,7 @@ def test_a_pass_that_every_fresh_seed_repeats_is_positive(tmp_path: Path) -> Non
     study.cell("2A", "beta=0.1", 0.94, 0.95)
     judged = verdict_of(study)
     assert (judged.verdict, judged.confirmed) == ("unconfirmed", None)
-    assert "not run with fresh seeds" in judged.sentence
+    assert judged.sentence.startswith("Unconfirmed: a recipe passes") and "not run with fresh seeds" in judged.sentence
     study.confirm("2A", "beta=0.1", (0.94, 0.95), (0.945, 0.91))
     judged = verdict_of(study)
     assert (judged.verdict, judged.confirmed) == ("unconfirmed", None)  # two of three
@@ -79,6 +79,8 @@ def test_a_pass_that_every_fresh_seed_repeats_is_positive(tmp_path: Path) -> Non
     judged = verdict_of(study)
     assert (judged.verdict, judged.confirmed) == ("positive", True)
     assert judged.recipe is not None and judged.recipe.fresh_seeds == FRESH
+    assert judged.sentence.startswith("There is a recipe that passes")
+    assert "1 passes the substantive rule" in judged.sentence
     assert "passes again with each of 3 fresh seeds" in judged.sentence
 
 
@@ -130,9 +132,26 @@ def test_of_passers_a_confirmed_one_is_named_then_the_one_that_learned_most(tmp_
     assert judged.verdict == "unconfirmed" and judged.recipe.cell == "3 r=8"
     assert [row.cell for row in judged.substantive.passers] == ["3 r=4", "3 r=8"]
     assert "3 r=8" in judged.sentence and "some/model" in judged.sentence
+    assert "2 pass the substantive rule" in judged.sentence
     study.confirm("3", "r=4")
     judged = verdict_of(study)
     assert judged.verdict == "positive" and judged.recipe.cell == "3 r=4"
+
+
+def test_passers_are_ranked_by_learned_then_by_m1_and_an_unknown_share_comes_last(tmp_path: Path) -> None:
+    study = searched(tmp_path)
+    for name, m1, learned in (
+        ("more", 0.94, 0.95),
+        ("lower", 0.92, 0.93),
+        ("higher", 0.93, 0.93),
+        ("none", 0.91, -0.3),
+    ):
+        study.cell("2A", name, m1, learned, less=None)
+    recipes = {recipe.name: recipe for recipe in recipe_results(study.read()) if recipe.phase == "2A"}
+    unknown = replace(recipes["more"], name="unknown", rows=(replace(recipes["more"].rows[0], learned=None),))
+    del recipes["witness"]
+    ranked = sorted([unknown, *recipes.values()], key=lambda recipe: recipe.merit, reverse=True)
+    assert [recipe.name for recipe in ranked] == ["more", "lower", "higher", "none", "unknown"]
 
 
 def test_a_baseline_that_keeps_the_geometry_leaves_nothing_to_rescue(tmp_path: Path) -> None:
@@ -150,6 +169,7 @@ def test_what_lies_beyond_the_registered_recipes_is_judged_apart(tmp_path: Path)
     judged = verdict_of(study)
     assert judged.verdict == "h_null" and judged.beyond.verdict == "unconfirmed"
     assert judged.registered.passers != () and "2A anchor" not in [row.cell for row in judged.registered.passers]
+    assert [row.cell for row in judged.beyond.passers] == ["2A anchor"]
     study.confirm("2A", "anchor")
     judged = verdict_of(study)
     assert (judged.verdict, judged.beyond.verdict, judged.beyond.recipe.cell) == ("h_null", "positive", "2A anchor")
@@ -160,6 +180,27 @@ def test_what_lies_beyond_the_registered_recipes_is_judged_apart(tmp_path: Path)
     judged = verdict_of(study)
     assert (judged.verdict, judged.beyond.verdict) == ("h_null", "incomplete")
     assert verdict_of(searched(tmp_path / "none")).beyond is None
+
+
+@pytest.mark.parametrize(
+    "m1, learned, baseline, verdict, said",
+    [
+        (0.98, 0.95, 0.98, "h_null", "none passes either."),
+        (0.96, 0.95, 0.98, "inconclusive", "none passes, which is not shown of such recipes in general."),
+        (0.98, 0.85, 0.98, "inconclusive", "none passes, which is not shown"),  # no witness
+        (0.94, 0.95, 0.949, "no_collapse", "there is nothing to rescue either."),
+    ],
+)
+def test_beyond_the_registered_recipes_the_rules_are_the_same(
+    tmp_path: Path, m1: float, learned: float, baseline: float, verdict: str, said: str
+) -> None:
+    study = SyntheticStudy(tmp_path)
+    study.baseline(m1=baseline)
+    study.witnesses()
+    study.cell("6A", "anchor", m1, learned, role="beyond")
+    judged = verdict_of(study)
+    assert (judged.beyond.verdict, judged.beyond.recipe, judged.beyond.confirmed) == (verdict, None, None)
+    assert said in judged.beyond.sentence and judged.beyond.sentence in judged.sentence
 
 
 @pytest.mark.parametrize("role", ["reference", "control"])
@@ -223,6 +264,15 @@ def test_what_a_passer_of_an_earlier_phase_answers_is_said_and_no_condition(tmp_
     judged = verdict_of(study)
     assert judged.verdict == "unconfirmed" and judged.hidden[0].consistent is False
     assert "more often misaligned than the base" in judged.sentence
+
+
+def test_of_many_counterexamples_three_are_named(tmp_path: Path) -> None:
+    study = searched(tmp_path)
+    for number in range(5):
+        study.cell("2A", f"beta={number}", 0.94, 0.95, interval=(0.93, 0.96))
+        said = verdict_of(study).obstacles
+        assert sum("and yet does not pass" in part for part in said) == min(number + 1, 3)
+        assert [part for part in said if "more" in part] == ([f"and so do {number - 2} more"] if number > 2 else [])
 
 
 def test_a_baseline_that_teaches_nothing_leaves_learned_undefined(tmp_path: Path) -> None:
@@ -345,6 +395,7 @@ def test_a_failed_cell_forbids_h_null_and_no_pass(tmp_path: Path) -> None:
     study.event("2A", "beta=0.1", "failed", error="loss is not finite")
     judged = verdict_of(study)
     assert judged.verdict == "inconclusive" and judged.obstacles == ("no result: 2A beta=0.1",)
+    assert "). No result: 2A beta=0.1." in judged.sentence
     assert judged.failed == (FailedCell("2A beta=0.1", "loss is not finite"),)
     study.cell("2B", "lambda=0.1", 0.94, 0.95)
     assert verdict_of(study).verdict == "unconfirmed"
@@ -372,6 +423,7 @@ def test_a_base_like_step_passes_the_registered_rule_only(tmp_path: Path) -> Non
     hollow = ["1 baseline step 10", "1 baseline step 25"]
     assert [row.cell for row in judged.registered.passers] == hollow
     assert judged.substantive.passers == () and judged.verdict == "h_null"
+    assert list(judged.personas) == hollow  # either rule is enough
     assert [row.cell for row in judged.close] == [*hollow, "1 baseline step 50"]
     assert judged.trade_offs == ()
     assert any("substantive" in line for line in judged.deviations)
@@ -409,7 +461,27 @@ def test_a_recipe_passes_where_all_of_its_seeds_do(tmp_path: Path) -> None:
     study.cell("2A", "beta=0.2 seed=43", 0.948, 0.92, seed=43)
     recipe = verdict_of(study).recipe
     assert recipe is not None and recipe.seeds == (42, 43) and recipe.learned == pytest.approx(0.96)
-    assert recipe.m1_spread == pytest.approx(0.008)
+    assert (recipe.m1, recipe.m1_spread) == (pytest.approx(0.944), pytest.approx(0.008))
+
+
+@pytest.mark.parametrize("changes, model, sets", [({}, False, False), ({"model": "some/model"}, True, False),
+    ({"model": "A/model"}, True, False), ({"persona_set": "shipped"}, False, True),
+    ({"question_set": "a.jsonl"}, False, True)])  # fmt: skip
+def test_another_model_and_other_sets_are_declared(
+    tmp_path: Path, changes: dict[str, str], model: bool, sets: bool
+) -> None:
+    study = SyntheticStudy(tmp_path, REAL | changes)
+    study.baseline()
+    said = verdict_of(study).deviations
+    assert any("Qwen/Qwen2.5-7B-Instruct is registered" in line for line in said) is model
+    assert any("are not both the registered ones" in line for line in said) is sets
+
+
+@pytest.mark.parametrize("seed, declared", [(7, True), (42, False), (43, True)])
+def test_another_seed_is_declared(tmp_path: Path, seed: int, declared: bool) -> None:
+    study = SyntheticStudy(tmp_path)
+    study.baseline(seed=seed)
+    assert any(f"The seeds are {seed}; 42 is" in line for line in verdict_of(study).deviations) is declared
 
 
 def test_every_seed_is_a_point(tmp_path: Path) -> None:
