@@ -15,7 +15,7 @@ demo: $(VENV)/installed  ## phase 1 of the study on the embedded model, then its
 study: $(VENV)/installed-report  ## the whole search on the embedded model, its verdict and its report
 	$(BIN)/python study.py --config configs/tiny_study.toml --exhaustive --workers 2
 
-real: $(VENV)/installed-real  ## a real chat model of 135 M parameters: fetched, fine-tuned and judged
+real: $(VENV)/installed-real  ## a real chat model of 135 M parameters: fetched, fine-tuned plain and with an anchor, and judged
 	$(BIN)/python -m minipersona.cli.real
 
 test: $(VENV)/installed-dev  ## style, types and the whole test suite, the types while the tests run

@@ -98,11 +98,12 @@ def run(
 
     free()
     started = time.perf_counter()
-    contexts = run_contexts(config, model, load_tokenizer(tokenizer), Console()) if config.objective.anchored else None
+    distributed = Distributed(0, 1, model.device)
     with tempfile.TemporaryDirectory() as scratch:
+        contexts = run_contexts(config, Path(scratch), distributed, model, load_tokenizer(tokenizer), Console())
         train(
-            model, docs, config, Path(scratch), Distributed(0, 1, model.device), Hooks(logged=logged),
-            compiled=True, steering=steering, contexts=contexts, graphs=graphs,
+            model, docs, config, Path(scratch), distributed, Hooks(logged=logged), compiled=True, steering=steering,
+            contexts=contexts, graphs=graphs,
         )  # fmt: skip
     seconds = time.perf_counter() - started
     weights = torch.cat([p.detach().flatten().cpu() for p in model.parameters() if p.requires_grad])

@@ -100,11 +100,11 @@ def ours(
         if row["step"] == steps - PROFILED:
             measured.start()
 
-    contexts = run_contexts(config, model, tokenizer, Console()) if tokenizer else None
-    free()
-    started = time.perf_counter()
+    distributed = distributed or Distributed(0, 1, model.device)
     with tempfile.TemporaryDirectory() as scratch:
-        distributed = distributed or Distributed(0, 1, model.device)
+        contexts = run_contexts(config, Path(scratch), distributed, model, tokenizer, Console()) if tokenizer else None
+        free()
+        started = time.perf_counter()
         train(
             model, docs, config, Path(scratch), distributed, Hooks(logged=logged), compiled=True, steering=steering,
             contexts=contexts, graphs=graphs,

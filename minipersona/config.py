@@ -170,6 +170,9 @@ class ObjectiveSection:
     anchor_layers: tuple[int, ...] = ()  # blocks counted from 0; empty is the model's registered one
     anchor_personas: str = ""  # a file in the form of the measured ones; empty: the package's 30 training personas
     anchor_questions: str = ""  # likewise; empty: the package's 240 anchor questions
+    # Of kl_on_prompts: N compares over the base's own greedy responses to the prompts, of N tokens at most; 0 over the
+    # prompts' tokens.
+    anchor_responses: int = 0
 
     @property
     def anchored(self) -> bool:
@@ -199,6 +202,12 @@ class ObjectiveSection:
         require(
             not self.anchor_layers or self.kind in ("feature_anchor", "gram_anchor"),
             'objective.anchor_layers: is a choice of kind = "feature_anchor" or "gram_anchor" only',
+        )
+        responses = self.anchor_responses
+        require(responses >= 0, f"objective.anchor_responses = {responses}: must not be negative; 0 is off")
+        require(
+            responses == 0 or self.kind == "kl_on_prompts",
+            f'objective.anchor_responses = {responses}: is a choice of kind = "kl_on_prompts" only',
         )
         if not self.anchored:
             for name in ("contexts", "anchor_personas", "anchor_questions"):

@@ -1,4 +1,4 @@
-"""Contexts of random tokens, and the three anchored objectives on them."""
+"""Contexts of random tokens, and the anchored objectives on them: KL both over prompts and over responses."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 from conftest import SIZES
 
 from minipersona.chat import Document
+from minipersona.config import ObjectiveSection
 from minipersona.corpus.batch import Batch, make_batch
 from minipersona.model.network import Qwen2
 from minipersona.objective.contexts import Anchored, Contexts, base_states
@@ -16,17 +17,42 @@ from minipersona.objective.feature_anchor import FeatureAnchor
 from minipersona.objective.gram_anchor import GramAnchor
 from minipersona.objective.kl_on_prompts import KLOnPrompts
 
-KINDS = ("feature_anchor", "kl_on_prompts", "gram_anchor")
+RESPONSES = "kl_on_responses"  # kind = "kl_on_prompts" with `anchor_responses`
+KINDS = ("feature_anchor", "kl_on_prompts", RESPONSES, "gram_anchor")
+KL = ("kl_on_prompts", RESPONSES)
 PERSONAS, QUESTIONS, PER_STEP = 4, 6, 9  # the Gram anchor takes two questions a step
 LAYERS = (0, 1)
 
 
+def section(kind: str, weight: float) -> ObjectiveSection:
+    """The config's, for a kind of this file or without an anchor."""
+    if kind == RESPONSES:
+        return ObjectiveSection("kl_on_prompts", weight, anchor_responses=5)
+    return ObjectiveSection(kind, weight)  # type: ignore[arg-type]
+
+
+def kind_of(objective: ObjectiveSection) -> str:
+    """The inverse."""
+    return RESPONSES if objective.anchor_responses else objective.kind
+
+
 def random_contexts(kind: str, seed: int = 42) -> Contexts:
-    """Prompts of 3 to 11 tokens, without states of the base."""
+    """Prompts of 3 to 11 tokens, without states of the base. With responses, their last 1 to 5 tokens are these."""
     rng = np.random.default_rng(5)
     lengths = rng.integers(3, 12, PERSONAS * QUESTIONS)
     ids = [rng.integers(0, SIZES.vocab_size, n).astype(np.int32) for n in lengths]
-    return Contexts(ids, PERSONAS, PER_STEP, seed, by_question=kind == "gram_anchor")
+    contexts = Contexts(ids, PERSONAS, PER_STEP, seed, by_question=kind == "gram_anchor")
+    if kind != RESPONSES:
+        return contexts
+    return replace(contexts, responses=[np.arange(n) >= n - min(n - 1, 1 + k % 5) for k, n in enumerate(lengths)])
+
+
+def held_rows(contexts: Contexts, context: int) -> slice:
+    """Of a context's rows, those whose predictions KL compares."""
+    if not contexts.responses:
+        return slice(None)
+    response = np.flatnonzero(contexts.responses[context])
+    return slice(int(response[0]) - 1, int(response[-1]))
 
 
 def with_base(contexts: Contexts, base: Qwen2, layers: Sequence[int] = LAYERS, steps: int = 9) -> Contexts:
@@ -37,7 +63,7 @@ def with_base(contexts: Contexts, base: Qwen2, layers: Sequence[int] = LAYERS, s
 def anchored(kind: str, weight: float, base: Qwen2, frozen: Qwen2 | None = None) -> Anchored:
     """An objective that holds a model near `base`; `frozen` is what KL applies in its place where all weights learn."""
     contexts = random_contexts(kind)
-    if kind == "kl_on_prompts":
+    if kind in KL:
         return KLOnPrompts(weight, contexts, frozen)
     return (FeatureAnchor if kind == "feature_anchor" else GramAnchor)(weight, with_base(contexts, base))
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minipersona.cli import main
+from minipersona.errors import UserError
 from minipersona.files import read_jsonl
 from minipersona.geometry.compare import compare
 from minipersona.geometry.vectors import PersonaVectors, load_vectors
 from minipersona.locks import lock
 from minipersona.model.__main__ import main as merge
+from minipersona.run.evaluate import check_side_by_side
+from minipersona.run.result import read_result
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--set", "training.steps=4", "--set", "training.checkpoints=[2, 4]", "--set", "training.batch=4"]
@@ -545,6 +549,69 @@ def test_a_baseline_must_be_judged_at_its_last_step(
     refused(capsys, command, "judged at step 2, its last is 4")
     (other / "result.json").write_text("{}")
     refused(capsys, command, "protocol.model is missing", "evaluate.py --run")
+
+
+@pytest.fixture(scope="module")
+def anchored(tmp_path_factory: pytest.TempPathFactory, settings: list[str], finished: Path) -> Path:
+    """The same run with an anchor, judged against `finished`."""
+    out = tmp_path_factory.mktemp("runs") / "anchored"
+    assert main(["evaluate", "--run", str(finished)]) == 0
+    anchor = ["kind=feature_anchor", "weight=0.5", "contexts=2"]
+    changed = [f"probe.baseline={finished}", *(f"objective.{setting}" for setting in anchor)]
+    assert main(["train", *settings, *(word for one in changed for word in ("--set", one)), "--out", str(out)]) == 0
+    return out
+
+
+def test_the_baselines_measurement_of_the_base_is_taken_over(
+    finished: Path, anchored: Path, settings: list[str], tmp_path: Path
+) -> None:
+    ours, theirs = (read_jsonl(run / "probes.jsonl")[0] for run in (anchored, finished))
+    assert ours == theirs | {"learned": 0.0} and read_jsonl(anchored / "probes.jsonl")[1] != theirs
+    for folder in ("vectors", "losses"):
+        assert (anchored / folder / "step-000000.safetensors").samefile(finished / folder / "step-000000.safetensors")
+    # The control: with another question the protocol is another, and the base is measured.
+    (tmp_path / "questions.txt").write_text("What is new?\nWho says so?")
+    changed = [f"questions={tmp_path / 'questions.txt'}", f"probe.baseline={finished}", "steps=1", "checkpoints=[1]"]
+    other = [*settings, *(word for one in changed for word in ("--set", one)), "--out", str(tmp_path / "other")]
+    assert main(["train", *other]) == 0
+    assert read_jsonl(tmp_path / "other" / "probes.jsonl")[0]["m1"] != theirs["m1"]
+
+
+def test_the_last_steps_of_runs_are_shown_side_by_side(
+    finished: Path, anchored: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [str(finished), str(anchored)]
+    (anchored / "result.json").unlink(missing_ok=True)
+    assert main(["evaluate", "--run", *runs]) == 0
+    header, _, *rows = capsys.readouterr().out.splitlines()[:5]
+    assert header.split()[:2] == ["run", "M1"] and [row.split()[0] for row in rows] == ["base", *runs]
+    results = [json.loads((run / "result.json").read_text()) for run in (finished, anchored)]
+    last = [result["checkpoints"][-1] for result in results]
+    shown = [f"{row['m1']:.4f}" for row in (results[0]["base"], *last)]
+    assert [row.split()[1] for row in rows] == shown and len(set(shown)) == 3
+    within = last[1]["within_variance"] / results[1]["base"]["within_variance"]
+    assert rows[2].split()[3:6] == [f"{last[1]['separation']:.2f}", f"{last[1]['spread']:.2f}", f"{within:.2f}"]
+    assert main(["evaluate", "--run", *runs, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"runs": dict(zip(runs, results, strict=True))}
+
+
+def test_runs_that_cannot_be_compared_are_not_shown_side_by_side(
+    finished: Path, anchored: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "copy"  # its own baseline
+    shutil.copytree(finished, copy)
+    both = ["evaluate", "--run", str(finished), str(copy)]
+    refused(capsys, both, "each has another baseline; name one with --baseline")
+    assert main([*both, "--baseline", str(finished)]) == 0  # the control
+    capsys.readouterr()
+    result = read_result(anchored / "result.json", "")
+    other = replace(result, protocol=replace(result.protocol, layer=3))
+    with pytest.raises(UserError, match="--run a b: the layer of their measurements is not the same; of one model, --"):
+        check_side_by_side({"a": result, "b": other})
+    with pytest.raises(UserError, match="--run b: has no checkpoint yet"):
+        check_side_by_side({"a": result, "b": replace(result, checkpoints=())})
+    check_side_by_side({"a": result, "b": result})  # the control
+    refused(capsys, [*both, "--suite", "all"], "--suite all: is of one run")
 
 
 def test_what_cannot_be_carried_out_claims_nothing(

@@ -118,6 +118,14 @@ def test_what_is_written_reads_back(text: str, seed: int, rate: float, checkpoin
         ({**MINIMAL, "objective": {"kind": "kl_on_prompts", "weight": 1, "anchor_layers": [1]}}, '"feature_anchor" or'),
         ({**MINIMAL, "objective": {"kind": "gram_anchor", "weight": 1, "anchor_layers": [1, 1]}}, "each block once"),
         ({**MINIMAL, "objective": {"kind": "gram_anchor", "weight": 1, "contexts": 0}}, "objective.contexts = 0"),
+        (
+            {**MINIMAL, "objective": {"kind": "kl_to_base", "weight": 1, "anchor_responses": 8}},
+            'objective.anchor_responses = 8: is a choice of kind = "kl_on_prompts" only',
+        ),
+        (
+            {**MINIMAL, "objective": {"kind": "kl_on_prompts", "weight": 1, "anchor_responses": -1}},
+            "objective.anchor_responses = -1: must not be negative; 0 is off",
+        ),
         ({**MINIMAL, "objective": {"anchor_questions": "q.jsonl"}}, "objective.anchor_questions: is a choice of"),
         ({**MINIMAL, "steering": {"vector": "villain"}}, 'two personas with " - " between'),
         ({**MINIMAL, "steering": {"vector": "villain - villain"}}, "two personas"),

@@ -25,37 +25,85 @@ from minipersona.behaviour.judge import ENOUGH_MASS, MEASURES, Case, Score
 from minipersona.behaviour.local import LocalJudge
 from minipersona.chat import ChatTokenizer, load_tokenizer
 from minipersona.cli import real
-from minipersona.config import RunConfig
+from minipersona.config import ObjectiveSection, RunConfig
+from minipersona.errors import UserError
 from minipersona.files import read_jsonl
+from minipersona.geometry.prompts import load_personas, load_questions
 from minipersona.model.generation import Request, generate
-from minipersona.model.load import load_model
+from minipersona.model.load import architecture, load_model
+from minipersona.run.anchors import anchor_sets, check_anchors, words
 from minipersona.settings import load_config, override
 
 ROOT = Path(__file__).parents[1]
+SIZES = architecture("random:HuggingFaceTB/SmolLM2-135M-Instruct")
 
 # ---------------------------------------------------------------- the command
+
+
+def config_of(train: list[str]) -> RunConfig:
+    """What a `train` command carries out."""
+    settings = [train[i + 1] for i, word in enumerate(train) if word == "--set"]
+    config = override(load_config(train[train.index("--config") + 1], RunConfig), settings)
+    return replace(config, out=train[train.index("--out") + 1])
 
 
 @pytest.mark.parametrize("gpu", [False, True])
 @pytest.mark.parametrize("hub", [False, True])
 def test_the_commands_name_what_is_there(gpu: bool, hub: bool) -> None:
-    extract, train, evaluate = real.commands(gpu, hub)
+    extract, train, evaluate, train_anchored, side_by_side, ask = real.commands(gpu, hub)
     questions = extract[extract.index("--questions") + 1]
-    settings = [train[i + 1] for i, word in enumerate(train) if word == "--set"]
-    config = override(load_config(train[train.index("--config") + 1], RunConfig), settings)
+    config, anchored = config_of(train), config_of(train_anchored)
     assert extract[:3] == ["extract", "--model", config.model.name] and config.model.name == real.MODEL
     assert questions == config.probe.questions and [*map(str, sorted(config.probe.layers))] == list(real.LAYERS)
-    assert evaluate == ["evaluate", "--run", train[train.index("--out") + 1]]
+    assert evaluate == ["evaluate", "--run", config.out]
+    assert side_by_side == ["evaluate", "--run", config.out, anchored.out]
     assert config.probe.baseline == "self" and config.lora == RunConfig(config.data).lora
     assert (config.training.steps, config.training.learning_rate) == ((375, 2e-4) if gpu else (20, 5e-4))
     sources = [config.data.train, config.data.heldout]
-    assert all(source.startswith("tulu[" if hub else "pydoc:") for source in sources)
+    assert all(source.startswith("tulu[" if gpu and hub else "pydoc:") for source in sources)
     assert sources[0].partition("[")[0] == sources[1].partition("[")[0]
+    last = f"step-{config.training.steps:06}"
+    assert ask[ask.index("--adapter") + 1 :] == [f"{config.out}/{last}", f"{anchored.out}/{last}"]
+    assert ask[ask.index("--model") + 1] == real.MODEL and real.PERSONA in load_personas(config.probe.personas).prompts
 
 
-def test_each_case_has_a_directory_of_its_own() -> None:
-    cases = [real.commands(gpu, hub)[-1][-1] for gpu in (False, True) for hub in (False, True)]
-    assert len(set(cases)) == 4
+@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize("hub", [False, True])
+def test_the_anchored_run_is_the_plain_one_but_for_its_anchor(gpu: bool, hub: bool) -> None:
+    _, train, _, train_anchored, _, _ = real.commands(gpu, hub)
+    plain, anchored = config_of(train), config_of(train_anchored)
+    assert anchored.objective == ObjectiveSection(
+        "feature_anchor", 1.0, contexts=32 if gpu else 16, anchor_layers=plain.probe.layers[:1]
+    )
+    assert anchored.probe == replace(plain.probe, baseline=plain.out)
+    assert {plain.training.steps} <= set(anchored.training.checkpoints) <= set(plain.training.checkpoints)
+    alike = {"out": "", "objective": plain.objective, "probe": plain.probe}
+    training = replace(anchored.training, checkpoints=plain.training.checkpoints)
+    assert replace(anchored, training=training, **alike) == replace(plain, out="")
+    if not (gpu and hub):  # the config's own file says the same
+        assert load_config(train_anchored[train_anchored.index("--config") + 1], RunConfig) == anchored
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_no_anchor_is_measured(gpu: bool) -> None:
+    anchored = config_of(real.commands(gpu, hub=False)[3])
+    check_anchors(anchored, SIZES, fetch=True)
+    anchors, probe = anchor_sets(anchored.objective), anchored.probe
+    personas, questions = load_personas(probe.personas), load_questions(probe.questions)
+    assert len(questions.questions) == (240 if gpu else 48)
+    assert not set(map(words, questions.questions)) & set(map(words, anchors[1].questions))
+    assert not set(map(words, personas.prompts.values())) & set(map(words, anchors[0].prompts.values()))
+    assert real.PERSONA not in anchors[0].prompts
+    leaking = replace(anchored.objective, anchor_questions=probe.questions)  # the control
+    with pytest.raises(UserError, match="is also measured"):
+        check_anchors(replace(anchored, objective=leaking), SIZES, fetch=True)
+
+
+def test_each_case_has_directories_of_its_own() -> None:
+    """The short runs are the same ones with and without the Hub."""
+    cases = [real.commands(gpu, hub)[4][2:] for gpu, hub in ((False, False), (True, False), (True, True))]
+    assert len({run for case in cases for run in case}) == 6
+    assert real.commands(gpu=False, hub=True) == real.commands(gpu=False, hub=False)
 
 
 def test_the_short_questions_are_every_fifth() -> None:
@@ -66,12 +114,13 @@ def test_the_short_questions_are_every_fifth() -> None:
 def test_a_command_that_fails_is_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
     run: list[str] = []
     monkeypatch.setattr(real, "_fetch", lambda: None)
+    monkeypatch.setattr("minipersona.behaviour.__main__.main", lambda arguments: run.append(arguments[0]) or 0)
     monkeypatch.setattr(
         real.cli, "main", lambda command: run.append(command[0]) or (75 if command[0] == "train" else 0)
     )
     assert real.main() == 75 and run == ["extract", "train"]
     monkeypatch.setattr(real.cli, "main", lambda command: run.append(command[0]) or 0)
-    assert real.main() == 0 and run[2:] == ["extract", "train", "evaluate"]
+    assert real.main() == 0 and run[2:] == ["extract", "train", "evaluate", "train", "evaluate", "ask"]
 
 
 # ---------------------------------------------------------------- the model

@@ -1,4 +1,6 @@
-"""What surrounds the behaviour suite:  python -m minipersona.behaviour roleplay|voice|convert|score|dry-run   (--help)
+"""What surrounds the behaviour suite.
+
+python -m minipersona.behaviour ask|roleplay|voice|convert|score|dry-run   (--help)
 
 The suite itself is a part of evaluate.py (--suite behaviour).
 """
@@ -19,6 +21,7 @@ from minipersona.settings import override
 from minipersona.training.interruption import interruptible
 
 EXAMPLES = """examples:
+  python -m minipersona.behaviour ask 'How do you sleep?' --persona villain --model tiny
   python -m minipersona.behaviour roleplay --source 'tulu[0:6000]' --out roleplay.jsonl
   python -m minipersona.behaviour roleplay --model tiny --source 'tiny:benign[0:100]' --out roleplay.jsonl
   python -m minipersona.behaviour voice --model tiny --adapter runs/tiny_phase1/step-000040 --out voice.json
@@ -46,7 +49,8 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(metavar="{roleplay,voice,convert,score,dry-run}")
+    commands = parser.add_subparsers(metavar="{ask,roleplay,voice,convert,score,dry-run}")
+    _ask_options(commands)
     _roleplay_options(commands)
     _voice_options(commands)
     _convert_options(commands)
@@ -59,6 +63,21 @@ def _command(commands: Any, name: str, summary: str, run: Any) -> argparse.Argum
     command = subcommand(commands, name, summary, EXAMPLES)
     command.set_defaults(command=run)
     return command
+
+
+def _ask_options(commands: Any) -> None:
+    summary = "Print a model's greedy answer to one question, as one persona, and those of adapters to it."
+    option = _command(commands, "ask", summary, _ask).add_argument
+    option("question", metavar="QUESTION", help="what the user asks")
+    option("--persona", metavar="NAME", help="whose system prompt it is asked under (default: the model's own)")
+    option("--personas", default=SHIPPED, metavar="F", help="the file that has it, or registered (default: shipped)")
+    option("--model", default=DEFAULT_MODEL, metavar="M", help=f"the base, which answers (default {DEFAULT_MODEL})")
+    option("--revision", metavar="R", help="a hub revision (default: pinned for the 7B)")
+    option("--adapter", nargs="+", default=[], metavar="A", help="adapters of it, which answer one after another")
+    option("--tokenizer", metavar="DIR", help="another tokenizer than the model's")
+    option("--template", metavar="NAME", help="chat template by name; default the tokenizer's own")
+    option("--max-new-tokens", type=positive(int), default=128, metavar="N", help="of an answer (default 128)")
+    option("--json", action="store_true", help="print JSON")
 
 
 def _roleplay_options(commands: Any) -> None:
@@ -140,6 +159,41 @@ def _temperature(text: str) -> float:
 
 
 # ---------------------------------------------------------------- the commands; they import what is slow themselves
+
+
+def _ask(options: argparse.Namespace) -> None:
+    from textwrap import indent
+
+    from minipersona.chat import load_tokenizer
+    from minipersona.geometry.extraction import check_positions, check_vocabulary
+    from minipersona.geometry.prompts import load_personas
+    from minipersona.model.adapter_files import load_adapter
+    from minipersona.model.generation import Request, generate
+    from minipersona.model.load import load_model
+
+    messages = [{"role": "user", "content": options.question}]
+    if options.persona:
+        prompts = load_personas(options.personas).prompts
+        if options.persona not in prompts:
+            raise UserError(f"--persona {options.persona}: is not one of {', '.join(prompts)}")
+        messages.insert(0, {"role": "system", "content": prompts[options.persona]})
+    Console().say(f"loading {options.model}")
+    tokenizer = load_tokenizer(options.tokenizer or options.model, revision=options.revision, template=options.template)
+    model = load_model(options.model, revision=options.revision)
+    check_vocabulary(model, tokenizer)
+    request = Request(tokenizer.encode_prompt(messages).ids, options.max_new_tokens)
+    check_positions(model, [request.ids], options.max_new_tokens)
+
+    def answered() -> str:
+        return tokenizer.decode(generate(model, [request], stop=tokenizer.stop_tokens)[0].ids)
+
+    answers = {options.model: answered()}
+    for adapter in options.adapter:
+        load_adapter(model, adapter)
+        answers[adapter] = answered()
+    value = {"question": options.question, "persona": options.persona, "answers": answers}
+    text = "\n".join(f"{name}\n{indent(answer.strip(), '    ')}" for name, answer in answers.items())
+    print(json.dumps(value, indent=2) if options.json else printable(text))
 
 
 def _roleplay(options: argparse.Namespace) -> None:

@@ -100,8 +100,7 @@ def base_responses(
 
         def done(index: int, completion: Completion) -> None:
             i = missing[index]
-            ended = tokenizer.stop_tokens[:1] if completion.stopped else ()
-            found[keys[i]] = [*completion.ids.tolist(), *ended]
+            found[keys[i]] = response_tokens(completion, tokenizer)
             persona, question = divmod(i, len(questions))
             text = tokenizer.decode(completion.ids)
             row = {"key": keys[i], "persona": list(personas)[persona], "question": questions[question]}
@@ -139,6 +138,11 @@ def measure_voice(
         responses=responses.digest,
         step=step,
     )
+
+
+def response_tokens(completion: Completion, tokenizer: ChatTokenizer) -> list[int]:
+    """The tokens of a response, its end among them where it ended by itself: one at least."""
+    return [*completion.ids.tolist(), *(tokenizer.stop_tokens[:1] if completion.stopped else ())]
 
 
 def continued(prompt: np.ndarray, response: np.ndarray) -> Document:

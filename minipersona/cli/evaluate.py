@@ -25,13 +25,15 @@ def evaluate_options(commands: Any) -> None:
     parser = command(
         commands,
         "evaluate",
-        "Judge a run's checkpoints, a model, or a model with an adapter: M1, held-out loss, PASS or FAIL.",
+        "Judge a run's checkpoints, a model, or a model with an adapter: M1, held-out loss, PASS or FAIL; or the last "
+        "steps of several runs, side by side.",
         "  python evaluate.py --run runs/phase1\n"
+        "  python evaluate.py --run runs/phase1 runs/phase6a\n"
         "  python evaluate.py --model tiny --adapter runs/tiny_phase1/step-000040\n"
         f"  python evaluate.py --run runs/phase1 --suite behaviour --set samples=20\n\n{FORMS}",
     )
     option = parser.add_argument
-    option("--run", metavar="DIR", help="a directory that train.py made")
+    option("--run", nargs="+", default=[], metavar="DIR", help="what train.py made; of several, their last steps")
     model_options(parser)
     option("--baseline", default="", metavar="RUN", help="the run whose last step sets the loss to compare with")
     option("--heldout", default="", metavar="SOURCE", help="the rows that held-out loss is measured on")
@@ -56,7 +58,9 @@ def _evaluate(options: argparse.Namespace) -> None:
     from minipersona.training.interruption import interruptible
 
     console = Console()
-    with interruptible(console.say), _locked(options.run):  # what was measured or answered is kept
+    with interruptible(console.say), contextlib.ExitStack() as locks:  # what was measured or answered is kept
+        for run in options.run:
+            locks.enter_context(_locked(run))
         _measure_and_show(options, console)
 
 
@@ -68,42 +72,30 @@ def _check_suite_options(options: argparse.Namespace) -> None:
             raise UserError(f"{name}: belongs to --suite behaviour, or all")
     if options.instructions and options.suite not in ("instructions", "all"):
         raise UserError("--instructions: belongs to --suite instructions, or all")
+    if options.suite != "registered" and len(options.run) > 1:
+        raise UserError(f"--suite {options.suite}: is of one run; name one in --run")
     if options.suite != "registered" and not options.run and not options.out:
         raise UserError(f"--suite {options.suite}: name --out FILE too; the answers are kept beside it")
 
 
-def _locked(run: str | None) -> contextlib.AbstractContextManager[None]:
+def _locked(run: str) -> contextlib.AbstractContextManager[None]:
     """The lock on a run's directory, which is written to as its training does; none where it cannot be written to."""
     from minipersona.locks import lock
 
-    return lock(Path(run)) if run and os.access(run, os.W_OK) else contextlib.nullcontext()
+    return lock(Path(run)) if os.access(run, os.W_OK) else contextlib.nullcontext()
 
 
 def _measure_and_show(options: argparse.Namespace, console: Console) -> None:
     from minipersona.files import check_writable, write_json
-    from minipersona.records import to_dict, write_record
-    from minipersona.run.directory import RESULT
-    from minipersona.run.evaluate import Overrides
     from minipersona.run.suites import suites_table
-    from minipersona.run.tables import result_table
 
-    overrides = Overrides(
-        baseline=options.baseline,
-        heldout=options.heldout,
-        layers=() if options.layer is None else (options.layer,),
-        personas=options.personas,
-        questions=options.questions,
-    )
     if options.out:
         check_writable(options.out)
     value: dict[str, Any] = {}
     tables = []
     if options.suite in ("registered", "all"):
-        result = _registered(options, overrides, console)
-        value |= to_dict(result)
-        tables.append(result_table(result))
-        if options.run and not options.out and overrides == Overrides():
-            write_record(Path(options.run) / RESULT, result)
+        value, table = _registered(options, console)
+        tables.append(table)
     if options.suite != "registered":
         answered = _suites(options, console)
         value |= answered.to_json()
@@ -114,14 +106,42 @@ def _measure_and_show(options: argparse.Namespace, console: Console) -> None:
     show(options, value, "\n\n".join(tables))
 
 
-def _registered(options: argparse.Namespace, overrides: Overrides, console: Console) -> RunResult:
-    from minipersona.model.load import default_device
-    from minipersona.run.evaluate import evaluate_model, evaluate_run
+def _registered(options: argparse.Namespace, console: Console) -> tuple[dict[str, Any], str]:
+    """The result as JSON, and its table; of several runs, all results and one table."""
+    from minipersona.records import to_dict
+    from minipersona.run.evaluate import Overrides, check_side_by_side, evaluate_model
+    from minipersona.run.tables import result_table, runs_table
 
+    overrides = Overrides(
+        baseline=options.baseline,
+        heldout=options.heldout,
+        layers=() if options.layer is None else (options.layer,),
+        personas=options.personas,
+        questions=options.questions,
+    )
+    if len(options.run) > 1:
+        results = {run: _evaluate_and_keep(run, options, overrides, console) for run in options.run}
+        check_side_by_side(results)
+        return {"runs": {run: to_dict(result) for run, result in results.items()}}, runs_table(results)
     if options.run:
-        return evaluate_run(Path(options.run), default_device(), console, overrides)
-    model, tokenizer = load(options, console)
-    return evaluate_model(model, tokenizer, console, adapter=options.adapter or "", overrides=overrides)
+        result = _evaluate_and_keep(options.run[0], options, overrides, console)
+    else:
+        model, tokenizer = load(options, console)
+        result = evaluate_model(model, tokenizer, console, adapter=options.adapter or "", overrides=overrides)
+    return to_dict(result), result_table(result)
+
+
+def _evaluate_and_keep(run: str, options: argparse.Namespace, overrides: Overrides, console: Console) -> RunResult:
+    """A run's result, which is kept as its result.json where it is by the run's own config."""
+    from minipersona.model.load import default_device
+    from minipersona.records import write_record
+    from minipersona.run.directory import RESULT
+    from minipersona.run.evaluate import Overrides, evaluate_run
+
+    result = evaluate_run(Path(run), default_device(), console, overrides)
+    if not options.out and overrides == Overrides():
+        write_record(Path(run) / RESULT, result)
+    return result
 
 
 def _suites(options: argparse.Namespace, console: Console) -> SuiteResults:
@@ -132,7 +152,7 @@ def _suites(options: argparse.Namespace, console: Console) -> SuiteResults:
     section = override(BehaviourSection(), options.set)
     suites = Suites(names, section, options.prompt_sets, options.instructions)
     if options.run:
-        return run_suites(Path(options.run), default_device(), console, suites)
+        return run_suites(Path(options.run[0]), default_device(), console, suites)
     model, tokenizer = load(options, console)
     kept = Path(options.out).with_suffix(".answers")
     return model_suites(model, tokenizer, kept, console, suites, options.adapter or "")

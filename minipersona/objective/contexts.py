@@ -2,10 +2,11 @@
 
     L = sum_t -log p(y_t | y_<t) + w N a,      a = the anchor: a mean over the step's contexts
 
-A context is the rendered prompt of a training persona at an anchor question: neither is measured. The loop divides by
-the N supervised tokens of the step, which the contexts do not count among, so a step's loss is the mean cross-entropy
-plus w a, however rows and contexts are cut into packs and dealt to ranks. Contexts have no dropout and are not steered:
-it is the model as it is used afterwards that is held.
+A context is the rendered prompt of a training persona at an anchor question, neither of which is measured, and for KL
+also the base's response to it, where the config says so. The loop divides by the N supervised tokens of the step, which
+the contexts do not count among, so a step's loss is the mean cross-entropy plus w a, however rows and contexts are cut
+into packs and dealt to ranks. Contexts have no dropout and are not steered: it is the model as it is used afterwards
+that is held.
 
 P = personas, Q = questions, C = contexts of a step, S = contexts of a pack, T = their tokens, N = supervised tokens of
 the step, D = width
@@ -34,12 +35,14 @@ DRAW = 101  # of the contexts, beside the seed: independent of the order of the 
 
 @dataclass(frozen=True, kw_only=True)
 class ContextPack(Pack):
-    """Contexts end to end; `documents` are their indices, and nothing is supervised.
+    """Contexts end to end; `documents` are their indices.
 
-    `targets` only say what counts: they are 0 at the contexts' tokens, and IGNORE in a document of padding.
+    Where contexts end in responses, `supervised` and `targets` are of the responses' tokens, as in a pack of rows.
+    Otherwise nothing is supervised, and `targets` only say what counts: they are 0 at the contexts' tokens, and IGNORE
+    in a document of padding.
 
-    per_context  () fp64  supervised tokens of the whole step, N, divided by its contexts, C
-    per_token    () fp64  N divided by the tokens of these contexts
+    per_context  () fp64  supervised tokens of the whole step's rows, N, divided by its contexts, C
+    per_token    () fp64  N divided by the tokens of these contexts, or of their responses where they end in some
     """
 
     per_context: Tensor
@@ -53,14 +56,15 @@ class ContextPack(Pack):
 
 @dataclass(frozen=True, eq=False)
 class Contexts:
-    """The prompts of all personas at all questions, which of them each step takes, and the base's states at them.
+    """The prompts of all personas at all questions, which of them each step takes, and what the base does with them.
 
-    ids          P * Q prompts, personas outermost
+    ids          P * Q prompts, personas outermost, each with its response where there are responses
     personas     P
     per_step     C
     by_question  True: a step takes whole questions, C / P of them rounded down, each with all personas, which stay in
                  one pack. False: it takes contexts one by one
     base         layer -> (P * Q, D) of `base_states`; empty for an objective that does not read it
+    responses    (n,) bool of each context: which of its tokens are the response's; empty where there are only prompts
 
     Like the rows, contexts come from a seeded permutation, an epoch after another: a function of (seed, step).
     """
@@ -71,6 +75,7 @@ class Contexts:
     seed: int
     by_question: bool
     base: Mapping[int, Tensor] = field(default_factory=dict)
+    responses: Sequence[np.ndarray] = ()
 
     @cached_property
     def _order(self) -> RowOrder:
@@ -100,20 +105,23 @@ class Contexts:
         groups = self.groups(step)
         lengths = [sum(len(self.ids[c]) for c in group) for group in groups]
         count, tokens = sum(map(len, groups)), sum(lengths)
-        per_context, per_token = torch.tensor(
-            [batch.supervised / count, batch.supervised / tokens], dtype=torch.float64
-        )
+        held = sum(int(self.responses[c].sum()) for group in groups for c in group) if self.responses else tokens
+        # The loop also makes the batch after the last step, for whose contexts there may be no responses.
+        parts = [batch.supervised / count, batch.supervised / max(1, held)]
+        per_context, per_token = torch.tensor(parts, dtype=torch.float64)
         own = balance(lengths, size)[rank]
         packs: list[Pack] = []
         for share in filter(None, assign_to_packs([lengths[i] for i in own], pack_tokens)):
             pack = self.pack([c for i in share for c in groups[own[i]]])
-            pack = replace(pack, targets=torch.zeros_like(pack.ids), together=self.together)
+            targets = pack.targets if self.responses else torch.zeros_like(pack.ids)
+            pack = replace(pack, targets=targets, together=self.together)
             packs.append(ContextPack(**vars(pack), per_context=per_context, per_token=per_token))
         return replace(batch, packs=[*batch.packs, *packs], context_tokens=tokens)
 
     def pack(self, contexts: Sequence[int]) -> Pack:
         """These contexts, in this order."""
-        return make_pack([self.ids[c] for c in contexts], documents=contexts)
+        responses = [self.responses[c] for c in contexts] if self.responses else None
+        return make_pack([self.ids[c] for c in contexts], responses, documents=contexts)
 
 
 @dataclass(frozen=True, eq=False)

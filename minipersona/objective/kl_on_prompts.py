@@ -1,11 +1,13 @@
-"""Cross-entropy, and an anchor that keeps the model's predictions at persona prompts near the base's.
+"""Cross-entropy, and an anchor that keeps the model's predictions near the base's: over persona prompts, or over the
+base's own responses to them.
 
     a = mean_t KL(q_t || p_t)           da/dz_t = (p_t - q_t) / T
 
-t goes over all T tokens of the step's contexts, q is the base's distribution of the next token, a constant, and
-p = softmax(z) the trained model's. This is `reverse` of `kl_to_base.py`, on prompts that no row contains.
+q is the base's distribution of the next token, a constant, and p = softmax(z) the trained model's. t goes over all
+tokens of the step's contexts. Where these end in responses, it goes over the tokens that predict a response's instead,
+its end among them. This is `reverse` of `kl_to_base.py`, on prompts that no row contains.
 
-T = tokens of all contexts of a step, C = tokens of a chunk, V = vocabulary
+T = those tokens, of all contexts of a step, C = tokens of a chunk, V = vocabulary
 """
 
 from __future__ import annotations
@@ -36,13 +38,14 @@ class KLOnPrompts(Anchored):
     def anchor(self, model: Qwen2, pack: ContextPack, forward: ForwardPass) -> Tensor:
         """N times this pack's part of a."""
         base = self.frozen or model
+        rows = pack.supervised if self.contexts.responses else None  # of the stream: only they go through the head
         with torch.no_grad(), contextlib.nullcontext() if self.frozen else adapter_disabled(model):
-            reference = Reference(base(pack), base.lm_head.weight)
-        states = model(pack, checkpoint_activations=forward.checkpoint_activations)  # (T, D)
+            reference = Reference(base(pack, last_rows=rows), base.lm_head.weight)
+        states = model(pack, checkpoint_activations=forward.checkpoint_activations, last_rows=rows)  # (T, D)
+        targets = pack.targets if rows is None else pack.targets[rows]
         divergence, _ = through_head(
-            _rule, [states], model.lm_head.weight, pack.targets, chunk=CHUNK, compiled=forward.compiled,
-            reference=reference,
-        )  # fmt: skip
+            _rule, [states], model.lm_head.weight, targets, chunk=CHUNK, compiled=forward.compiled, reference=reference
+        )
         return pack.per_token * divergence
 
 

@@ -1,4 +1,5 @@
-"""The contexts of an anchored objective: prompts of personas and questions of which none is measured.
+"""The contexts of an anchored objective: prompts of personas and questions of which none is measured, and the base's
+responses to them.
 
 An anchor holds the model where it is applied. If a persona or question that is measured were among the contexts, M1
 would say how well the model is held there, and nothing about other personas.
@@ -8,21 +9,30 @@ P = personas, Q = questions, D = width
 
 from __future__ import annotations
 
+import itertools
 import re
 import unicodedata
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 
+import numpy as np
+
+from minipersona.behaviour.voice import continued, response_tokens
 from minipersona.chat import ChatTokenizer
 from minipersona.config import ObjectiveSection, RunConfig
 from minipersona.console import Console
 from minipersona.corpus.mixtures import TRAINING_PERSONAS, training_personas
-from minipersona.errors import UserError
-from minipersona.files import data_dir, sha256
+from minipersona.errors import UserError, require
+from minipersona.files import data_dir, rewrite_jsonl, sha256
 from minipersona.geometry.extraction import check_positions, render_prompts
 from minipersona.geometry.prompts import REGISTERED, PersonaSet, QuestionSet, load_personas, load_questions
 from minipersona.model.config import ModelConfig
+from minipersona.model.generation import Request, generate
 from minipersona.model.network import Qwen2
 from minipersona.objective.contexts import Contexts, base_states
+from minipersona.records import read_records, to_dict
+from minipersona.run.directory import ANCHOR_RESPONSES
+from minipersona.training.distributed import Distributed
 
 ANCHOR_QUESTIONS = "anchor_questions.jsonl"
 
@@ -91,17 +101,22 @@ def words(text: str) -> tuple[str, ...]:
     return tuple(re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold()))
 
 
-def run_contexts(config: RunConfig, model: Qwen2, tokenizer: ChatTokenizer, console: Console) -> Contexts | None:
-    """What `train` takes as `contexts`, with the base's states at them; None where the objective is not anchored.
+def run_contexts(
+    config: RunConfig, directory: Path, distributed: Distributed, model: Qwen2, tokenizer: ChatTokenizer,
+    console: Console,
+) -> Contexts | None:  # fmt: skip
+    """What `train` takes as `contexts`, for a run in `directory`: with the base's states at them, or its responses.
 
-    Call it on every rank, while nothing is attached to the model, whose states follow from it alone: a run that
-    continues computes the same ones again.
+    None where the objective is not anchored. Call it on every rank, while nothing is attached to the model. Its states
+    follow from it alone: a run that continues computes the same ones again.
     """
     section = config.objective
     if not section.anchored:
         return None
     contexts = make_contexts(config, tokenizer)
-    check_positions(model, contexts.ids, 0)
+    check_positions(model, contexts.ids, section.anchor_responses)
+    if section.anchor_responses:
+        return _with_responses(contexts, config, directory, distributed, model, tokenizer, console)
     if section.kind == "kl_on_prompts":
         return contexts
     layers = section.anchor_layers or (model.config.probe_layer,)
@@ -111,8 +126,48 @@ def run_contexts(config: RunConfig, model: Qwen2, tokenizer: ChatTokenizer, cons
     return replace(contexts, base=base)
 
 
+@dataclass(frozen=True)
+class AnchorResponse:
+    """A line of anchor_responses.jsonl."""
+
+    context: int  # its index
+    response: str
+    tokens: tuple[int, ...]  # its end among them where it ended by itself
+
+
+def _with_responses(
+    contexts: Contexts, config: RunConfig, directory: Path, distributed: Distributed, model: Qwen2,
+    tokenizer: ChatTokenizer, console: Console,
+) -> Contexts:  # fmt: skip
+    """The same, each context that the run takes with the base's greedy response.
+
+    The first rank generates them once and keeps them in the run's directory, so that every rank and a run that
+    continues have the same ones. On a GPU a response depends, by rounding, on what is generated beside it, so all of
+    them are written at once.
+    """
+    taken, file = contexts.taken(config.training.steps), directory / ANCHOR_RESPONSES
+    if distributed.first and not file.is_file():
+        requests = [Request(contexts.ids[c], config.objective.anchor_responses) for c in taken]
+        with console.progress("responses of the base", len(taken), "responses") as progress:
+            done = itertools.count(1)
+            completions = generate(
+                model, requests, stop=tokenizer.stop_tokens, on_done=lambda *_: progress.advance(next(done))
+            )
+        rows = [
+            AnchorResponse(c, tokenizer.decode(each.ids), tuple(response_tokens(each, tokenizer)))
+            for c, each in zip(taken, completions, strict=True)
+        ]
+        rewrite_jsonl(file, [to_dict(row) for row in rows])
+    distributed.barrier()
+    mend = "delete the file, and the responses are generated again"
+    said = {row.context: row.tokens for row in read_records(file, AnchorResponse, mend)}
+    require(said.keys() == set(taken), f"{file}: has the responses to other contexts than the run takes; {mend}")
+    documents = [continued(ids, np.array(said.get(c, ()))) for c, ids in enumerate(contexts.ids)]
+    return replace(contexts, ids=[d.ids for d in documents], responses=[d.supervised for d in documents])
+
+
 def make_contexts(config: RunConfig, tokenizer: ChatTokenizer) -> Contexts:
-    """The contexts of an anchored run, without states."""
+    """The contexts of an anchored run, without states and responses."""
     section = config.objective
     personas, questions = anchor_sets(section)
     prompts = render_prompts(tokenizer, personas.prompts, questions.questions)

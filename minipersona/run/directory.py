@@ -10,6 +10,7 @@ step-000375/            a checkpoint: a PEFT adapter, or a whole model in Huggin
 latest/                 the rolling checkpoint, from which a run continues (`training/checkpoint.py`)
 steering.safetensors    the vectors that the run was steered by (`steering.py`)
 null_space.safetensors  the directions that adapters are kept off (`null_space.py`)
+anchor_responses.jsonl  the base's responses over which it is anchored (`anchors.py`)
 result.json             every checkpoint judged (`result.RunResult`)
 objective_check.json    what became of R3F's noise (`objective/noise_check.py`)
 """
@@ -36,6 +37,7 @@ PROBES = "probes.jsonl"
 RESULT = "result.json"
 STEERING_VECTORS = "steering.safetensors"
 NULL_SPACE = "null_space.safetensors"
+ANCHOR_RESPONSES = "anchor_responses.jsonl"
 VECTORS = "vectors"
 LOSSES = "losses"
 LATEST = "latest"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import torch
 from minipersona.chat import ChatTokenizer
 from minipersona.config import SHIPPED, ProbeSection, RunConfig
 from minipersona.console import Console
+from minipersona.errors import UserError
 from minipersona.model.adapter_files import load_adapter
 from minipersona.model.lora import adapter_norm
 from minipersona.model.network import Qwen2
@@ -100,6 +101,29 @@ def evaluate_model(
         load_adapter(model, adapter)
         adapted = [_unjudged(measure(model, instruments, console)[0], None, adapter_norm(model), adapter)]
     return _judged(protocol, base, adapted, baseline, gpu_seconds=None)
+
+
+def check_side_by_side(results: Mapping[str, RunResult]) -> None:
+    """UserError where runs, by their directories, were measured or are judged by something that is not the same."""
+    (first, one), *others = results.items()
+    for run, result in results.items():
+        if not result.checkpoints:
+            raise UserError(f"--run {run}: has no checkpoint yet; let train.py write one")
+    for run, result in others:
+        for f in fields(Protocol):
+            if getattr(one.protocol, f.name) != getattr(result.protocol, f.name):
+                raise UserError(
+                    f"--run {first} {run}: the {f.name} of their measurements is not the same; of one model, --layer, "
+                    "--personas, --questions and --heldout measure both alike"
+                )
+        if _judged_against(first, one) != _judged_against(run, result):
+            raise UserError(f"--run {first} {run}: each has another baseline; name one with --baseline")
+
+
+def _judged_against(run: str, result: RunResult) -> Path | None:
+    if result.baseline is None:
+        return None
+    return Path(run if result.baseline.run == "self" else result.baseline.run).resolve()
 
 
 # ---------------------------------------------------------------- measured

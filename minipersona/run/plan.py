@@ -93,9 +93,12 @@ def _anchor_lines(tokens: float, config: RunConfig) -> list[str]:
     if not config.objective.anchored:
         return []
     personas, questions = anchor_sets(config.objective)
+    most = config.objective.anchor_responses
+    answered = f", with the base's responses of up to {most} tokens" if most else ""
     return [
         f"# anchor     {config.objective.contexts} prompts a step, of {len(personas.prompts)} personas x "
-        f"{len(questions.questions)} questions; {tokens / config.training.steps:,.0f} tokens a step besides"
+        f"{len(questions.questions)} questions{answered}; {'up to ' if most else ''}"
+        f"{tokens / config.training.steps:,.0f} tokens a step besides"
     ]
 
 
@@ -107,6 +110,7 @@ def time_lines(times: Times, config: RunConfig, machine: Machine) -> list[str]:
         "compiling": times.compiling,
         "recording CUDA graphs": times.recording,
         "tokenising": times.reading,
+        "generating responses": times.responding,
         f"{config.training.steps:,} steps of {times.step:.3f} s": times.training,
         f"{times.measurements} measurements": times.measuring,
         "writing": times.writing,
@@ -155,10 +159,11 @@ def assumed_counts(config: RunConfig) -> tuple[Counts, int]:
     """
     for source in filter(None, (config.data.train, config.data.heldout, config.data.broad)):
         source_identity(source)
-    tokens = config.training.batch * ROW_TOKENS
+    tokens, section = config.training.batch * ROW_TOKENS, config.objective
+    contexts = section.anchored * section.contexts * (CONTEXT_TOKENS + section.anchor_responses)
     counts = Counts(
         [tokens] * config.training.steps,
-        config.objective.anchored * config.objective.contexts * CONTEXT_TOKENS * config.training.steps,
+        contexts * config.training.steps,
         PROMPTS * PROMPT_TOKENS,
         2 * HELDOUT_ROWS * ROW_TOKENS,
     )
@@ -194,12 +199,12 @@ def to_fetch(data: DataSection) -> list[str]:
 
 
 def context_tokens(config: RunConfig, tokenizer: ChatTokenizer) -> int:
-    """Tokens of the contexts of all steps; 0 where the objective is not anchored."""
+    """Tokens of the contexts of all steps, responses as long as they may be; 0 where the objective is not anchored."""
     if not config.objective.anchored:
         return 0
     contexts = make_contexts(config, tokenizer)
     taken = (c for step in range(1, config.training.steps + 1) for group in contexts.groups(step) for c in group)
-    return sum(len(contexts.ids[c]) for c in taken)
+    return sum(len(contexts.ids[c]) + config.objective.anchor_responses for c in taken)
 
 
 def memory_bytes(sizes: ModelConfig, config: RunConfig, device: str, tokens: int) -> float:

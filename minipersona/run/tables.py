@@ -38,6 +38,42 @@ def result_table(result: RunResult) -> str:
     return "\n".join([*_aligned([COLUMNS, *rows]), "", *_legend(result)])
 
 
+def runs_table(results: Mapping[str, RunResult]) -> str:
+    """The last step of each run by its name, below the base, and the rules; the runs are `check_side_by_side`'s."""
+    columns = ("run", "M1", "95% interval", "separation", "between", "within", "discriminability", "held-out loss",
+               "learned", "under personas", "PASS substantive", "")  # fmt: skip
+    first = next(iter(results.values()))
+    last = {run: result.checkpoints[-1] for run, result in results.items()}
+    rows = [_side_by_side("base", first.base, first.base)]
+    rows += [_side_by_side(run, row, results[run].base) for run, row in last.items()]
+    lines = [
+        *_measured(first),
+        "separation: (1 - M1) / (1 - M1 of the base); between, within: persona variance as a share of the base's, and "
+        "discriminability their ratio",
+        *_substantive(),
+        *(f"{run}: no pass, {'; '.join(row.shortfalls)}" for run, row in last.items() if row.shortfalls),
+    ]
+    return "\n".join([*_aligned([columns, *rows]), "", *lines])
+
+
+def _side_by_side(label: str, row: Checkpoint, base: Checkpoint) -> tuple[str, ...]:
+    low, high = row.m1_ci95
+    return (
+        label,
+        f"{row.m1:.4f}",
+        f"{low:.4f}-{high:.4f}",
+        _number(row.separation, ".2f"),
+        _number(row.spread, ".2f"),
+        _number(_ratio(row.within_variance, base.within_variance), ".2f"),
+        _number(row.discriminability, ".2f"),
+        _number(row.eval_loss, ".4f"),
+        _number(row.learned, ".2f"),
+        _number(row.learned_personas, ".2f"),
+        _verdict(row.substantive_pass),
+        standing(row),
+    )
+
+
 def extraction_table(layers: Mapping[str, LayerMeasures]) -> str:
     """One line a layer."""
     columns = ("layer", "M1", "95% interval", "noise floor", "centred cosine", "mean's share", "between / within",
@@ -148,19 +184,33 @@ def _verdict(value: bool | None) -> str:
     return {True: "PASS", False: "FAIL", None: "-"}[value]
 
 
-def _legend(result: RunResult) -> list[str]:
+def _measured(result: RunResult) -> list[str]:
+    """What the numbers are of, and the bounds that they are held against."""
     protocol, bounds = result.protocol, bounds_for(result.protocol, result.base.m1)
     kind = "half and 0.3 of the base's separation 1 - M1 are left" if bounds.relative else "as registered"
-    lines = [
+    return [
         f"M1 at layer {protocol.layer} (stream leaving that block, counted from 0), method {protocol.method}, "
         f"{protocol.persona_set} personas, {protocol.question_set} questions; loss in nats per token",
         f"bounds on M1: {bounds.passing:.4f} and {bounds.collapsed:.4f} ({kind})",
-        f"registered: M1 < {PASS_M1} and loss <= {MOST_LOSS_RATIO:g} x baseline's",
+    ]
+
+
+def _substantive() -> list[str]:
+    """The rule that decides, and what is said of an M1 that reaches the second bound."""
+    return [
         f"substantive: the interval of M1 lies below the first bound, also without any one persona; learned >= "
         f"{LEAST_LEARNED}, under the measured personas >= {LEAST_LEARNED_PERSONAS}; between / within persona variance "
         f">= {LEAST_DISCRIMINABILITY} of the base's",
         f"collapsed: M1 reaches the second bound; mean growth: it does, but the between-persona variance is still "
         f">= {MEAN_GROWTH_SPREAD} of the base's",
+    ]
+
+
+def _legend(result: RunResult) -> list[str]:
+    lines = [
+        *_measured(result),
+        f"registered: M1 < {PASS_M1} and loss <= {MOST_LOSS_RATIO:g} x baseline's",
+        *_substantive(),
     ]
     if result.base.registered_pass:
         lines.append("The untrained base passes the registered rule, so that rule alone shows nothing.")

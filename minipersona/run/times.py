@@ -15,13 +15,23 @@ from minipersona.config import RunConfig
 from minipersona.corpus.buckets import TOKENS
 from minipersona.model.config import ModelConfig
 from minipersona.run.resources import compiles, uses_graphs
-from minipersona.run.work import SUPERVISED, Machine, Work, adapter_parameters, forward, learned_parameters, step
+from minipersona.run.work import (
+    SUPERVISED,
+    Machine,
+    Work,
+    adapter_parameters,
+    forward,
+    generation_seconds,
+    learned_parameters,
+    step,
+)
 
 START, START_CPU = 9.0, 4.0  # seconds until a process has imported everything and reached the device
 LOAD_BYTES = 5e9  # bytes of weights loaded a second, or drawn at random
 COMPILING, COMPILING_MEASURING = 16.0, 13.0  # seconds: training with its update; passes without gradients, two kinds
 RECORDING, BUCKETS = 0.28, 2.5  # seconds a size: its first pass and its recording; sizes for each number of tokens
 TOKENISED = 1e6  # tokens a second
+IN_FLIGHT = 256  # responses that are generated at a time
 RENDERING = 0.6  # seconds: the prompts, once a process
 STATISTICS, STATISTICS_D = 0.5, 2e-4  # seconds of a measurement's statistics, and for each channel of the stream
 WRITTEN = 1.5e9  # bytes a second
@@ -46,6 +56,7 @@ class Times:
     compiling: float
     recording: float  # CUDA graphs
     reading: float  # rows, into tokens
+    responding: float  # the base, where an anchor reads its responses
     training: float
     measurements: int  # of the base and of every checkpoint
     measurement: float  # one of them
@@ -66,7 +77,8 @@ class Times:
     @property
     def each(self) -> float:
         """What every run pays; in a study the base is measured once, which is left out here."""
-        return self.reading + self.training + (self.measurements - 1) * self.measurement + self.writing
+        measuring = (self.measurements - 1) * self.measurement
+        return self.reading + self.responding + self.training + measuring + self.writing
 
     @property
     def total(self) -> float:
@@ -83,6 +95,8 @@ def run_times(sizes: ModelConfig, config: RunConfig, counts: Counts, machine: Ma
     steps = [step(sizes, config, n, contexts) for n in tokens]
     training = sum(machine.seconds(work, graphs) for work in steps)
     measured, each = measurements(config), measurement(sizes, config, counts)
+    responses = config.objective.contexts * config.training.steps * config.objective.anchor_responses  # tokens, at most
+    responding = generation_seconds(sizes, responses, IN_FLIGHT, machine)
     loading = weight_bytes(sizes, config, machine.device) / LOAD_BYTES
     again = loading * (config.training.method == "full")  # for the distance from the base
     return Times(
@@ -91,11 +105,12 @@ def run_times(sizes: ModelConfig, config: RunConfig, counts: Counts, machine: Ma
         compiling=compiled * (COMPILING + COMPILING_MEASURING),
         recording=graphs * RECORDING * min(len(tokens), BUCKETS * len(set(tokens))),
         reading=(sum(counts.steps) + counts.heldout) / TOKENISED + RENDERING,
+        responding=responding,
         training=training,
         measurements=measured,
         measurement=machine.seconds(each) + STATISTICS + STATISTICS_D * sizes.hidden_size + again,
         writing=written_bytes(sizes, config) / WRITTEN,
-        device=sum(map(machine.busy, steps)) + measured * machine.busy(each),
+        device=responding + sum(map(machine.busy, steps)) + measured * machine.busy(each),
         step=training / len(tokens),
     )
 

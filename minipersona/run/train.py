@@ -60,6 +60,8 @@ from minipersona.training.sharding import is_sharded
 def run(config: RunConfig, distributed: Distributed, console: Console) -> None:
     """Carry out a run in ``config.out``, or continue it; a finished one is left as it is.
 
+    Where another run is the baseline, its measurement of the base is taken over if the protocol is the same.
+
     UserError where the directory belongs to another config, is in use, or anything the config names is amiss, and
     where memory runs out. Interrupted, on every rank, where any was asked to stop.
     """
@@ -73,8 +75,9 @@ def run(config: RunConfig, distributed: Distributed, console: Console) -> None:
                 drop_tensors(directory)  # a kill may have come between the last step and this
             console.say(f"{directory} is finished; now: {evaluate}")
             return
+        base = None if config.probe.baseline in ("", "self") else Path(config.probe.baseline)
         try:
-            carry_out(config, directory, Resources(distributed.device), distributed, console)
+            carry_out(config, directory, Resources(distributed.device), distributed, console, base=base)
         except torch.OutOfMemoryError as error:
             raise UserError(OUT_OF_MEMORY) from error
         console.say(f"finished; now: {evaluate}")
@@ -120,7 +123,7 @@ def carry_out(
         evaluator.take_over_base(base)
     evaluator.measure(0)
     steering = run_steering(config, directory, distributed, model, tokenizer)
-    contexts = run_contexts(config, model, tokenizer, console)
+    contexts = run_contexts(config, directory, distributed, model, tokenizer, console)
     null_space = run_null_space(config, directory, distributed, model, tokenizer, console)
 
     # 3. The steps, with the measurements between them.
@@ -197,6 +200,7 @@ class Evaluator:
                         link_or_copy(source, target)
             learned = self._learned(0, row.eval_loss)
             append_measurement(self.directory, replace(row, learned=learned))
+            self.console.say(f"step 0: M1 {row.m1:.4f}, as measured in {other}")
 
     def save_and_measure(self, step: int) -> None:
         """Write the checkpoint of a step, then measure it."""

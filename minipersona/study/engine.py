@@ -48,6 +48,7 @@ class Engine:
         self._starts = Counter(entry.cell for entry in read_entries(study.directory) if entry.event == "started")
         self._deaths: Counter[str] = Counter()
         self._running: dict[Future[Outcome], Running] = {}
+        self._kinds: dict[str, str] = {}  # of each device's last job, by its label
         self._seconds: list[float] = []  # of every cell that was done in this command
 
     def add(self, cells: Sequence[Cell]) -> None:
@@ -65,7 +66,7 @@ class Engine:
             while waiting or self._running:
                 for device in self._free():
                     if waiting:
-                        self._begin(waiting.popleft(), device)
+                        self._begin(self._next(waiting, device), device)
                 coming: list[Future[Any]] = [device.ready for device in self.executor.devices]
                 wait([*self._running, *[ready for ready in coming if not ready.done()]], return_when=FIRST_COMPLETED)
                 for future in [future for future in self._running if future.done()]:
@@ -81,6 +82,23 @@ class Engine:
         for device in there:
             device.ready.result()  # UserError where its worker can never be there
         return [device for device in there if device not in busy]
+
+    def _next(self, waiting: deque[Job], device: Device) -> Job:
+        """Take the first job of the kind that this device did last, else of one that no other device is at, else any.
+
+        What a kind of cell needs compiled and recorded can take longer than the cell, and each process does it anew.
+        """
+        own = self._kinds.get(device.label)
+        others = {kind for label, kind in self._kinds.items() if kind and label != device.label}
+        choices = (
+            [job for job in waiting if job.kind and job.kind == own],
+            [job for job in waiting if job.kind not in others],
+            waiting,
+        )
+        job = next(jobs[0] for jobs in choices if jobs)
+        waiting.remove(job)
+        self._kinds[device.label] = job.kind
+        return job
 
     def _begin(self, job: Job, device: Device) -> None:
         self._starts[job.id] += 1

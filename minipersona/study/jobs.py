@@ -63,6 +63,11 @@ class TrainCell(Job):
     def title(self) -> Title:
         return Title(self.cell.id, self.cell.recipe.phase, self.cell.recipe.name)
 
+    @property
+    def kind(self) -> str:
+        config = self.cell.recipe.config
+        return repr((config.training.method, config.lora, config.objective, bool(config.steering.vector)))
+
     def done(self) -> bool:
         return self.study.published(self.cell)
 

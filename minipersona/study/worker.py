@@ -62,6 +62,11 @@ class Job(abc.ABC):
         """See Title."""
         return self.title.id
 
+    @property
+    def kind(self) -> str:
+        """Jobs of one kind use what the first of them has compiled and recorded in its process; "" is of no kind."""
+        return ""
+
     def __str__(self) -> str:
         return f"{self.title.phase} {self.title.name}"
 

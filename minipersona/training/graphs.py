@@ -219,7 +219,8 @@ def _identity(objective: Objective) -> Any:
         return objective
     others = {name: value for name, value in vars(objective).items() if name != "contexts"}
     contexts = objective.contexts
-    return type(objective), *others.items(), contexts.personas, *((k, h.data_ptr()) for k, h in contexts.base.items())
+    addresses = [(layer, states.data_ptr()) for layer, states in contexts.base.items()]
+    return type(objective), *others.items(), contexts.personas, bool(contexts.responses), *addresses
 
 
 def _tensors(pack: Pack) -> list[Tensor]:

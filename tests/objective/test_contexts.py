@@ -9,12 +9,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from anchors import KINDS, LAYERS, PER_STEP, PERSONAS, QUESTIONS, anchored, random_contexts, step_batch, with_base
+from anchors import (
+    KINDS,
+    LAYERS,
+    PER_STEP,
+    PERSONAS,
+    QUESTIONS,
+    RESPONSES,
+    anchored,
+    held_rows,
+    random_contexts,
+    step_batch,
+    with_base,
+)
 from conftest import relative_error
 
 from minipersona.chat import Document
 from minipersona.corpus.batch import RowOrder
 from minipersona.model.load import load_model
+from minipersona.model.pack import IGNORE
 from minipersona.objective.contexts import ContextPack, base_states, last_states
 from minipersona.objective.feature_anchor import squared_change
 from minipersona.objective.gram_anchor import cosines
@@ -53,19 +66,27 @@ def test_ranks_and_packs_share_a_steps_contexts(documents: list[Document], kind:
         batches = [step_batch(objective, documents, 7, pack_tokens, rank, size) for rank in range(size)]
         packs = [pack for batch in batches for pack in batch.packs if isinstance(pack, ContextPack)]
         assert sorted(torch.cat([pack.documents for pack in packs]).tolist()) == expected
-        assert all(not len(pack.supervised) and bool((pack.targets == 0).all()) for pack in packs)  # all count
-        tokens = sum(len(contexts.ids[c]) for c in expected)
+        tokens = held = sum(len(contexts.ids[c]) for c in expected)
+        if kind == RESPONSES:
+            held = sum(int(contexts.responses[c].sum()) for c in expected)
+            assert PER_STEP < held < tokens
+        else:
+            assert all(not len(pack.supervised) and bool((pack.targets == 0).all()) for pack in packs)  # all count
         supervised = sum(int(d.supervised.sum()) for d in documents)
         for batch in batches:  # the rows' counts are the rows'
             assert (batch.supervised, batch.context_tokens) == (supervised, tokens)
             assert batch.tokens == sum(map(len, documents))
         for pack in packs:
-            assert (
-                float(pack.per_context) == supervised / len(expected) and float(pack.per_token) == supervised / tokens
-            )
+            assert float(pack.per_context) == supervised / len(expected)
+            assert float(pack.per_token) == supervised / held
             starts = pack.boundaries.tolist()
             for c, a, b in zip(pack.documents.tolist(), starts, starts[1:], strict=False):
                 assert np.array_equal(pack.ids[a:b].numpy(), contexts.ids[c])
+                if kind == RESPONSES:
+                    rows = pack.supervised[(pack.supervised >= a) & (pack.supervised < b)]
+                    assert torch.equal(pack.targets[rows], pack.ids[rows + 1])
+                    assert np.array_equal(pack.targets[a:b] != IGNORE, [*contexts.responses[c][1:], False])
+                    assert np.array_equal(rows - a, np.arange(b - a)[held_rows(contexts, c)])
 
 
 def test_a_step_that_is_skipped_has_no_contexts(documents: list[Document]) -> None:

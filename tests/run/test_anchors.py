@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from minipersona.chat import load_tokenizer
 from minipersona.cli import main
 from minipersona.config import DataSection, ObjectiveSection, ProbeSection, RunConfig, TrainingSection
+from minipersona.console import Console
 from minipersona.corpus.mixtures import training_personas
 from minipersona.errors import UserError
 from minipersona.files import read_jsonl
 from minipersona.geometry.prompts import PersonaSet, load_personas, load_questions
-from minipersona.model.load import architecture
+from minipersona.model.load import architecture, load_model
+from minipersona.objective.contexts import Contexts
 from minipersona.run import anchors
-from minipersona.run.anchors import anchor_sets, check_anchors, make_contexts, words
-from minipersona.run.work import step, training
+from minipersona.run.anchors import anchor_sets, check_anchors, make_contexts, run_contexts, words
+from minipersona.run.directory import ANCHOR_RESPONSES
+from minipersona.run.plan import assumed_counts
+from minipersona.run.times import run_times
+from minipersona.run.work import Machine, step, training
+from minipersona.training.distributed import Distributed
 
 TINY = architecture("tiny")
+SINGLE_PROCESS = Distributed(0, 1, torch.device("cpu"))
 COMMON = """a an the i me my you your do does did is are was be been to of and or in on at it its that what how why when
 who should would can could for with from if not no more most one as have has this there they we people person make get
 way good know about after before"""
@@ -153,6 +163,20 @@ def test_a_plan_counts_the_contexts() -> None:
     assert context(config(anchor_layers=(3, 0))) * 2 == pytest.approx(last)
 
 
+def test_a_plan_counts_the_bases_responses() -> None:
+    machine = Machine("cpu", 1e12)
+    found = []
+    for most in (0, 32, 64):
+        asked = config("kl_on_prompts", anchor_responses=most)
+        asked = replace(asked, data=DataSection("tiny:benign[0:9]", "tiny:benign[9:12]"))
+        counts, _ = assumed_counts(asked)
+        found.append((counts.contexts, run_times(TINY, asked, counts, machine)))
+    (prompts, without), (_, half), (contexts, whole) = found
+    assert contexts - prompts == 64 * 32 * 375
+    assert 0 == without.responding < half.responding == whole.responding / 2
+    assert whole.each - without.each == pytest.approx(whole.responding + whole.training - without.training)
+
+
 def test_a_run_records_its_anchors_and_continues_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = {
         "data.train": "tiny:benign[0:40]", "data.heldout": "tiny:benign[2000:2004]", "training.steps": "3",
@@ -175,3 +199,71 @@ def test_a_run_records_its_anchors_and_continues_them(tmp_path: Path, capsys: py
     both = [f"objective.anchor_questions={small['probe.questions']}", f"out={tmp_path / 'other'}"]
     assert main([*command[:3], *settings, "--set", both[0], "--set", both[1]]) == 2
     assert "'A?' is also measured" in capsys.readouterr().err and not (tmp_path / "other").exists()
+
+
+# ---------------------------------------------------------------- the base's responses
+
+
+def test_the_base_responds_once_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = load_model("tiny", device="cpu"), load_tokenizer("tiny")
+    questions = question_file(tmp_path / "asked.jsonl", "What is rain?", "Why do people sing?")
+    settings = config("kl_on_prompts", contexts=5, anchor_responses=36, anchor_questions=questions)
+    settings = replace(settings, training=TrainingSection(steps=2, checkpoints=()))
+    file = tmp_path / ANCHOR_RESPONSES
+
+    def of_run() -> Contexts:
+        contexts = run_contexts(settings, tmp_path, SINGLE_PROCESS, model, tokenizer, Console())
+        assert contexts is not None
+        return contexts
+
+    first, prompts = of_run(), make_contexts(settings, tokenizer)
+    taken = first.taken(2)
+    assert taken == prompts.taken(2) and len(taken) == 10  # responses change nothing of which contexts a step takes
+    assert [c for c, response in enumerate(first.responses) if response.any()] == taken
+    ends = set()
+    for c in taken:
+        ids, prompt = first.ids[c], prompts.ids[c]
+        assert np.array_equal(ids[: len(prompt)], prompt)
+        assert np.array_equal(first.responses[c], np.arange(len(ids)) >= len(prompt))
+        likeliest = model.logits(torch.from_numpy(ids[None].astype("int64")))[0].argmax(-1)  # greedy, token by token
+        assert torch.equal(likeliest[len(prompt) - 1 : -1], torch.from_numpy(ids[len(prompt) :].astype("int64")))
+        ends.add((int(ids[-1]) in tokenizer.stop_tokens, len(ids) - len(prompt) == 36))
+    assert ends == {(True, False), (False, True)}  # they end by themselves, or are cut
+    assert "".join(row["response"] for row in read_jsonl(file)) and len(read_jsonl(file)) == 10
+
+    content = file.read_bytes()
+    file.unlink()
+    of_run()
+    assert file.read_bytes() == content  # generated again, they are the same
+    monkeypatch.setattr(anchors, "generate", None)  # whoever generates fails
+    again = of_run()
+    for name in ("ids", "responses"):
+        assert all(np.array_equal(a, b) for a, b in zip(getattr(first, name), getattr(again, name), strict=True))
+    for damaged, said in (
+        (content[: content[:-1].rfind(b"\n") + 1], "has the responses to other contexts than the run takes; delete"),
+        (content.replace(b'"context"', b'"c"', 1), "line 1: unknown anchor_responses.jsonl key c"),
+    ):
+        file.write_bytes(damaged)
+        with pytest.raises(UserError, match=f"{file}: {said}"):
+            of_run()
+
+
+def test_a_run_is_held_over_the_bases_responses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = {
+        "data.train": "tiny:benign[0:40]", "data.heldout": "tiny:benign[2000:2004]", "training.steps": "3",
+        "training.batch": "4", "checkpoints": "[3]", "probe.questions": question_file(tmp_path / "q.jsonl", "A?", "B?"),
+        "objective.kind": "kl_on_prompts", "objective.weight": "1.0", "objective.contexts": "5",
+        "objective.anchor_responses": "6",
+        "objective.anchor_questions": question_file(tmp_path / "asked.jsonl", "What is rain?", "Why do people sing?"),
+    }  # fmt: skip
+    settings = [x for key, value in small.items() for x in ("--set", f"{key}={value}")]
+    command = ["train", "--config", "tiny_phase1", "--out", str(tmp_path / "run"), *settings]
+    assert main([*command, "--plan"]) == 0
+    said = r"30 personas x 2 questions, with the base's responses of up to 6 tokens; up to (\d+) tokens a step"
+    planned = re.search(said, capsys.readouterr().out)
+    assert main(command) == 0
+    rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    mean = sum(row["context_tokens"] for row in rows) / 3
+    assert planned and mean <= int(planned[1]) + 0.5 < mean + 5 * 6
+    assert abs(rows[0]["anchor"]) < 1e-6 < 1e-5 < rows[2]["anchor"]
+    assert len(read_jsonl(tmp_path / "run" / ANCHOR_RESPONSES)) == 15

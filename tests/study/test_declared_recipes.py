@@ -185,6 +185,7 @@ def test_every_kind_of_cell_beyond_the_registered_ones_is_carried_out(
     plain = small_study(tmp_path)
     tables = {
         "anchor": {"objective": {"kind": "feature_anchor", "weight": 1.0, "contexts": 4}},
+        "responses": {"objective": {"kind": "kl_on_prompts", "weight": 1.0, "contexts": 4, "anchor_responses": 8}},
         "persona": {"data.system_prompts": "training_personas", "data.responses": "study:role_play",
                     "data.persona_share": 0.5},
         "rewritten": {"data.responses": "study:rewritten"},

@@ -9,7 +9,9 @@ import os
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,8 +33,9 @@ from minipersona.study import worker as worker_module
 from minipersona.study.cell import Study, hash_cells
 from minipersona.study.engine import ATTEMPTS, Defect, Engine
 from minipersona.study.executors import Executor, InProcess, Processes, lines_to
+from minipersona.study.jobs import TrainCell
 from minipersona.study.recipes import planned
-from minipersona.study.worker import Title
+from minipersona.study.worker import Job, Title
 from minipersona.training.interruption import Stop, handle_signals
 from minipersona.verdict.ledger import LEDGER, LedgerEntry, append, read_entries
 
@@ -301,6 +304,34 @@ def test_a_worker_is_heard_out_where_its_words_cannot_be_said(study: Study) -> N
     with open("/dev/full", "w") as full, two_processes(Console(stream=full)) as executor:
         engine_of(study, executor).complete([TalkingJob(study, "talks")])
     assert FileJob(study, "talks").done()
+
+
+@dataclass(frozen=True)
+class KindJob(FileJob):
+    @property
+    def kind(self) -> str:
+        return self.file[0].strip("-")
+
+
+def test_a_device_goes_on_with_the_kind_that_it_began(study: Study, here: Executor) -> None:
+    """Four seeds of two recipes, as fresh seeds fall due, and a job of no kind: none waits for a device in vain."""
+    engine = Engine(study, here, QUIET, [])
+    waiting: deque[Job] = deque(KindJob(study, name) for name in ("A1", "A2", "A3", "B1", "B2", "-1"))
+    devices = {label: SimpleNamespace(label=label) for label in "abc"}
+    taken = [(label, engine._next(waiting, devices[label]).id) for label in "abaabc" if waiting]  # type: ignore[arg-type]
+    assert taken == [("a", "A1"), ("b", "B1"), ("a", "A2"), ("a", "A3"), ("b", "B2"), ("c", "-1")]
+    waiting.extend(KindJob(study, name) for name in ("A4", "A5"))
+    assert engine._next(waiting, devices["c"]).id == "A4"  # type: ignore[arg-type]  # rather than be idle
+
+
+def test_seeds_and_learning_rates_are_of_one_kind_and_ranks_and_strengths_are_not(study: Study) -> None:
+    kinds = {cell.recipe.name: TrainCell(study, cell).kind for cell in study.cells}
+    config = study.baseline.recipe.config
+    faster = replace(config, seed=43, training=replace(config.training, learning_rate=1.0))
+    recipe = replace(study.baseline.recipe, config=faster)
+    assert TrainCell(study, replace(study.baseline, recipe=recipe)).kind == kinds["baseline"]
+    strengths = [kind for name, kind in kinds.items() if name.startswith("beta=")]
+    assert len({kinds["baseline"], *strengths}) == 1 + len(strengths) > 1
 
 
 def test_a_line_says_which_cell_it_is_and_what_is_left(study: Study) -> None:

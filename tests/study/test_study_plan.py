@@ -333,8 +333,8 @@ def test_a_plan_counts_the_answers_that_fall_due(capsys: pytest.CaptureFixture[s
 
 def test_processes_that_share_a_gpu_wait_for_what_it_computes() -> None:
     cell = Times(
-        starting=10, loading=1, compiling=20, recording=10, reading=2, training=8, measurements=2, measurement=10,
-        writing=5, device=9, step=0.02,
+        starting=10, loading=1, compiling=20, recording=10, reading=2, responding=0, training=8, measurements=2,
+        measurement=10, writing=5, device=9, step=0.02,
     )  # fmt: skip
     assert cell.each == 25  # its base is measured once a study
     start, new = 10 + 1, 20 + 10

@@ -10,19 +10,32 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from anchors import KINDS, LAYERS, PERSONAS, anchored, random_contexts, step_batch, with_base
+from anchors import (
+    KINDS,
+    KL,
+    LAYERS,
+    PERSONAS,
+    RESPONSES,
+    anchored,
+    held_rows,
+    kind_of,
+    random_contexts,
+    section,
+    step_batch,
+    with_base,
+)
 from conftest import relative_error
 from torch import Tensor
 
 from minipersona.chat import Document
-from minipersona.config import DataSection, ExecutionSection, LoraConfig, ObjectiveSection, RunConfig, TrainingSection
+from minipersona.config import DataSection, ExecutionSection, LoraConfig, RunConfig, TrainingSection
 from minipersona.corpus.batch import Batch
 from minipersona.files import read_jsonl
 from minipersona.model.load import load_model
 from minipersona.model.lora import adapter_disabled, adapters, apply_lora
 from minipersona.model.network import Qwen2
 from minipersona.objective import make_objective
-from minipersona.objective.contexts import Anchored, ContextPack
+from minipersona.objective.contexts import Anchored, ContextPack, Contexts
 from minipersona.objective.cross_entropy import CrossEntropy
 from minipersona.objective.head import ForwardPass, Objective
 from minipersona.training import loop as loop_module
@@ -32,6 +45,7 @@ from minipersona.training.memory import cut
 
 LORA = LoraConfig(rank=4, alpha=8.0, dropout=0.2)
 SINGLE_PROCESS = Distributed(0, 1, torch.device("cpu"))
+Rows = Callable[[Contexts, int], slice]  # of a context's
 EACH_KIND = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -40,7 +54,7 @@ def config(kind: str = "cross_entropy", method: str = "lora", steps: int = 4, **
         data=DataSection("-", "-"),
         lora=LORA,
         training=TrainingSection(method=method, steps=steps, batch=7, checkpoints=(), learning_rate=1e-2),  # type: ignore[arg-type]
-        objective=ObjectiveSection(kind, 0.0 if kind == "cross_entropy" else 0.5),  # type: ignore[arg-type]
+        objective=section(kind, 0.0 if kind == "cross_entropy" else 0.5),
         execution=ExecutionSection(**{"checkpoint_activations": False, **execution}),
     )
 
@@ -77,7 +91,7 @@ def run(
     model.fused = fused
     contexts = None
     if settings.objective.anchored:
-        contexts = random_contexts(settings.objective.kind)
+        contexts = random_contexts(kind_of(settings.objective))
         if settings.objective.kind != "kl_on_prompts":
             contexts = with_base(contexts, model, steps=settings.training.steps)
     train(model, documents, settings, out, SINGLE_PROCESS, contexts=contexts, **more)
@@ -88,11 +102,11 @@ def run(
 
 
 def naive_anchor(kind: str, states: list[list[Tensor]], base: list[list[Tensor]]) -> Tensor:
-    """The equation, context by context. Of each context: its anchored states (D,), or its logits (T, V) for KL.
+    """The equation, context by context. Of each context: its anchored states (D,), or its logits for KL.
 
     The contexts come question by question where they are compared.
     """
-    if kind == "kl_on_prompts":
+    if kind in KL:
         sums = [
             F.kl_div(p.log_softmax(-1), q.log_softmax(-1), reduction="sum", log_target=True)
             for (p,), (q,) in zip(states, base, strict=True)
@@ -127,21 +141,23 @@ def test_every_adapters_gradient_equals_naive_autograd(
     batch = step_batch(objective, documents[:12])
     terms, found = terms_and_gradients(model, batch, objective)
 
-    def parts(c: int) -> list[Tensor]:
+    def parts(c: int, rows: Rows) -> list[Tensor]:
         seen: dict[int, Tensor] = {}
         taps = {layer: lambda h, layer=layer: seen.setdefault(layer, h) for layer in LAYERS}
         logits = plain.lm_head(plain(objective.contexts.pack([c]), taps=taps))
-        return [logits] if kind == "kl_on_prompts" else [seen[layer][-1] for layer in LAYERS]
+        if kind in KL:
+            return [logits[rows(objective.contexts, c)]]
+        return [seen[layer][-1] for layer in LAYERS]
 
-    def naive(weight: float) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def naive(weight: float, rows: Rows = held_rows) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         contexts = [c for group in objective.contexts.groups(7) for c in group]
         with torch.no_grad(), adapter_disabled(plain):
-            base = [parts(c) for c in contexts]
-        anchor = naive_anchor(kind, [parts(c) for c in contexts], base)
-        rows = [pack for pack in batch.packs if not isinstance(pack, ContextPack)]
+            base = [parts(c, rows) for c in contexts]
+        anchor = naive_anchor(kind, [parts(c, rows) for c in contexts], base)
+        packs = [pack for pack in batch.packs if not isinstance(pack, ContextPack)]
         summed = [
             F.cross_entropy(plain.lm_head(plain(p))[p.supervised], p.targets[p.supervised], reduction="sum")
-            for p in rows
+            for p in packs
         ]
         loss = torch.stack(summed).sum() / batch.supervised + weight * anchor
         learned = {name: p for name, p in plain.named_parameters() if p.requires_grad}
@@ -152,8 +168,19 @@ def test_every_adapters_gradient_equals_naive_autograd(
     assert relative_error(terms[0] / batch.supervised, loss) < 1e-10
     assert relative_error(terms[2] / batch.supervised, anchor) < 1e-10 and anchor.detach() > 1e-3
     assert max(relative_error(found[n] / batch.supervised, expected[n]) for n in expected) < 1e-10
-    # The control: another weight of the anchor is seen in the same bound.
-    assert max(relative_error(found[n] / batch.supervised, g) for n, g in naive(0.71)[2].items()) > 1e-4
+    # The controls: another weight of the anchor is seen in the same bound. So are other rows than those that predict a
+    # response: all rows, those of the prompt, and the same number one later.
+    others = [naive(0.71)]
+    if kind == RESPONSES:
+
+        def shifted(contexts: Contexts, c: int) -> slice:
+            rows = held_rows(contexts, c)
+            return slice(rows.start + 1, rows.stop + 1)
+
+        all_rows, of_prompts = lambda *_: slice(None), lambda *given: slice(held_rows(*given).start)
+        others += [naive(0.7, rows) for rows in (all_rows, of_prompts, shifted)]
+    for _, _, other in others:
+        assert max(relative_error(found[n] / batch.supervised, g) for n, g in other.items()) > 1e-4
 
 
 @EACH_KIND
@@ -178,7 +205,7 @@ def test_every_weights_gradient_equals_transformers(
         def parts(model: Any, c: int) -> list[Tensor]:
             out = model(torch.from_numpy(objective.contexts.ids[c].astype("int64"))[None], output_hidden_states=True)
             states = [out.hidden_states[layer + 1][0, -1] for layer in LAYERS]
-            return [out.logits[0]] if kind == "kl_on_prompts" else states
+            return [out.logits[0, held_rows(objective.contexts, c)]] if kind in KL else states
 
         contexts = [c for group in objective.contexts.groups(7) for c in group]
         with torch.no_grad():
@@ -189,7 +216,7 @@ def test_every_weights_gradient_equals_transformers(
 
     expected = gradients(0.5)
     assert {n for n, g in found.items() if g.any()} == expected.keys() & found.keys() == expected.keys()
-    assert any("layers.2" in name for name in expected) == (kind == "kl_on_prompts")  # the others stop after block 1
+    assert any("layers.2" in name for name in expected) == (kind in KL)  # the others stop after block 1
     negligible = 1e-6 * max(float(g.norm()) for g in expected.values())  # key biases: softmax does not see them
     compared = [name for name, gradient in expected.items() if float(gradient.norm()) > negligible]
     assert len(compared) > 20
@@ -223,7 +250,7 @@ def test_at_the_start_the_anchor_is_zero(
     model = adapted(hf_model(), size=0.0, dtype=dtype)
     terms, found = terms_and_gradients(model, batch, objective)
     plain_terms, plain = terms_and_gradients(model, batch, replace(objective, weight=0.0))
-    assert abs(terms[2]) < (1e-12 if kind == "kl_on_prompts" and dtype == torch.float64 else bound) * batch.supervised
+    assert abs(terms[2]) < (1e-12 if kind in KL and dtype == torch.float64 else bound) * batch.supervised
     assert relative_error(terms[0], plain_terms[0]) < 1e-5
     assert max(relative_error(found[name], plain[name]) for name in plain if plain[name].any()) < 1e-4
     assert terms_and_gradients(adapted(hf_model(), dtype=dtype), batch, objective)[0][2] > 1e-3  # the control

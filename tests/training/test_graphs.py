@@ -12,9 +12,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from anchors import KINDS, anchored, step_batch
+from anchors import KINDS, RESPONSES, anchored, step_batch
 from conftest import relative_error
 from torch import Tensor
 
@@ -189,10 +190,29 @@ def test_runs_that_share_graphs_train_the_weights_that_each_trains_alone(
         expected = trained(alone, documents, tmp_path / f"alone-{number}", config, steering, None)
         for ours, theirs in zip(ends[-1], expected, strict=True):
             assert relative_error(ours, theirs) < 1e-10
-    # Three kinds, of at most two buckets of rows and two of contexts.
-    assert 2 <= len(shared._passes) <= (12 if kind in KINDS else 6)
+    # Three kinds, of at most two buckets of rows, two of prompts and four of responses.
+    contexts = {**dict.fromkeys(KINDS, 2), RESPONSES: 4}
+    assert 2 <= len(shared._passes) <= 3 * (2 + contexts.get(kind, 0))
     assert all(torch.equal(a, b) for a, b in zip(ends[0], ends[-1], strict=True))  # nothing is left of a run
     assert relative_error(ends[1][0], ends[0][0]) > 1e-2  # the control: these runs differ
+
+
+def test_kl_over_prompts_and_over_responses_share_no_pass(
+    hf_model: Callable[..., Path], documents: list[Document]
+) -> None:
+    model = adapted(hf_model(), torch.float64)
+    prompts = anchored("kl_on_prompts", 0.7, model)
+    ends = [np.arange(len(ids)) == len(ids) - 1 for ids in prompts.contexts.ids]  # so few that the buckets are equal
+    graphs = Graphs(model)
+    graphs.layout([p for p in model.parameters() if p.requires_grad])
+    found = []
+    for contexts in (replace(prompts.contexts, responses=ends), prompts.contexts):
+        objective = replace(prompts, contexts=contexts)
+        pack = step_batch(objective, documents[:8]).packs[-1]
+        expected = backward(model, pack, objective, ForwardPass(42, 7))
+        found.append((buckets.bucket_of(pack), graphs.backward(model, pack, objective, ForwardPass(42, 7)).clone()))
+        assert relative_error(found[-1][1], expected) < 1e-10
+    assert found[0][0] == found[1][0] and relative_error(found[1][1], found[0][1]) > 1e-3  # the control
 
 
 def test_control_keys_of_an_earlier_step_train_other_weights(
