@@ -257,6 +257,7 @@ def test_no_more_than_so_many_are_kept(hf_model: Callable[..., Path], documents:
     packs = [pack_documents(documents[:count]) for count in (4, 12, 20, 28)]
     sums = [graphs.backward(model, pack, CrossEntropy(), ForwardPass(42, 1)).clone() for pack in packs]
     assert len({buckets.bucket_of(pack) for pack in packs}) == 4 and len(graphs._passes) == 2
+    assert graphs.recorded == 0  # a CPU records none
     expected = [backward(model, pack, CrossEntropy(), ForwardPass(42, 1)) for pack in packs]
     assert relative_error(torch.stack(sums), torch.stack(expected)) < 1e-5
 
