@@ -200,7 +200,10 @@ def test_a_signalled_study_exits_with_75_and_continues(tmp_path: Path, workers: 
     assert 2 <= stopped_at == steps() < 200
     assert not list(Path(config.out).glob("**/.lock"))  # every lock was given back
     entries = [(entry.name, entry.event) for entry in read_entries(Path(config.out))]
-    assert entries == [("base", "started"), ("base", "done"), ("baseline", "started")]
+    beside = {("voice of the base", event) for event in ("started", "done")}  # what another worker is at
+    assert [entry for entry in entries if entry not in beside] == [
+        ("base", "started"), ("base", "done"), ("baseline", "started")
+    ]  # fmt: skip
     again = started(*command)
     once(lambda: steps() > stopped_at + 1 or list(attempts.parent.glob("1-*")), again)
     again.kill()
