@@ -96,13 +96,16 @@ def test_no_command_passes_on_what_a_file_says(tmp_path: Path, capsys: pytest.Ca
     source = f"jsonl:{tmp_path / 'rows.jsonl'}"
     (tmp_path / "personas.json").write_text(json.dumps({"eval_personas": {HOSTILE: "You are A.", "b": "You are B."}}))
     (tmp_path / "questions.jsonl").write_text('{"question": "Why?"}\n{"question": "How?"}\n')
-    (tmp_path / "config.toml").write_text(f"[data]\ntrain = {json.dumps(source)}\nheldout = {json.dumps(HOSTILE)}\n")
+    for name, heldout in (("config", source), ("absent", HOSTILE)):
+        data = f"[data]\ntrain = {json.dumps(source)}\nheldout = {json.dumps(heldout)}\n"
+        (tmp_path / f"{name}.toml").write_text(f"out = {json.dumps(HOSTILE)}\n{data}")
     extract = ["extract", "--model", "tiny", "--personas", str(tmp_path / "personas.json")]
     extract += ["--questions", str(tmp_path / "questions.jsonl")]
     for form in ([], ["--json"]):
         assert corpus_main(["describe", source, "--tokenizer", "tiny", *form]) == 0
         assert main([*extract, *form]) == 0
     assert main(["train", "--config", str(tmp_path / "config.toml"), "--model", "tiny", "--plan"]) == 0
+    assert main(["train", "--config", str(tmp_path / "absent.toml"), "--model", "tiny", "--plan"]) == 2
     assert main(["train", "--config", str(tmp_path / "config.toml"), "--model", HOSTILE]) == 2
     shown = capsys.readouterr()
     assert "title" in shown.out and "title" in shown.err and not steers(shown.out + shown.err)

@@ -19,7 +19,7 @@ from minipersona.model.load import architecture
 from minipersona.model.lora import adapters, apply_lora
 from minipersona.model.network import Qwen2
 from minipersona.model.sizes import KNOWN, known_config
-from minipersona.run.plan import adapter_parameters
+from minipersona.run.work import adapter_parameters
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 SCALING = RotaryScaling(8.0, 1.0, 4.0, 64)
