@@ -96,9 +96,11 @@ def test_no_command_passes_on_what_a_file_says(tmp_path: Path, capsys: pytest.Ca
     source = f"jsonl:{tmp_path / 'rows.jsonl'}"
     (tmp_path / "personas.json").write_text(json.dumps({"eval_personas": {HOSTILE: "You are A.", "b": "You are B."}}))
     (tmp_path / "questions.jsonl").write_text('{"question": "Why?"}\n{"question": "How?"}\n')
-    for name, heldout in (("config", source), ("absent", HOSTILE)):
-        data = f"[data]\ntrain = {json.dumps(source)}\nheldout = {json.dumps(heldout)}\n"
-        (tmp_path / f"{name}.toml").write_text(f"out = {json.dumps(HOSTILE)}\n{data}")
+    heldout = tmp_path / f"{HOSTILE.translate({0: None, ord('/'): None})}.jsonl"
+    heldout.write_text((tmp_path / "rows.jsonl").read_text())
+    for name, rows in (("config", f"jsonl:{heldout}"), ("absent", HOSTILE)):
+        text = f"[data]\ntrain = {json.dumps(source)}\nheldout = {json.dumps(rows)}\n"
+        (tmp_path / f"{name}.toml").write_text(text)
     extract = ["extract", "--model", "tiny", "--personas", str(tmp_path / "personas.json")]
     extract += ["--questions", str(tmp_path / "questions.jsonl")]
     for form in ([], ["--json"]):
