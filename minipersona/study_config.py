@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from string import ascii_uppercase
 from typing import Any, Literal
 
@@ -139,6 +140,11 @@ class TransferSection:
 
     personas: tuple[str, ...] = ()  # files of more personas, asked the study's questions
     recipes: tuple[str, ...] = ()  # measured likewise whatever they show, to compare: "2A beta=0.1"
+
+    def __post_init__(self) -> None:
+        names = ["study", "shipped", "registered", *(Path(file).stem for file in self.personas)]
+        for name in names:
+            require(names.count(name) == 1, f"transfer.personas: two sets would be called {name!r}; rename a file")
 
 
 @dataclass(frozen=True)

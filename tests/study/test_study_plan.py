@@ -389,5 +389,7 @@ def test_what_is_measured_on_other_personas_is_checked_before_the_first_cell(tmp
     check_planned(replace(study, transfer=TransferSection((str(more),), ("2A beta=0.1", "3 r=4 lr=0.001"))))
     with pytest.raises(UserError, match=r"transfer.recipes: '2A beta=0.5' is not a recipe of this study; --plan lists"):
         check_planned(replace(study, transfer=TransferSection(recipes=("2A beta=0.5",))))
+    with pytest.raises(UserError, match=r"transfer.personas: two sets would be called 'more'; rename a file"):
+        TransferSection(("a/more.json", "b/more.json"))
     with pytest.raises(UserError, match=r"none\.json"):
         check_planned(replace(study, transfer=TransferSection(personas=(str(tmp_path / "none.json"),))))
