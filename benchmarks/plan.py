@@ -242,19 +242,5 @@ def main() -> None:
     report("plan", table(["seconds planned / measured", *PARTS, "off by"], rows), found, given.out)
 
 
-PARTS = (
-    "starting",
-    "loading",
-    "compiling",
-    "recording",
-    "reading",
-    "step",
-    "training",
-    "measuring",
-    "writing",
-    "total",
-)
-DEVICE = "auto"
-
 if __name__ == "__main__":
     main()

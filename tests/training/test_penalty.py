@@ -36,6 +36,10 @@ def learned(model: Qwen2) -> list[torch.nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
+def gradients(model: Qwen2, pack: Pack, objective: Objective) -> list[Tensor]:
+    return list(torch.autograd.grad(objective(model, pack, FORWARD)[0], learned(model)))
+
+
 def ratio(model: Qwen2, objective: Objective, packs: Sequence[Pack]) -> float:
     layout = Flat(learned(model))
     found = penalty_ratio(
@@ -81,10 +85,9 @@ def test_without_its_weight_an_objective_is_plain_cross_entropy(
 ) -> None:
     model, pack = adapted(hf_model()), pack_documents(documents[:8])
 
-    def gradients(each: Objective) -> list[Tensor]:
-        return list(torch.autograd.grad(each(model, pack, FORWARD)[0], learned(model)))
-
-    plain, without, whole = map(gradients, (CrossEntropy(), replace(objective, weight=0.0), objective))
+    plain, without, whole = (
+        gradients(model, pack, each) for each in (CrossEntropy(), replace(objective, weight=0.0), objective)
+    )
     assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-12) for a, b in zip(plain, without, strict=True))
     assert not all(torch.allclose(a, b, rtol=1e-10, atol=1e-12) for a, b in zip(plain, whole, strict=True))
 
@@ -95,10 +98,9 @@ def test_without_its_likelihood_an_objective_is_the_penalty(
 ) -> None:
     model, pack = adapted(hf_model()), pack_documents(documents[:8])
 
-    def gradients(each: Objective) -> list[Tensor]:
-        return list(torch.autograd.grad(each(model, pack, FORWARD)[0], learned(model)))
-
-    whole, plain, alone = map(gradients, (objective, CrossEntropy(), replace(objective, likelihood=0.0)))
+    whole, plain, alone = (
+        gradients(model, pack, each) for each in (objective, CrossEntropy(), replace(objective, likelihood=0.0))
+    )
     expected = [a - b for a, b in zip(whole, plain, strict=True)]
     assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-11) for a, b in zip(alone, expected, strict=True))
     assert not all(torch.allclose(a, b, rtol=1e-9, atol=1e-11) for a, b in zip(alone, plain, strict=True))
