@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from reprlib import repr as brief
+from statistics import fmean
 
 from minipersona.errors import UserError
 from minipersona.files import digest
@@ -128,6 +129,13 @@ class StudyResults:
         """The recipes of phase 6D by their ids."""
         found = self.scaling
         return {} if found is None else {"6D one scale": found.one, "6D a scale a block": found.per_block}
+
+    @property
+    def chosen_points(self) -> list[JudgedPoint]:
+        """The same as points: scaled updates, by the mean scale over blocks."""
+        rows = [(fmean(one.scales), one.measured) for one in self.chosen_scales.values()]
+        points = [FrontierPoint(s, row.m1, row.m1_ci95, row.eval_loss, None, row.delta_norm) for s, row in rows]
+        return [_judged_point(point, self.base, self.baseline, self.bounds) for point in points]
 
     def matched_to(self, cell: CellResult, row: Checkpoint) -> MatchedScale | None:
         """The scaled baseline with the loss of a cell's checkpoint, where it was measured."""

@@ -137,6 +137,11 @@ def test_a_plan_lists_them_with_their_departures(tmp_path: Path, capsys: pytest.
     assert any(line.startswith("# phase 6: 1 cell, ") for line in lines)
     (line,) = (line for line in lines if line.startswith("#   6Z fast and small "))
     assert line.endswith("control: lora.rank = 2, lora.alpha = 4.0, training.learning_rate = 0.0007")
+    assert (
+        sum(line.startswith("# scales chosen on training personas, in 27 small measurements: ") for line in lines) == 1
+    )
+    assert main(["study", "--config", str(tmp_path / "study.toml"), "--plan", "--phases", "1"]) == 0
+    assert "scales chosen" not in capsys.readouterr().out  # the control: they are chosen where phase 6 is run
 
 
 # ---------------------------------------------------------------- the shipped ones
