@@ -30,6 +30,7 @@ from minipersona.model.config import ModelConfig
 from minipersona.model.generation import Request, generate
 from minipersona.model.network import Qwen2
 from minipersona.objective.contexts import Contexts, base_states
+from minipersona.objective.feature_anchor import scales
 from minipersona.records import read_records, to_dict
 from minipersona.run.directory import ANCHOR_RESPONSES
 from minipersona.training.distributed import Distributed
@@ -115,15 +116,16 @@ def run_contexts(
         return None
     contexts = make_contexts(config, tokenizer)
     check_positions(model, contexts.ids, section.anchor_responses)
+    if section.kind != "kl_on_prompts":  # of the prompts, before there are responses
+        layers = section.anchor_layers or (model.config.probe_layer,)
+        steps, tokens = config.training.steps, config.execution.measuring_tokens
+        with console.progress("states of the base", len(contexts.taken(steps)), "contexts") as progress:
+            base = base_states(model, contexts, layers, steps, tokens, progress.advance)
+        scale = scales(base, section.anchor_scale) if section.anchors_features else {}
+        contexts = replace(contexts, base=base, scale=scale)
     if section.anchor_responses:
-        return _with_responses(contexts, config, directory, distributed, model, tokenizer, console)
-    if section.kind == "kl_on_prompts":
-        return contexts
-    layers = section.anchor_layers or (model.config.probe_layer,)
-    steps, tokens = config.training.steps, config.execution.measuring_tokens
-    with console.progress("states of the base", len(contexts.taken(steps)), "contexts") as progress:
-        base = base_states(model, contexts, layers, steps, tokens, progress.advance)
-    return replace(contexts, base=base)
+        contexts = _with_responses(contexts, config, directory, distributed, model, tokenizer, console)
+    return contexts
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import functools
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -69,7 +69,9 @@ class TrainCell(Job):
     @property
     def kind(self) -> str:
         config = self.cell.recipe.config
-        return repr((config.training.method, config.lora, config.objective, bool(config.steering.vector)))
+        # The strengths of an anchor share what is recorded (`training/graphs.py`).
+        objective = replace(config.objective, weight=1.0) if config.objective.anchored else config.objective
+        return repr((config.training.method, config.lora, objective, bool(config.steering.vector)))
 
     def done(self) -> bool:
         return self.study.published(self.cell)

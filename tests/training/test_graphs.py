@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from anchors import KINDS, RESPONSES, anchored, step_batch
+from anchors import BOTH, KINDS, RESPONSES, anchored, step_batch
 from conftest import relative_error
 from torch import Tensor
 
@@ -191,10 +191,27 @@ def test_runs_that_share_graphs_train_the_weights_that_each_trains_alone(
         for ours, theirs in zip(ends[-1], expected, strict=True):
             assert relative_error(ours, theirs) < 1e-10
     # Three kinds, of at most two buckets of rows, two of prompts and four of responses.
-    contexts = {**dict.fromkeys(KINDS, 2), RESPONSES: 4}
+    contexts = {**dict.fromkeys(KINDS, 2), RESPONSES: 4, BOTH: 4}
     assert 2 <= len(shared._passes) <= 3 * (2 + contexts.get(kind, 0))
     assert all(torch.equal(a, b) for a, b in zip(ends[0], ends[-1], strict=True))  # nothing is left of a run
     assert relative_error(ends[1][0], ends[0][0]) > 1e-2  # the control: these runs differ
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_strengths_of_an_anchor_share_its_passes(
+    hf_model: Callable[..., Path], documents: list[Document], kind: str
+) -> None:
+    model = adapted(hf_model(), torch.float64)
+    graphs = Graphs(model)
+    found = []
+    for weight in (0.7, 2.1):
+        graphs.layout([p for p in model.parameters() if p.requires_grad])
+        objective = anchored(kind, weight, load_model(str(hf_model(seed=1)), dtype=torch.float64, device="cpu"))
+        pack = step_batch(objective, documents[:8]).packs[-1]
+        expected = backward(model, pack, objective, ForwardPass(42, 7))
+        found.append(graphs.backward(model, pack, graphs.objective(objective), ForwardPass(42, 7)).clone())
+        assert relative_error(found[-1], expected) < 1e-10
+    assert len(graphs._passes) == 1 and relative_error(found[1][0], 3 * found[0][0]) < 1e-10 and found[0][0] > 1e-3
 
 
 def test_kl_over_prompts_and_over_responses_share_no_pass(
