@@ -11,7 +11,7 @@ has to pass.
 one scale        The largest s, in hundredths, that keeps this separation.
 a scale a block  s_b = 1 - t w_b, cut at 0 and 1. The weight w_b is what halving the scale of block b alone gains in
                  separation, divided by what it loses on the training rows; 0 where it gains nothing. t is the smallest
-                 that keeps the separation, where the mean of s_b is in thousandths.
+                 that keeps the separation, searched over means of s_b in thousandths.
 
 If separation were linear and the loss quadratic in 1 - s_b, no other scales with as much separation would have a
 smaller loss. Neither is quite so, and the scales of the blocks are taken only where their loss on the training rows is
@@ -72,9 +72,10 @@ def measure_scaling(study: Study, worker: Worker) -> None:
     instruments = worker.resources.instruments(config)
     untrained = worker.resources.model(config)
     source, blocks = untrained.source, untrained.config.num_hidden_layers
-    base = stored_measurement(directory, 0, instruments.protocol(untrained))
+    protocol = instruments.protocol(untrained)
+    base = stored_measurement(directory, 0, protocol)
     assert base is not None, "the baseline is published"
-    bounds = bounds_for(instruments.protocol(untrained), base.m1, study.config.bounds)
+    bounds = bounds_for(protocol, base.m1, study.config.bounds)
     least = (separation(bounds.passing, base.m1) or 0.0) + MARGIN
     effect = _measure_of(study, worker)
     one = choose_one(effect, blocks, least)
