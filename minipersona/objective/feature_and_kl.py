@@ -28,14 +28,14 @@ from minipersona.objective.kl_on_prompts import KLOnPrompts
 class FeatureAndKL(KLOnPrompts):
     """An `Objective`: the passes of `KLOnPrompts`; the states are recorded in the one that has gradients."""
 
-    kl_factor: float = 1.0  # r
+    kl_factor: float | Tensor = 1.0  # r
 
     def anchor(self, model: Qwen2, pack: ContextPack, forward: ForwardPass) -> Tensor:
         """N times this pack's part of a."""
         ends = at_end = pack.last  # (S,) each prompt's last token: in the stream, and among what leaves the last block
+        begin = pack.boundaries[:-1].long()
         if self.contexts.responses:  # the first row that predicts a response; rows of padding lie behind all others
-            at_end = torch.searchsorted(pack.supervised, pack.boundaries[:-1].long())
-            at_end = at_end.clamp(max=pack.supervised.numel() - 1)
+            at_end = torch.searchsorted(pack.supervised, begin).clamp(max=pack.supervised.numel() - 1)
             ends = pack.supervised[at_end]
         found: dict[int, Tensor] = {}
 
@@ -49,6 +49,6 @@ class FeatureAndKL(KLOnPrompts):
             return record
 
         divergence = self.divergence(model, pack, forward, {layer: recorder(layer) for layer in self.contexts.base})
-        counted = pack.targets[ends] != IGNORE
+        counted = (pack.targets[ends] != IGNORE) & (ends >= begin)  # a document of padding may have no row at all
         features = pack.per_context * (moved(found, self.contexts, pack.documents) * counted).sum()
         return features + self.kl_factor * divergence

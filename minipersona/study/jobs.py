@@ -70,7 +70,9 @@ class TrainCell(Job):
     def kind(self) -> str:
         config = self.cell.recipe.config
         # The strengths of an anchor share what is recorded (`training/graphs.py`).
-        objective = replace(config.objective, weight=1.0) if config.objective.anchored else config.objective
+        objective = config.objective
+        if objective.anchored:
+            objective = replace(objective, weight=1.0, kl_factor=1.0)
         return repr((config.training.method, config.lora, objective, bool(config.steering.vector)))
 
     def done(self) -> bool:

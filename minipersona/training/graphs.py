@@ -43,6 +43,7 @@ from minipersona.training.optimizer import Flat
 MOST = 96  # graphs that are kept; a pack of another bucket is padded and computed without one
 # Those whose passes follow from a pack and its keys alone, without the step.
 OBJECTIVES = (CrossEntropy, KLToBase, R3F, FeatureAnchor, GramAnchor, KLOnPrompts, FeatureAndKL)
+STRENGTHS = ("weight", "kl_factor")  # of an anchor, which a graph reads from memory
 
 
 class Graphs:
@@ -95,9 +96,11 @@ class Graphs:
         contexts = objective.contexts
         base = {layer: kept(f"base {layer}", states) for layer, states in contexts.base.items()}
         scale = {layer: kept(f"scale {layer}", values) for layer, values in contexts.scale.items()}
-        weight = torch.as_tensor(objective.weight, dtype=torch.float64, device=self.model.device)
-        contexts = replace(contexts, base=base, scale=scale)
-        return replace(objective, contexts=contexts, weight=kept("weight", weight))
+        strengths: dict[str, Any] = {
+            name: kept(name, torch.as_tensor(getattr(objective, name), dtype=torch.float64, device=self.model.device))
+            for name in STRENGTHS if hasattr(objective, name)
+        }  # fmt: skip
+        return replace(objective, contexts=replace(contexts, base=base, scale=scale), **strengths)
 
     def backward(self, model: Qwen2, pack: Pack, objective: Objective, forward: ForwardPass) -> Tensor:
         """What `loop.backward` does: add the gradients of one pack's summed loss; return the summed terms, (K,)."""
@@ -224,11 +227,11 @@ def _identity(objective: Objective) -> Any:
     """Equal for objectives whose passes are the same, but for what `Graphs.objective` copies."""
     if not isinstance(objective, Anchored):
         return objective
-    contexts, weight = objective.contexts, objective.weight
-    others = {name: value for name, value in vars(objective).items() if name not in ("contexts", "weight")}
-    read = [("weight", weight), *contexts.base.items(), *contexts.scale.items()]
-    addresses = [(what, value.data_ptr() if isinstance(value, Tensor) else value) for what, value in read]
-    return type(objective), *others.items(), contexts.personas, bool(contexts.responses), *addresses
+    contexts = objective.contexts
+    settings = [(name, value) for name, value in vars(objective).items() if name != "contexts"]
+    read = [*settings, *contexts.base.items(), *contexts.scale.items()]
+    identities = [(what, value.data_ptr() if isinstance(value, Tensor) else value) for what, value in read]
+    return type(objective), contexts.personas, bool(contexts.responses), *identities
 
 
 def _tensors(pack: Pack) -> list[Tensor]:
