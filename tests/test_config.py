@@ -23,7 +23,7 @@ MINIMAL = {"data": {"train": "a", "heldout": "b"}}
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_shipped_config_is_valid_and_found_by_name(path: Path) -> None:
-    kind = StudyConfig if path.stem.endswith(("study", "beyond", "attempts")) else RunConfig
+    kind = StudyConfig if path.stem.endswith(("study", "beyond", "attempts", "voice")) else RunConfig
     assert load_config(str(path), kind) == load_config(path.stem, kind)
 
 

@@ -154,20 +154,21 @@ def test_the_shipped_study_with_phase_6_is_the_registered_one_beside_it() -> Non
     assert changes(plain, shipped) == [] and planned(plain) == planned(shipped)
     assert planned(beyond)[: len(planned(shipped))] == planned(shipped)
     found = declared(beyond)
-    assert sorted({recipe.phase for recipe in found}) == ["6A", "6B", "6C", "6E", "6F", "6G", "6H", "6I"]
+    assert sorted({recipe.phase for recipe in found}) == [f"6{letter}" for letter in "ABCEFGHIJK"]
     assert [recipe.name for recipe in found if recipe.role != "beyond"] == ["blocks 21 to 27"]
     check_planned(beyond)
 
 
 def test_the_real_model_s_recipes_are_the_same_at_its_own_layers() -> None:
-    beyond, real = (load_config(name, StudyConfig) for name in ("beyond", "smollm2_beyond"))
-    layers = {(7, 14, 20, 21, 27): (10, 15, 20, 25, 29), (): (29,)}
-    own = {(recipe.phase, recipe.name): recipe for recipe in declared(real)}  # some of them at further strengths
+    beyond, real, voice = (load_config(name, StudyConfig) for name in ("beyond", "smollm2_beyond", "smollm2_voice"))
+    layers = {(7, 14, 20, 21, 27): (10, 15, 20, 25, 29), (4, 9, 14, 20, 23, 27): (5, 10, 15, 20, 25, 29), (): (29,)}
+    both = [*declared(real), *declared(voice)]  # some of them at further strengths
+    own = {(recipe.phase, recipe.name.replace("e-4", "e-5")): recipe for recipe in both}  # ten times the rates
     for theirs in declared(beyond):
         if theirs.phase == "6I":  # the blocks of another model
             continue
         expected = theirs.config.objective
-        if expected.kind in ("feature_anchor", "gram_anchor"):
+        if expected.anchors_features or expected.kind == "gram_anchor":
             expected = replace(expected, anchor_layers=layers[expected.anchor_layers])
         mine = own[theirs.phase, theirs.name]
         assert mine.config.objective == expected
