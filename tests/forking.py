@@ -10,5 +10,5 @@ import multiprocessing
 
 FORKING = multiprocessing.get_context("forkserver")
 FORKING.set_forkserver_preload(
-    ["torch.distributed.fsdp", "minipersona.study.executors", "minipersona.training.loop", "minipersona.model.load"]
+    ["torch.distributed.fsdp", "torch.distributed.run", "minipersona.study.executors", "minipersona.training.loop"]
 )
