@@ -11,9 +11,10 @@ import hashlib
 import re
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
 
 from minipersona.report.blocks import (
@@ -39,6 +40,17 @@ HERE = Path(__file__).parent
 
 def html(document: Document, figures: Mapping[str, bytes]) -> str:
     """The page; `figures` holds the PNG of each `Image` by its name."""
+    return _template().render(
+        document=document,
+        style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
+        script=Markup((HERE / "page.js").read_text(encoding="utf-8")),
+        images={name: Markup(b64encode(png).decode("ascii")) for name, png in figures.items()},
+    )
+
+
+@cache
+def _template() -> Template:
+    """The page's, compiled."""
     environment = Environment(
         loader=FileSystemLoader(HERE),
         autoescape=True,
@@ -49,12 +61,7 @@ def html(document: Document, figures: Mapping[str, bytes]) -> str:
         keep_trailing_newline=True,
     )
     environment.filters |= {"verbatim": _verbatim, "sha256": _sha256}
-    return environment.get_template("page.html.j2").render(
-        document=document,
-        style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
-        script=Markup((HERE / "page.js").read_text(encoding="utf-8")),
-        images={name: Markup(b64encode(png).decode("ascii")) for name, png in figures.items()},
-    )
+    return environment.get_template("page.html.j2")
 
 
 def _finalize(value: object) -> object:
