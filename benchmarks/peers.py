@@ -2,7 +2,7 @@
 
     naive      padded micro-batches, masked scaled_dot_product_attention, transformers' own loss, nothing compiled
     strongest  packs without padding, torch's flash attention within documents, Liger's fused linear cross-entropy,
-               compiled blocks, activation checkpointing inside of them, fused AdamW
+               compiled blocks, each recomputed as a whole where activations are checkpointed, fused AdamW
 
 Both have the same weights, documents and supervised tokens as ours, one normalisation a step, fp32 adapters of the
 registered recipe under bf16 autocast, and the same schedule, clipping and decay. Adapters start from other random
@@ -174,9 +174,8 @@ def strongest(model: Any, checkpointing: bool, pack_tokens: int) -> Iterator[Pee
             _apply_liger_kernel_to_instance(model=model, rope=False, rms_norm=False, swiglu=False)
         torch.compiler.reset()  # what was compiled for other models would be guarded against at every call
         for index, block in enumerate(blocks):
-            outer = Checkpointed(block) if checkpointing else block
-            outer.compile(dynamic=True)
-            model.model.layers[index] = outer
+            block.compile(dynamic=True)
+            model.model.layers[index] = Checkpointed(block) if checkpointing else block
         with torch._dynamo.config.patch(recompile_limit=64):
             yield Peer(adapted.train(), passes, fused=True, control=partial(passes, apart=False))
     finally:
@@ -190,7 +189,7 @@ def strongest(model: Any, checkpointing: bool, pack_tokens: int) -> Iterator[Pee
 
 
 class Checkpointed(nn.Module):
-    """A block that is recomputed in the backward pass. Compiled as a whole, which leaves its last product out."""
+    """A compiled block that is recomputed in the backward pass. Compiled together, torch 2.11 cannot part the two."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()

@@ -157,27 +157,40 @@ class TrainingSection:
 class ObjectiveSection:
     """What is minimised: cross-entropy, alone or with a term that holds the model near something."""
 
-    kind: Literal["cross_entropy", "kl_to_base", "r3f", "feature_anchor", "kl_on_prompts", "gram_anchor"] = (
-        "cross_entropy"
-    )
+    kind: Literal[
+        "cross_entropy", "kl_to_base", "r3f", "feature_anchor", "kl_on_prompts", "feature_and_kl", "gram_anchor"
+    ] = "cross_entropy"
     weight: float = 0.0  # of that term: beta of KL to the base, lambda of R3F, w of an anchor
     direction: Literal["symmetric", "forward", "reverse"] = "symmetric"  # forward: KL(trained || base)
     noise: Literal["normal", "uniform"] = "normal"  # of R3F: standard deviation epsilon, or from -epsilon to epsilon
     epsilon: float = 0.0  # 0: the smallest of 1e-5, 1e-4, 1e-3 that the model's precision carries
     per_row: bool = False  # of R3F: lambda times the rows' mean supervised length, as fairseq's loss a sentence has it
-    # The last three kinds hold the model near its base at contexts: prompts of personas and questions not measured.
+    # The last four kinds hold the model near its base at contexts: prompts of personas and questions not measured.
     contexts: int = 32  # prompts a step, beside the rows; gram_anchor takes all personas of as many questions as fit
     anchor_layers: tuple[int, ...] = ()  # blocks counted from 0; empty is the model's registered one
     anchor_personas: str = ""  # a file in the form of the measured ones; empty: the package's 30 training personas
     anchor_questions: str = ""  # likewise; empty: the package's 240 anchor questions
-    # Of kl_on_prompts: N compares over the base's own greedy responses to the prompts, of N tokens at most; 0 over the
+    # Of a feature anchor: a state's change is relative to the base's state, or to how far the contexts' states spread.
+    anchor_scale: Literal["state", "spread"] = "state"
+    # Of KL at contexts: N compares over the base's own greedy responses to the prompts, of N tokens at most; 0 over the
     # prompts' tokens.
     anchor_responses: int = 0
+    kl_factor: float = 1.0  # of feature_and_kl: its KL counts so many times as much as its feature anchor
 
     @property
     def anchored(self) -> bool:
         """Whether a step passes contexts beside its rows."""
-        return self.kind in ("feature_anchor", "kl_on_prompts", "gram_anchor")
+        return self.anchors_features or self.anchors_predictions or self.kind == "gram_anchor"
+
+    @property
+    def anchors_features(self) -> bool:
+        """Whether the states at contexts are held."""
+        return self.kind in ("feature_anchor", "feature_and_kl")
+
+    @property
+    def anchors_predictions(self) -> bool:
+        """Whether the predictions over contexts are held."""
+        return self.kind in ("kl_on_prompts", "feature_and_kl")
 
     def __post_init__(self) -> None:
         if self.kind == "cross_entropy":
@@ -200,20 +213,30 @@ class ObjectiveSection:
             f"objective.anchor_layers = {list(self.anchor_layers)}: list each block once, counted from 0",
         )
         require(
-            not self.anchor_layers or self.kind in ("feature_anchor", "gram_anchor"),
-            'objective.anchor_layers: is a choice of kind = "feature_anchor" or "gram_anchor" only',
+            not self.anchor_layers or self.anchors_features or self.kind == "gram_anchor",
+            'objective.anchor_layers: is a choice of kind = "feature_anchor", "feature_and_kl" or "gram_anchor" only',
+        )
+        require(
+            self.anchor_scale == "state" or self.anchors_features,
+            'objective.anchor_scale: is a choice of kind = "feature_anchor" or "feature_and_kl" only',
         )
         responses = self.anchor_responses
         require(responses >= 0, f"objective.anchor_responses = {responses}: must not be negative; 0 is off")
         require(
-            responses == 0 or self.kind == "kl_on_prompts",
-            f'objective.anchor_responses = {responses}: is a choice of kind = "kl_on_prompts" only',
+            responses == 0 or self.anchors_predictions,
+            f'objective.anchor_responses = {responses}: is a choice of kind = "kl_on_prompts" or "feature_and_kl" only',
+        )
+        require(self.kl_factor > 0, f"objective.kl_factor = {self.kl_factor}: must be positive")
+        require(
+            self.kl_factor == 1 or self.kind == "feature_and_kl",
+            f'objective.kl_factor = {self.kl_factor}: is a choice of kind = "feature_and_kl" only',
         )
         if not self.anchored:
             for name in ("contexts", "anchor_personas", "anchor_questions"):
                 require(
                     getattr(self, name) == getattr(ObjectiveSection, name),
-                    f'objective.{name}: is a choice of kind = "feature_anchor", "kl_on_prompts" or "gram_anchor" only',
+                    f'objective.{name}: is a choice of kind = "feature_anchor", "kl_on_prompts", "feature_and_kl" or '
+                    '"gram_anchor" only',
                 )
 
 

@@ -1,4 +1,4 @@
-"""Contexts of random tokens, and the anchored objectives on them: KL both over prompts and over responses."""
+"""Contexts of random tokens, and anchored objectives on them: KL over prompts, over responses, and with features."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ from minipersona.config import ObjectiveSection
 from minipersona.corpus.batch import Batch, make_batch
 from minipersona.model.network import Qwen2
 from minipersona.objective.contexts import Anchored, Contexts, base_states
-from minipersona.objective.feature_anchor import FeatureAnchor
+from minipersona.objective.feature_anchor import FeatureAnchor, scales
+from minipersona.objective.feature_and_kl import FeatureAndKL
 from minipersona.objective.gram_anchor import GramAnchor
 from minipersona.objective.kl_on_prompts import KLOnPrompts
 
 RESPONSES = "kl_on_responses"  # kind = "kl_on_prompts" with `anchor_responses`
-KINDS = ("feature_anchor", "kl_on_prompts", RESPONSES, "gram_anchor")
-KL = ("kl_on_prompts", RESPONSES)
+BOTH = "feature_and_kl"  # over responses, with states relative to their spread
+KINDS = ("feature_anchor", "kl_on_prompts", RESPONSES, BOTH, "gram_anchor")
+KL = ("kl_on_prompts", RESPONSES, BOTH)  # a part of these at least
+KL_FACTOR = 1.5
 PERSONAS, QUESTIONS, PER_STEP = 4, 6, 9  # the Gram anchor takes two questions a step
 LAYERS = (0, 1)
 
@@ -28,12 +31,14 @@ def section(kind: str, weight: float) -> ObjectiveSection:
     """The config's, for a kind of this file or without an anchor."""
     if kind == RESPONSES:
         return ObjectiveSection("kl_on_prompts", weight, anchor_responses=5)
+    if kind == BOTH:
+        return ObjectiveSection(BOTH, weight, anchor_responses=5, anchor_scale="spread", kl_factor=KL_FACTOR)
     return ObjectiveSection(kind, weight)  # type: ignore[arg-type]
 
 
 def kind_of(objective: ObjectiveSection) -> str:
     """The inverse."""
-    return RESPONSES if objective.anchor_responses else objective.kind
+    return RESPONSES if objective.anchor_responses and objective.kind == "kl_on_prompts" else objective.kind
 
 
 def random_contexts(kind: str, seed: int = 42) -> Contexts:
@@ -42,7 +47,7 @@ def random_contexts(kind: str, seed: int = 42) -> Contexts:
     lengths = rng.integers(3, 12, PERSONAS * QUESTIONS)
     ids = [rng.integers(0, SIZES.vocab_size, n).astype(np.int32) for n in lengths]
     contexts = Contexts(ids, PERSONAS, PER_STEP, seed, by_question=kind == "gram_anchor")
-    if kind != RESPONSES:
+    if kind not in (RESPONSES, BOTH):
         return contexts
     return replace(contexts, responses=[np.arange(n) >= n - min(n - 1, 1 + k % 5) for k, n in enumerate(lengths)])
 
@@ -56,13 +61,19 @@ def held_rows(contexts: Contexts, context: int) -> slice:
 
 
 def with_base(contexts: Contexts, base: Qwen2, layers: Sequence[int] = LAYERS, steps: int = 9) -> Contexts:
-    """The same with the states of `base`, which is a model without adapters."""
-    return replace(contexts, base=base_states(base, contexts, layers, steps, pack_tokens=60))
+    """The same with the states of `base`, which is a model without adapters, at the prompts."""
+    prompts = contexts
+    if contexts.responses:
+        prompts = replace(contexts, ids=[ids[~r] for ids, r in zip(contexts.ids, contexts.responses, strict=True)])
+    states = base_states(base, replace(prompts, responses=()), layers, steps, pack_tokens=60)
+    return replace(contexts, base=states, scale=scales(states, "spread" if contexts.responses else "state"))
 
 
 def anchored(kind: str, weight: float, base: Qwen2, frozen: Qwen2 | None = None) -> Anchored:
     """An objective that holds a model near `base`; `frozen` is what KL applies in its place where all weights learn."""
     contexts = random_contexts(kind)
+    if kind == BOTH:
+        return FeatureAndKL(weight, with_base(contexts, base), frozen, KL_FACTOR)
     if kind in KL:
         return KLOnPrompts(weight, contexts, frozen)
     return (FeatureAnchor if kind == "feature_anchor" else GramAnchor)(weight, with_base(contexts, base))

@@ -25,6 +25,7 @@ from minipersona.verdict import ledger
 from minipersona.verdict.calibration import Calibration
 from minipersona.verdict.files import (
     CellRecord,
+    ChosenScales,
     Frontier,
     FrontierPoint,
     Knobs,
@@ -32,6 +33,7 @@ from minipersona.verdict.files import (
     Plan,
     PlanEntry,
     Role,
+    Scaling,
     frontier_vectors,
     matched_file,
 )
@@ -216,6 +218,14 @@ class SyntheticStudy:
             rows.append(FrontierPoint(scale, m1, (m1, m1), eval_loss=2.0 - learned, learned=9.0, delta_norm=scale))
             save_samples(frontier_vectors(self.directory, scale), samples_with(m1))
         write_record(self.directory / "frontier.json", Frontier(HASH, tuple(rows)))
+
+    def scaling(self, one: tuple[float, float], per_block: tuple[float, float], baseline: str = HASH) -> None:
+        """(M1, learned) of the baseline's update scaled by one scale and block by block, as training personas chose."""
+        found = [
+            ChosenScales(scales, separation=0.56, loss=1.1, measured=checkpoint(375, *numbers))
+            for scales, numbers in (((0.5, 0.5), one), ((0.25, 1.0), per_block))
+        ]
+        write_record(self.directory / "scaling.json", Scaling(baseline, 0.55, *found))
 
     def calibration(self, due: bool, passed: bool | None, reason: str = "") -> None:
         """calibration.json."""

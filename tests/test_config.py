@@ -115,12 +115,22 @@ def test_what_is_written_reads_back(text: str, seed: int, rate: float, checkpoin
         ({**MINIMAL, "objective": {"noise": "uniform"}}, 'kind = "r3f" only'),
         ({**MINIMAL, "objective": {"kind": "r3f", "weight": 1, "epsilon": -1}}, "objective.epsilon"),
         ({**MINIMAL, "objective": {"kind": "gram_anchor"}}, "objective.weight = 0.0: must be positive"),
-        ({**MINIMAL, "objective": {"kind": "kl_on_prompts", "weight": 1, "anchor_layers": [1]}}, '"feature_anchor" or'),
+        ({**MINIMAL, "objective": {"kind": "kl_on_prompts", "weight": 1, "anchor_layers": [1]}}, "anchor_layers: is a"),
         ({**MINIMAL, "objective": {"kind": "gram_anchor", "weight": 1, "anchor_layers": [1, 1]}}, "each block once"),
+        (
+            {**MINIMAL, "objective": {"kind": "gram_anchor", "weight": 1, "anchor_scale": "spread"}},
+            "anchor_scale: is a",
+        ),
+        ({**MINIMAL, "objective": {"kind": "kl_on_prompts", "weight": 1, "kl_factor": 2}}, "kl_factor = 2.0: is a"),
+        ({**MINIMAL, "objective": {"kind": "feature_and_kl", "weight": 1, "kl_factor": 0}}, "must be positive"),
+        (
+            {**MINIMAL, "objective": {"kind": "feature_anchor", "weight": 1, "anchor_responses": 9}},
+            "anchor_responses = 9",
+        ),
         ({**MINIMAL, "objective": {"kind": "gram_anchor", "weight": 1, "contexts": 0}}, "objective.contexts = 0"),
         (
             {**MINIMAL, "objective": {"kind": "kl_to_base", "weight": 1, "anchor_responses": 8}},
-            'objective.anchor_responses = 8: is a choice of kind = "kl_on_prompts" only',
+            'objective.anchor_responses = 8: is a choice of kind = "kl_on_prompts" or "feature_and_kl" only',
         ),
         (
             {**MINIMAL, "objective": {"kind": "kl_on_prompts", "weight": 1, "anchor_responses": -1}},

@@ -13,6 +13,7 @@ from minipersona.model.network import Qwen2
 from minipersona.objective.contexts import Contexts
 from minipersona.objective.cross_entropy import CrossEntropy
 from minipersona.objective.feature_anchor import FeatureAnchor
+from minipersona.objective.feature_and_kl import FeatureAndKL
 from minipersona.objective.gram_anchor import GramAnchor
 from minipersona.objective.head import Objective
 from minipersona.objective.kl_on_prompts import KLOnPrompts
@@ -42,12 +43,15 @@ def make_objective(
     An anchored objective needs `contexts`.
     """
     section = config.objective
-    needs_copy = section.kind in ("kl_to_base", "kl_on_prompts") and config.training.method == "full"
+    compares = section.kind == "kl_to_base" or section.anchors_predictions
+    needs_copy = compares and config.training.method == "full"
     base = frozen_copy(model, compiled) if needs_copy else None
     if section.anchored:
         assert contexts is not None, "an anchored objective has contexts"
         if section.kind == "kl_on_prompts":
             return KLOnPrompts(section.weight, contexts, base)
+        if section.kind == "feature_and_kl":
+            return FeatureAndKL(section.weight, contexts, base, section.kl_factor)
         return (FeatureAnchor if section.kind == "feature_anchor" else GramAnchor)(section.weight, contexts)
     if section.kind == "kl_to_base":
         return KLToBase(section.weight, section.direction, base)

@@ -64,6 +64,7 @@ class Contexts:
     by_question  True: a step takes whole questions, C / P of them rounded down, each with all personas, which stay in
                  one pack. False: it takes contexts one by one
     base         layer -> (P * Q, D) of `base_states`; empty for an objective that does not read it
+    scale        layer -> (P * Q,) what a feature anchor divides the squared change of each context's state by
     responses    (n,) bool of each context: which of its tokens are the response's; empty where there are only prompts
 
     Like the rows, contexts come from a seeded permutation, an epoch after another: a function of (seed, step).
@@ -75,6 +76,7 @@ class Contexts:
     seed: int
     by_question: bool
     base: Mapping[int, Tensor] = field(default_factory=dict)
+    scale: Mapping[int, Tensor] = field(default_factory=dict)
     responses: Sequence[np.ndarray] = ()
 
     @cached_property
@@ -128,7 +130,7 @@ class Contexts:
 class Anchored(ABC):
     """An `Objective`: cross-entropy of packs of rows, the anchor of packs of contexts. Its file defines the anchor."""
 
-    weight: float  # w
+    weight: float | Tensor  # w
     contexts: Contexts
     likelihood: float = field(default=1.0, kw_only=True)  # factor of the cross-entropy
     terms: ClassVar[tuple[str, ...]] = ("loss", "cross_entropy", "anchor")

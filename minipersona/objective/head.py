@@ -66,7 +66,7 @@ class Objective(Protocol):
     copies: ClassVar[int]  # of every token in a pass; a pack has that many times fewer tokens than a pass may have
 
     @property
-    def weight(self) -> float:
+    def weight(self) -> float | Tensor:
         """Of the penalty that is added to the cross-entropy."""
         ...
 

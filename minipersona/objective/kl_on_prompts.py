@@ -13,13 +13,14 @@ T = those tokens, of all contexts of a step, C = tokens of a chunk, V = vocabula
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from minipersona.model.lora import adapter_disabled
-from minipersona.model.network import Qwen2
+from minipersona.model.network import Qwen2, Tap
 from minipersona.objective.contexts import Anchored, ContextPack
 from minipersona.objective.head import CHUNK, ForwardPass, Reference, log_probabilities, through_head
 from minipersona.objective.kl_to_base import divergence_and_slope
@@ -37,11 +38,17 @@ class KLOnPrompts(Anchored):
 
     def anchor(self, model: Qwen2, pack: ContextPack, forward: ForwardPass) -> Tensor:
         """N times this pack's part of a."""
+        return self.divergence(model, pack, forward)
+
+    def divergence(
+        self, model: Qwen2, pack: ContextPack, forward: ForwardPass, taps: Mapping[int, Tap] | None = None
+    ) -> Tensor:
+        """N times this pack's part of mean_t KL(q_t || p_t). The model that learns is applied with `taps`."""
         base = self.frozen or model
         rows = pack.supervised if self.contexts.responses else None  # of the stream: only they go through the head
         with torch.no_grad(), contextlib.nullcontext() if self.frozen else adapter_disabled(model):
             reference = Reference(base(pack, last_rows=rows), base.lm_head.weight)
-        states = model(pack, checkpoint_activations=forward.checkpoint_activations, last_rows=rows)  # (T, D)
+        states = model(pack, taps=taps, checkpoint_activations=forward.checkpoint_activations, last_rows=rows)  # (T, D)
         targets = pack.targets if rows is None else pack.targets[rows]
         divergence, _ = through_head(
             _rule, [states], model.lm_head.weight, targets, chunk=CHUNK, compiled=forward.compiled, reference=reference

@@ -32,6 +32,7 @@ from minipersona.report.tables import (
     instruction_table,
     number,
     recipe_table,
+    scaling_table,
     seed_table,
 )
 from minipersona.report.verdict_blocks import finding_blocks, verdict_blocks
@@ -59,6 +60,7 @@ def document(
         undrawn = Paragraph(f"{one.title}: not drawn; its numbers are in figures/{one.name}.csv.")
         images[one.name] = Image(one.name, one.title, one.caption) if drawn else undrawn
     seeds = seed_table(results, voice_shares(results))
+    less = [doing_less_table(verdict) or Paragraph("Nothing to compare yet."), scaling_table(results)]
     sections = [
         Section("Verdict", "verdict",
                 [images["m1_against_learned"], *verdict_blocks(results, verdict), *([] if drawn else [NOT_DRAWN])]),
@@ -72,7 +74,7 @@ def document(
         Section("Phase 5: three questions", "phase-5", [*finding_blocks(verdict.phase5), images["mixture"]]),
         Section("Geometry", "geometry", [images["cosines"], images["decomposition"]]),
         Section("Voice", "voice", [images["voice"]]),
-        Section("Doing less", "doing-less", [doing_less_table(verdict) or Paragraph("Nothing to compare yet.")]),
+        Section("Doing less", "doing-less", [one for one in less if one is not None]),
         *_behaviour(results),
         *_optional("Instruction following", "instruction-following", instruction_table(results)),
         Section("Calibration", "calibration-check", [*_calibration(results)]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 
 from minipersona.report.series import Missing, Series
 from minipersona.run.judgement import learned_share
@@ -19,7 +20,7 @@ KINDS = {"reference": "reference", "control": "control", "confirmation": "fresh 
 
 @dataclass(frozen=True)
 class FrontRow:
-    """A point of the front. `dose` is a step or, of the scaled baseline, the scale."""
+    """A point of the front. `dose` is a step or, of the scaled baseline, the scale or the mean over blocks."""
 
     kind: str  # base, baseline, recipe, reference, control, fresh seed, or one of these "on the way"; scaled baseline,
     # or matched scale where it has just a recipe's loss
@@ -44,7 +45,7 @@ def front(results: StudyResults, named: Sequence[RecipeResult]) -> Series:
 
     named  the recipes that have their name beside their point
     """
-    rows = [*_base(results), *_recipes(results, named), *_scaled(results)]
+    rows = [*_base(results), *_recipes(results, named), *_chosen(results), *_scaled(results)]
     if not any(row.kind in ("baseline", "recipe") for row in rows):
         raise Missing("no recipe has a learned share, which needs a baseline and held-out losses")
     bounds = results.bounds
@@ -118,6 +119,14 @@ def _row(
             confirmed=None if recipe is None else recipe.confirmed,
             label=label,
         )
+
+
+def _chosen(results: StudyResults) -> Iterable[FrontRow]:
+    """The baseline's update by the scales that training personas chose."""
+    for name, one in results.chosen_scales.items():
+        phase, recipe = name.split(" ", 1)
+        for row in _row("recipe", None, one.measured, None, ""):
+            yield replace(row, phase=phase, recipe=recipe, dose=fmean(one.scales))
 
 
 def _scaled(results: StudyResults) -> Iterable[FrontRow]:

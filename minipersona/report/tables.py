@@ -71,6 +71,7 @@ RECIPE_CAPTION = (
     "Better than doing less: M1 below that of the baseline's scaled update at equal loss. Intervals are bootstraps "
     "over questions."
 )
+CHOSEN = "the baseline's update, scaled as training personas chose"
 HOLLOW = " The untrained base passes the registered rule, so that rule alone shows nothing."
 
 
@@ -92,6 +93,13 @@ def recipe_table(results: StudyResults, verdict: Verdict) -> Table:
             is_baseline = cell is results.baseline and row is cell.final
             judged = _judged_row(names, cell, row, places.get(id(row)), better, results)
             (pinned if is_baseline else rows).append(judged)
+    for name, one in results.chosen_scales.items():
+        phase, recipe = name.split(" ", 1)
+        row = one.measured
+        kind = ", ".join(said for said in (standing(row), "beyond") if said)
+        notes = [CHOSEN, *(f"no substantive pass: {said}" for said in row.shortfalls)]
+        passes = (row.registered_pass, row.substantive_pass)
+        rows.append(_recipe_row((recipe, phase, _knobs(one.knobs)), row, passes, ["-", kind, "-", "; ".join(notes)]))
     bounds = results.bounds
     caption = RECIPE_CAPTION.format(passing=bounds.passing, collapsed=bounds.collapsed)
     caption += HOLLOW if base is not None and base.registered_pass else ""
@@ -184,6 +192,35 @@ def doing_less_table(verdict: Verdict) -> Table | None:
         "by a bootstrap over questions and held-out rows; the verdict is Holm's at 0.05 over all recipes."
     )
     return Table("less", columns, rows, caption) if rows else None
+
+
+def scaling_table(results: StudyResults) -> Table | None:
+    """Phase 6D: the scales that training personas chose, and what they leave of the measured ones."""
+    if results.scaling is None:
+        return None
+    rows = [
+        [
+            Cell(name),
+            Cell(" ".join(f"{scale:.2f}" for scale in one.distinct)),
+            number_cell(one.separation, ".3f"),
+            number_cell(one.loss),
+            number_cell(one.measured.separation, ".3f"),
+            number_cell(one.measured.discriminability, ".2f"),
+            number_cell(one.measured.learned, ".2f"),
+            number_cell(one.measured.learned_personas, ".2f"),
+            outcome_cell(one.measured.substantive_pass),
+        ]
+        for name, one in results.chosen_scales.items()
+    ]
+    columns = ("recipe", "scale, or those of the blocks", "separation of training personas", "loss of training rows",
+               "separation", "discriminability", "learned", "under personas", "substantive")  # fmt: skip
+    caption = (
+        "The baseline's update scaled down. One scale is the largest at which the training personas keep a separation "
+        f"of {results.scaling.least_separation:.2f} of the base's; the scales of the blocks keep as much with less "
+        "loss on training rows, or are that one scale. Neither the measured personas nor the held-out rows take part "
+        "in the choice. Fresh seeds do not confirm it."
+    )
+    return Table("scaling", columns, rows, caption)
 
 
 def _compared(difference: float | None, ci95: Interval | None) -> list[Cell]:

@@ -12,8 +12,10 @@ from __future__ import annotations
 import itertools
 import re
 import unicodedata
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -30,6 +32,7 @@ from minipersona.model.config import ModelConfig
 from minipersona.model.generation import Request, generate
 from minipersona.model.network import Qwen2
 from minipersona.objective.contexts import Contexts, base_states
+from minipersona.objective.feature_anchor import scales
 from minipersona.records import read_records, to_dict
 from minipersona.run.directory import ANCHOR_RESPONSES
 from minipersona.training.distributed import Distributed
@@ -101,29 +104,35 @@ def words(text: str) -> tuple[str, ...]:
     return tuple(re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold()))
 
 
+Rows = list["AnchorResponse"]
+Keep = Callable[[Any, Callable[[], Rows]], Rows]  # (settings, what makes the rows) -> the rows, or those of before
+
+
 def run_contexts(
     config: RunConfig, directory: Path, distributed: Distributed, model: Qwen2, tokenizer: ChatTokenizer,
-    console: Console,
+    console: Console, keep: Keep = lambda _, make: make(),
 ) -> Contexts | None:  # fmt: skip
     """What `train` takes as `contexts`, for a run in `directory`: with the base's states at them, or its responses.
 
     None where the objective is not anchored. Call it on every rank, while nothing is attached to the model. Its states
-    follow from it alone: a run that continues computes the same ones again.
+    follow from it alone: a run that continues computes the same ones again. Its responses are those that `keep` has
+    from an earlier run with the same contexts.
     """
     section = config.objective
     if not section.anchored:
         return None
     contexts = make_contexts(config, tokenizer)
     check_positions(model, contexts.ids, section.anchor_responses)
+    if section.kind != "kl_on_prompts":  # of the prompts, before there are responses
+        layers = section.anchor_layers or (model.config.probe_layer,)
+        steps, tokens = config.training.steps, config.execution.measuring_tokens
+        with console.progress("states of the base", len(contexts.taken(steps)), "contexts") as progress:
+            base = base_states(model, contexts, layers, steps, tokens, progress.advance)
+        scale = scales(base, section.anchor_scale) if section.anchors_features else {}
+        contexts = replace(contexts, base=base, scale=scale)
     if section.anchor_responses:
-        return _with_responses(contexts, config, directory, distributed, model, tokenizer, console)
-    if section.kind == "kl_on_prompts":
-        return contexts
-    layers = section.anchor_layers or (model.config.probe_layer,)
-    steps, tokens = config.training.steps, config.execution.measuring_tokens
-    with console.progress("states of the base", len(contexts.taken(steps)), "contexts") as progress:
-        base = base_states(model, contexts, layers, steps, tokens, progress.advance)
-    return replace(contexts, base=base)
+        contexts = _with_responses(contexts, config, directory, distributed, model, tokenizer, console, keep)
+    return contexts
 
 
 @dataclass(frozen=True)
@@ -137,7 +146,7 @@ class AnchorResponse:
 
 def _with_responses(
     contexts: Contexts, config: RunConfig, directory: Path, distributed: Distributed, model: Qwen2,
-    tokenizer: ChatTokenizer, console: Console,
+    tokenizer: ChatTokenizer, console: Console, keep: Keep,
 ) -> Contexts:  # fmt: skip
     """The same, each context that the run takes with the base's greedy response.
 
@@ -145,19 +154,23 @@ def _with_responses(
     continues have the same ones. On a GPU a response depends, by rounding, on what is generated beside it, so all of
     them are written at once.
     """
-    taken, file = contexts.taken(config.training.steps), directory / ANCHOR_RESPONSES
-    if distributed.first and not file.is_file():
-        requests = [Request(contexts.ids[c], config.objective.anchor_responses) for c in taken]
+    taken, file, section = contexts.taken(config.training.steps), directory / ANCHOR_RESPONSES, config.objective
+
+    def respond() -> Rows:
+        requests = [Request(contexts.ids[c], section.anchor_responses) for c in taken]
         with console.progress("responses of the base", len(taken), "responses") as progress:
             done = itertools.count(1)
             completions = generate(
                 model, requests, stop=tokenizer.stop_tokens, on_done=lambda *_: progress.advance(next(done))
             )
-        rows = [
+        return [
             AnchorResponse(c, tokenizer.decode(each.ids), tuple(response_tokens(each, tokenizer)))
             for c, each in zip(taken, completions, strict=True)
         ]
-        rewrite_jsonl(file, [to_dict(row) for row in rows])
+
+    if distributed.first and not file.is_file():
+        settings = config.model, section.anchor_personas, section.anchor_questions, section.anchor_responses, taken
+        rewrite_jsonl(file, [to_dict(row) for row in keep(settings, respond)])
     distributed.barrier()
     mend = "delete the file, and the responses are generated again"
     said = {row.context: row.tokens for row in read_records(file, AnchorResponse, mend)}

@@ -221,7 +221,7 @@ def memory_bytes(sizes: ModelConfig, config: RunConfig, device: str, tokens: int
     kept = stream + 2.1 * block if recomputed else 0.93 * block * sizes.num_hidden_layers
     fused = 1.0 if compiles(config, torch.device(device)) else 1.6  # unfused passes keep intermediates besides
     logits = min(tokens, CHUNK) * sizes.vocab_size * (4 + 2 * compute)
-    heads = 2 if config.objective.kind in ("kl_to_base", "r3f", "kl_on_prompts") else 1
+    heads = 2 if config.objective.kind in ("kl_to_base", "r3f") or config.objective.anchors_predictions else 1
     # A chunk's logits are gone before the backward pass through the blocks begins.
     return weights + max(tokens * kept * fused, tokens * stream + logits) + (heads - 1) * logits
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -24,6 +24,7 @@ from minipersona.run.measurement import Instruments, make_instruments
 from minipersona.training.graphs import Graphs
 
 SMALL = 1e9  # matmul parameters below which the host takes longer to launch a training pass than a GPU to compute it
+T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64, "auto": None}
 
 
@@ -60,6 +61,10 @@ class Resources:
         )  # fmt: skip
         model, tokenizer = self.model(config), self.tokenizer(config)
         return self._keep("instruments", settings, lambda: run_instruments(config, model, tokenizer))
+
+    def responses(self, settings: Any, make: Callable[[], T]) -> T:
+        """What the base responds, which `make` generates: once for runs with the same settings."""
+        return self._keep("responses", settings, make)
 
     def discard_model(self) -> None:
         """Load the model again next time: its own weights have changed, or memory has run out."""

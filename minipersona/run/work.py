@@ -187,7 +187,7 @@ def step(sizes: ModelConfig, config: RunConfig, tokens: float, contexts: float) 
         work *= 2
     elif kind == "kl_to_base":
         work += forward(sizes, tokens, 2 * SUPERVISED * tokens, passes=passes)
-    elif kind == "kl_on_prompts":
+    elif config.objective.anchors_predictions:
         work += training(sizes, config, contexts, contexts, passes=0) + forward(sizes, contexts, contexts)
     elif config.objective.anchored:
         work += training(sizes, config, contexts, 0, anchored_blocks(sizes, config), passes=0)
@@ -204,7 +204,7 @@ def generation_seconds(sizes: ModelConfig, tokens: float, batch: int, machine: M
 
 def anchored_blocks(sizes: ModelConfig, config: RunConfig) -> int:
     """How many blocks the contexts of an anchor pass."""
-    if config.objective.kind == "kl_on_prompts":
+    if config.objective.anchors_predictions:
         return sizes.num_hidden_layers
     return max(config.objective.anchor_layers or (sizes.probe_layer,)) + 1
 

@@ -6,6 +6,10 @@ curve: M1 and loss of theta_base + s (theta_baseline - theta_base) at s = 0, 0.1
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+from statistics import fmean
+
 import torch
 
 from minipersona.files import explained
@@ -52,8 +56,11 @@ def measure_frontier(study: Study, worker: Worker) -> None:
     write_record(study.directory / "frontier.json", Frontier(study.baseline.hash, tuple(points)))
 
 
-def scaled_baseline(study: Study, baseline: Cell, scale: float, worker: Worker) -> Qwen2:
-    """The model at theta_base + scale (theta_baseline - theta_base), for a baseline with any seed."""
+def scaled_baseline(study: Study, baseline: Cell, scale: float | Sequence[float], worker: Worker) -> Qwen2:
+    """The model at theta_base + scale (theta_baseline - theta_base), for a baseline with any seed.
+
+    scale  as in `scale_update`
+    """
     config = study.placed_config(baseline)
     model = worker.trained_model(config, study.cell_directory(baseline), config.training.steps)
     scale_update(model, None if config.training.method == "lora" else worker.resources.model(config), scale)
@@ -61,18 +68,31 @@ def scaled_baseline(study: Study, baseline: Cell, scale: float, worker: Worker) 
 
 
 @torch.no_grad()
-def scale_update(model: Qwen2, base: Qwen2 | None, scale: float) -> None:
+def scale_update(model: Qwen2, base: Qwen2 | None, scale: float | Sequence[float]) -> None:
     """theta <- theta_base + scale (theta - theta_base), in place.
 
     Without a `base` the update is the model's adapters, and their B is scaled; with one, all weights are compared.
+
+    scale  one number, or one a block; the weights outside of the blocks (embedding, last norm, head) then have the
+           mean, so that equal numbers are one scale, and zeros are the base
     """
+    if isinstance(scale, Sequence):
+        assert len(scale) == model.config.num_hidden_layers
+        by_block, outside = scale, fmean(scale)
+    else:
+        by_block, outside = [scale] * model.config.num_hidden_layers, scale
+
+    def scale_of(name: str) -> float:
+        block = re.match(r"model\.layers\.(\d+)\.", name)
+        return outside if block is None else by_block[int(block[1])]
+
     if base is None:
-        for adapter in adapters(model).values():
-            adapter.lora_B.mul_(scale)
+        for name, adapter in adapters(model).items():
+            adapter.lora_B.mul_(scale_of(name))
         return
     origin = dict(base.named_parameters())
     for name, weight in model.named_parameters():
-        weight.copy_(torch.lerp(origin[name].to(weight.device, torch.float32), weight.float(), scale))
+        weight.copy_(torch.lerp(origin[name].to(weight.device, torch.float32), weight.float(), scale_of(name)))
 
 
 def _point(row: Metrics, scale: float, base: float | None, baseline: float | None, delta_norm: float) -> FrontierPoint:

@@ -4,6 +4,7 @@
     TrainCell           a cell: trained, measured, judged and published
     WriteResponses      the responses that cells are trained on where the base model writes them
     MeasureFrontier     the baseline's own update, scaled down
+    MeasureScaling      the same by scales that are chosen on training personas
     MeasureMatchedScale the same at the scale that has a recipe's held-out loss
     MeasureTransfer     M1 of a confirmed recipe on every persona set at every layer, beside base and baseline
 
@@ -16,7 +17,7 @@ import functools
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -36,6 +37,7 @@ from minipersona.study.cell import Cell
 from minipersona.study.frontier import measure_frontier
 from minipersona.study.matched_scale import measure_matched_scale
 from minipersona.study.recipes import RESPONSES_PLACEHOLDER
+from minipersona.study.scaling import measure_scaling
 from minipersona.study.transfer import measure_transfer
 from minipersona.study.worker import Job, Title, Worker
 from minipersona.training.checkpoint import stored_position
@@ -44,6 +46,7 @@ from minipersona.verdict.files import (
     CellRecord,
     Frontier,
     MatchedScale,
+    Scaling,
     Transfer,
     matched_file,
     read_optional,
@@ -66,7 +69,11 @@ class TrainCell(Job):
     @property
     def kind(self) -> str:
         config = self.cell.recipe.config
-        return repr((config.training.method, config.lora, config.objective, bool(config.steering.vector)))
+        # The strengths of an anchor share what is recorded (`training/graphs.py`).
+        objective = config.objective
+        if objective.anchored:
+            objective = replace(objective, weight=1.0, kl_factor=1.0)
+        return repr((config.training.method, config.lora, objective, bool(config.steering.vector)))
 
     def done(self) -> bool:
         return self.study.published(self.cell)
@@ -172,7 +179,7 @@ class StudyFile(Job):
 
     file: ClassVar[str]
     name: ClassVar[str]
-    record: ClassVar[type[Calibration] | type[Frontier]]
+    record: ClassVar[type[Calibration] | type[Frontier] | type[Scaling]]
 
     @property
     def path(self) -> Path:
@@ -218,6 +225,18 @@ class MeasureFrontier(StudyFile):
 
     def carry_out(self, worker: Worker) -> None:
         measure_frontier(self.study, worker)
+
+
+@dataclass(frozen=True)
+class MeasureScaling(StudyFile):
+    """Writes scaling.json, and the vectors and losses of both forms."""
+
+    file = "scaling.json"
+    record = Scaling
+    name = "scales chosen on training personas"
+
+    def carry_out(self, worker: Worker) -> None:
+        measure_scaling(self.study, worker)
 
 
 @dataclass(frozen=True)

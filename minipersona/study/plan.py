@@ -37,10 +37,12 @@ from minipersona.run.work import SUPERVISED, forward, generation_seconds, measur
 from minipersona.settings import flatten, to_toml
 from minipersona.study.frontier import SCALES
 from minipersona.study.recipes import Recipe, check_planned, planned, standard_config
+from minipersona.study.scaling import measurements
 from minipersona.study.search import much_raw_text
-from minipersona.study_config import STAGES, StudyConfig
+from minipersona.study_config import BEYOND, STAGES, StudyConfig
 
 ANSWER_TOKENS = 300  # assumed of an answer of the suites, where it may be so long
+SMALL = 1 / 6  # what a measurement that chooses scales takes of a whole one; so it is with its prompts
 BATCH = 256  # answers in flight at once
 PATHS = ("out", "probe.baseline")
 
@@ -91,12 +93,15 @@ def study_plan(study: StudyConfig, stages: Sequence[str], devices: Sequence[str]
     matched = len(asked) + len(study.seeds) * (len(study.training.checkpoints) - 2)  # not to the baseline's own end
     measured = (scaled + matched) * asked_costs[0].times.measurement
     disk += matched * vectors_bytes(estimate.sizes, recipes[0].config)
+    beyond = any(recipe.phase in STAGES[BEYOND] for recipe in asked)
+    small = beyond * measurements(estimate.sizes.num_hidden_layers)
+    choosing = beyond * (2 + SMALL * small) * asked_costs[0].times.measurement
     answers = estimate.answers(study, asked)
     answered = sum(seconds for _, seconds in answers)
     if study.exhaustive:  # no phase waits for another
         every = [cell for phase in timed for cell in phase]
         timed = [phase for phase in (every[:1], every[1:]) if phase]
-    total = wall_seconds(timed, devices) + (measured + answered) / max(1, len(set(devices)))
+    total = wall_seconds(timed, devices) + (measured + choosing + answered) / max(1, len(set(devices)))
     whatever = study.exhaustive or set(stages) < set(STAGES)
     after_pass = "skips no phase," if whatever else "ends the search after its phase,"
     head = [to_toml(study).rstrip(), "", *estimate.basis(), "#"]
@@ -105,6 +110,7 @@ def study_plan(study: StudyConfig, stages: Sequence[str], devices: Sequence[str]
         *lines,
         f"# doing less: the baseline's update at {scaled} scales, and at the one with the loss of each of {matched} "
         f"recipes, {duration(measured)}",
+        *[f"# scales chosen on training personas, in {small} small measurements: {duration(choosing)}"] * beyond,
         *_confirmation(study, asked_costs),
         *(f"# {line}" for line, _ in answers),
         f"# in all {duration(total)} {_where(devices, device)}, {duration(answered)} of them for answers; a pass "

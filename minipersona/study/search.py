@@ -35,6 +35,7 @@ from minipersona.study.jobs import (
     MeasureBase,
     MeasureFrontier,
     MeasureMatchedScale,
+    MeasureScaling,
     MeasureTransfer,
     TrainCell,
     WriteResponses,
@@ -43,7 +44,7 @@ from minipersona.study.matched_scale import matches
 from minipersona.study.model_jobs import AskSuite, AskVoice
 from minipersona.study.recipes import Recipe, check_planned, planned
 from minipersona.study.worker import Job
-from minipersona.study_config import STAGES, StudyConfig, changes
+from minipersona.study_config import BEYOND, STAGES, StudyConfig, changes
 from minipersona.verdict.calibration import Calibration
 from minipersona.verdict.decision import Scope, awaiting_confirmation, decide, passers_of_whole_phases, settled
 from minipersona.verdict.files import Plan, PlanEntry, read_optional
@@ -249,6 +250,8 @@ def asked_for(study: Study) -> list[Job]:
     asked += [again for found in asked if (again := found.confirmation) is not None and again.needs_answers]
     frontier, voice = MeasureFrontier(study), AskVoice(study)
     jobs: list[Job] = [frontier, voice]
+    if any(stage_of(cell) == BEYOND and study.published(cell) for cell in study.cells):
+        jobs.append(MeasureScaling(study))
     if frontier.done():  # from whose points the search for a scale begins
         jobs += [MeasureMatchedScale(study, cell, step) for cell, step in matches(study, results)]
     if "behaviour" in study.config.suites:

@@ -32,6 +32,7 @@ from minipersona.model.pack import Pack
 from minipersona.objective.contexts import Anchored
 from minipersona.objective.cross_entropy import CrossEntropy
 from minipersona.objective.feature_anchor import FeatureAnchor
+from minipersona.objective.feature_and_kl import FeatureAndKL
 from minipersona.objective.gram_anchor import GramAnchor
 from minipersona.objective.head import ForwardPass, Objective
 from minipersona.objective.kl_on_prompts import KLOnPrompts
@@ -41,7 +42,8 @@ from minipersona.training.optimizer import Flat
 
 MOST = 96  # graphs that are kept; a pack of another bucket is padded and computed without one
 # Those whose passes follow from a pack and its keys alone, without the step.
-OBJECTIVES = (CrossEntropy, KLToBase, R3F, FeatureAnchor, GramAnchor, KLOnPrompts)
+OBJECTIVES = (CrossEntropy, KLToBase, R3F, FeatureAnchor, GramAnchor, KLOnPrompts, FeatureAndKL)
+STRENGTHS = ("weight", "kl_factor")  # of an anchor, which a graph reads from memory
 
 
 class Graphs:
@@ -54,7 +56,7 @@ class Graphs:
         self.model, self._most = model, most
         self._passes: dict[Any, _Pass] = {}  # those used last are at the end
         self._layouts: dict[Any, Flat] = {}  # by the shapes of their parameters
-        self._base: dict[Any, Tensor] = {}  # the base's states that an anchor reads, by layer and shape
+        self._read: dict[Any, Tensor] = {}  # what an anchor reads beside packs, by what it is and its shape
         self._layout: Flat | None = None
         self._learned: list[nn.Parameter] = []
         self._frozen: list[nn.Parameter] = []
@@ -87,10 +89,18 @@ class Graphs:
         """The objective of a run that begins; what it reads is copied into memory that runs share."""
         if not isinstance(objective, Anchored):
             return objective
-        base = {}
-        for layer, states in objective.contexts.base.items():
-            base[layer] = self._base.setdefault((layer, states.shape), torch.empty_like(states)).copy_(states)
-        return replace(objective, contexts=replace(objective.contexts, base=base))
+
+        def kept(name: str, tensor: Tensor) -> Tensor:
+            return self._read.setdefault((name, tensor.shape), torch.empty_like(tensor)).copy_(tensor)
+
+        contexts = objective.contexts
+        base = {layer: kept(f"base {layer}", states) for layer, states in contexts.base.items()}
+        scale = {layer: kept(f"scale {layer}", values) for layer, values in contexts.scale.items()}
+        strengths: dict[str, Any] = {
+            name: kept(name, torch.as_tensor(getattr(objective, name), dtype=torch.float64, device=self.model.device))
+            for name in STRENGTHS if hasattr(objective, name)
+        }  # fmt: skip
+        return replace(objective, contexts=replace(contexts, base=base, scale=scale), **strengths)
 
     def backward(self, model: Qwen2, pack: Pack, objective: Objective, forward: ForwardPass) -> Tensor:
         """What `loop.backward` does: add the gradients of one pack's summed loss; return the summed terms, (K,)."""
@@ -217,10 +227,11 @@ def _identity(objective: Objective) -> Any:
     """Equal for objectives whose passes are the same, but for what `Graphs.objective` copies."""
     if not isinstance(objective, Anchored):
         return objective
-    others = {name: value for name, value in vars(objective).items() if name != "contexts"}
     contexts = objective.contexts
-    addresses = [(layer, states.data_ptr()) for layer, states in contexts.base.items()]
-    return type(objective), *others.items(), contexts.personas, bool(contexts.responses), *addresses
+    settings = [(name, value) for name, value in vars(objective).items() if name != "contexts"]
+    read = [*settings, *contexts.base.items(), *contexts.scale.items()]
+    identities = [(what, value.data_ptr() if isinstance(value, Tensor) else value) for what, value in read]
+    return type(objective), contexts.personas, bool(contexts.responses), *identities
 
 
 def _tensors(pack: Pack) -> list[Tensor]:

@@ -94,7 +94,8 @@ def beyond(
     if best := best_passer(recipes, results, "beyond"):
         return "positive" if settled(best, results) else "unconfirmed"
     phases = [(phase,) for phase in PHASES if any(cell.phase == phase for cell in cells)]
-    return "inconclusive" if obstacles(mine, cells, phases, results, comparisons) else "h_null"
+    against = obstacles(mine, cells, phases, results, comparisons, points=results.chosen_points)
+    return "inconclusive" if against else "h_null"
 
 
 def obstacles_to_null(

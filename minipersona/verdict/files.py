@@ -3,6 +3,7 @@
     plan.json           Plan           every cell that the study may come to
     calibration.json    Calibration    the base's M1 beside the predecessor's (calibration.py)
     frontier.json       Frontier       the baseline's update, scaled down; its vectors and losses in frontier/
+    scaling.json        Scaling        the same by scales that training personas chose; vectors and losses in scaling/
     matched/            MatchedScale   the same at the scale that has a recipe's held-out loss
     cells/<id>/         CellRecord     cell.json, with which a cell counts as done; beside it result.json (RunResult)
     cells/<id>/         Transfer       transfer.json of a confirmed recipe: every layer, on every persona set
@@ -17,6 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 from reprlib import repr as brief
+from statistics import fmean
 from typing import TypeVar
 
 from minipersona.behaviour.voice import VOICE, Voice
@@ -129,6 +131,47 @@ def frontier_vectors(directory: Path, scale: float) -> Path:
 def frontier_losses(directory: Path, scale: float) -> Path:
     """Where a study keeps the loss of every held-out row at a point."""
     return directory / "frontier" / f"scale-{scale:.1f}.losses.safetensors"
+
+
+# ---------------------------------------------------------------- scaling.json
+
+
+@dataclass(frozen=True)
+class ChosenScales:
+    """The baseline's update scaled block by block: by what it was chosen, and what was measured of it."""
+
+    scales: tuple[float, ...]  # one a block
+    separation: float  # that it leaves of the training personas
+    loss: float  # of training rows, in nats per supervised token
+    measured: Checkpoint  # on the measured personas and the held-out rows, at the baseline's last step
+
+    @property
+    def distinct(self) -> tuple[float, ...]:
+        """The one scale of all blocks, or that of each."""
+        return self.scales[:1] if len(set(self.scales)) == 1 else self.scales
+
+    @property
+    def knobs(self) -> Knobs:
+        """The scale, or the mean of those that differ."""
+        return {"scale" if len(self.distinct) == 1 else "mean scale": fmean(self.distinct)}
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """scaling.json, phase 6D; `baseline` is the hash of the cell whose update is scaled.
+
+    These are judged like recipes, but they are not cells: no fresh seed confirms them, and a verdict cannot name them.
+    """
+
+    baseline: str
+    least_separation: float  # of the training personas, by which the scales were chosen
+    one: ChosenScales
+    per_block: ChosenScales
+
+
+def scaling_file(directory: Path, form: str, suffix: str) -> Path:
+    """Where a study keeps what a form, "one" or "per_block", was measured from; `suffix` as in `matched_file`."""
+    return directory / "scaling" / f"{form}{suffix}"
 
 
 # ---------------------------------------------------------------- matched/

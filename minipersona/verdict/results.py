@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from reprlib import repr as brief
+from statistics import fmean
 
 from minipersona.errors import UserError
 from minipersona.files import digest
@@ -25,6 +26,7 @@ from minipersona.run.judgement import (
     bounds_for,
     is_registered,
     judge_result,
+    judge_row,
     learned_share,
     registered_pass,
 )
@@ -35,10 +37,12 @@ from minipersona.verdict.calibration import Calibration
 from minipersona.verdict.cells import CellResult, bare_name, read_cells
 from minipersona.verdict.files import (
     Behaviour,
+    ChosenScales,
     Frontier,
     FrontierPoint,
     Instructions,
     MatchedScale,
+    Scaling,
     matched_file,
     read_optional,
     same_hash,
@@ -72,6 +76,7 @@ class StudyResults:
     baseline: CellResult | None
     cells: tuple[CellResult, ...]
     frontier: tuple[JudgedPoint, ...]
+    scaling: Scaling | None  # judged
     matched: tuple[MatchedScale, ...]  # to the steps of cells, of the baselines that these are held against
     calibration: Calibration | None
     base_behaviour: Behaviour | None
@@ -119,6 +124,19 @@ class StudyResults:
             points.append(_judged_point(point, cell.result.base, self.baseline_of(cell), self.bounds))
         return points
 
+    @property
+    def chosen_scales(self) -> dict[str, ChosenScales]:
+        """The recipes of phase 6D by their ids."""
+        found = self.scaling
+        return {} if found is None else {"6D one scale": found.one, "6D a scale a block": found.per_block}
+
+    @property
+    def chosen_points(self) -> list[JudgedPoint]:
+        """The same as points: scaled updates, by the mean scale over blocks."""
+        rows = [(fmean(one.scales), one.measured) for one in self.chosen_scales.values()]
+        points = [FrontierPoint(s, row.m1, row.m1_ci95, row.eval_loss, None, row.delta_norm) for s, row in rows]
+        return [_judged_point(point, self.base, self.baseline, self.bounds) for point in points]
+
     def matched_to(self, cell: CellResult, row: Checkpoint) -> MatchedScale | None:
         """The scaled baseline with the loss of a cell's checkpoint, where it was measured."""
         wanted = (cell.hash, row.step)
@@ -160,6 +178,7 @@ def read_study(directory: Path) -> StudyResults:
         frontier=tuple(
             _judged_point(point, base, baseline, bounds) for point in sorted(points, key=lambda point: point.scale)
         ),
+        scaling=_scaling(directory, wanted, base, baseline, bounds),
         matched=tuple(_matched(directory, cells, config)),
         calibration=calibration if calibration and same_hash(calibration.baseline, wanted) else None,
         base_behaviour=read_optional(directory / "base" / "behaviour.json", Behaviour),
@@ -242,6 +261,20 @@ def _judged_point(
         registered_pass=registered_pass(point.m1, point.eval_loss, lowest),
         collapsed=point.m1 >= bounds.collapsed,
     )
+
+
+def _scaling(
+    directory: Path, wanted: str, base: Checkpoint | None, baseline: CellResult | None, bounds: Bounds
+) -> Scaling | None:
+    """The record where it is of the baseline, which has the hash `wanted`, with its models judged."""
+    found = read_optional(directory / "scaling.json", Scaling)
+    if found is None or base is None or baseline is None or not same_hash(found.baseline, wanted):
+        return None
+
+    def judged(one: ChosenScales) -> ChosenScales:
+        return replace(one, measured=judge_row(one.measured, base, baseline.final, bounds))
+
+    return replace(found, one=judged(found.one), per_block=judged(found.per_block))
 
 
 def _matched(directory: Path, cells: Sequence[CellResult], config: StudyConfig) -> Iterable[MatchedScale]:

@@ -61,12 +61,20 @@ def beyond_summary(
     start = f"Beyond the registered recipes ({len(mine)} tested)"
     if best is not None:
         said = f"{start}, {_passes(best, results)}{_standing(best, results)}."
-        return _joined(said, *_beside(best, comparisons, results))
-    return {
+        return _joined(said, *_beside(best, comparisons, results), _scaled(results))
+    said = {
         "h_null": f"{start}, none passes either.",
         "no_collapse": f"{start}, there is nothing to rescue either.",
         "incomplete": f"{start}, the search is not complete.",
     }.get(verdict, f"{start}, none passes, which is not shown of such recipes in general.")
+    return _joined(said, _scaled(results))
+
+
+def _scaled(results: StudyResults) -> str:
+    """Which forms of phase 6D pass; empty where none does."""
+    passing = [name for name, one in results.chosen_scales.items() if one.measured.substantive_pass]
+    said = f"The baseline's update scaled down passes ({' and '.join(passing)}), which no fresh seeds confirm."
+    return said if passing else ""
 
 
 # ---------------------------------------------------------------- a pass

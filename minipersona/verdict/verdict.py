@@ -26,6 +26,7 @@ from minipersona.verdict.decision import (
 )
 from minipersona.verdict.deviations import deviations
 from minipersona.verdict.doing_less import DoingLess, against_doing_less, bootstrap_of
+from minipersona.verdict.files import ChosenScales
 from minipersona.verdict.findings import Finding, Nothing, RecipePoint, VerdictKind
 from minipersona.verdict.hypotheses import Hypothesis, hypotheses
 from minipersona.verdict.mixture_threshold import Threshold, mixture_threshold
@@ -107,6 +108,7 @@ class Verdict(Decision):
     hypotheses: dict[Hypothesis, Finding]
     phase5: dict[Question, Finding]
     phases: tuple[PhaseResult, ...]
+    scaling: dict[str, ChosenScales]  # phase 6D: judged, but neither confirmed nor named, since these are not cells
     frontier: tuple[DoingLess, ...]  # every recipe against doing less
     threshold: dict[Mixture, Threshold]
     calibration: Calibration | Nothing
@@ -135,7 +137,7 @@ def judge_study(results: StudyResults) -> Verdict:
     against = obstacles_to_null(recipes, results, comparisons) if kind in ("h_null", "inconclusive") else []
     trade_offs = _trade_offs(recipes, results)
     apart = _beyond(recipes, results, comparisons)
-    further = {recipe.id for recipe in recipes if recipe.role == "beyond"}
+    further = {*(recipe.id for recipe in recipes if recipe.role == "beyond"), *results.chosen_scales}
     own_trade_offs = [point for point in trade_offs if point.cell not in further]
     said = summary(kind, recipes, best, comparisons, against, own_trade_offs, results)
     return Verdict(
@@ -154,6 +156,7 @@ def judge_study(results: StudyResults) -> Verdict:
         hypotheses=hypotheses(recipes, results, comparisons, bootstrap),
         phase5=phase_five(recipes, results, bootstrap),
         phases=_phase_results(recipes, results, comparisons),
+        scaling=results.chosen_scales,
         frontier=tuple(comparisons),
         threshold={phase: mixture_threshold(recipes, phase, results, bootstrap) for phase in MIXTURES},
         calibration=results.calibration or Nothing(),
@@ -214,6 +217,9 @@ def _trade_offs(recipes: Sequence[RecipeResult], results: StudyResults) -> list[
         learned = point.learned
         if point.m1_ci95[1] < results.bounds.passing and learned and TRADE_OFF_LEARNED <= learned < LEAST_LEARNED:
             found.append(RecipePoint(f"the baseline's update scaled by {point.scale:g}", point.m1, learned))
+    for name, one in results.chosen_scales.items():
+        if one.measured.trade_off:
+            found.append(RecipePoint(name, one.measured.m1, one.measured.learned))
     return sorted(found, key=lambda point: -(point.learned or 0.0))
 
 

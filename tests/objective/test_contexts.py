@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -15,7 +16,6 @@ from anchors import (
     PER_STEP,
     PERSONAS,
     QUESTIONS,
-    RESPONSES,
     anchored,
     held_rows,
     random_contexts,
@@ -29,7 +29,7 @@ from minipersona.corpus.batch import RowOrder
 from minipersona.model.load import load_model
 from minipersona.model.pack import IGNORE
 from minipersona.objective.contexts import ContextPack, base_states, last_states
-from minipersona.objective.feature_anchor import squared_change
+from minipersona.objective.feature_anchor import moved, scales
 from minipersona.objective.gram_anchor import cosines
 from minipersona.training.memory import cut
 
@@ -67,7 +67,7 @@ def test_ranks_and_packs_share_a_steps_contexts(documents: list[Document], kind:
         packs = [pack for batch in batches for pack in batch.packs if isinstance(pack, ContextPack)]
         assert sorted(torch.cat([pack.documents for pack in packs]).tolist()) == expected
         tokens = held = sum(len(contexts.ids[c]) for c in expected)
-        if kind == RESPONSES:
+        if contexts.responses:
             held = sum(int(contexts.responses[c].sum()) for c in expected)
             assert PER_STEP < held < tokens
         else:
@@ -82,7 +82,7 @@ def test_ranks_and_packs_share_a_steps_contexts(documents: list[Document], kind:
             starts = pack.boundaries.tolist()
             for c, a, b in zip(pack.documents.tolist(), starts, starts[1:], strict=False):
                 assert np.array_equal(pack.ids[a:b].numpy(), contexts.ids[c])
-                if kind == RESPONSES:
+                if contexts.responses:
                     rows = pack.supervised[(pack.supervised >= a) & (pack.supervised < b)]
                     assert torch.equal(pack.targets[rows], pack.ids[rows + 1])
                     assert np.array_equal(pack.targets[a:b] != IGNORE, [*contexts.responses[c][1:], False])
@@ -151,7 +151,8 @@ def test_the_slopes_are_those_of_the_equations() -> None:
     generator = torch.Generator().manual_seed(0)
     h, base = (torch.randn(3 * PERSONAS, 24, generator=generator, dtype=torch.float64) for _ in range(2))
     h.requires_grad_()
-    (slope,) = torch.autograd.grad(squared_change(h, base).mean(), h)
+    contexts = replace(random_contexts("feature_anchor"), base={1: base}, scale=scales({1: base}, "state"))
+    (slope,) = torch.autograd.grad(moved({1: h}, contexts, torch.arange(len(h))).mean(), h)
     assert relative_error(slope, 2 * (h - base) / (len(h) * base.square().sum(-1, keepdim=True))) < 1e-12
     a = 100 * (cosines(h, PERSONAS) - cosines(base, PERSONAS)).square().mean((1, 2)).mean()
     (slope,) = torch.autograd.grad(a, h)
@@ -161,6 +162,24 @@ def test_the_slopes_are_those_of_the_equations() -> None:
     written = torch.einsum("qij,qijd->qid", change, u[:, None] - gram[..., None] * u[:, :, None])
     written = 400 / (3 * PERSONAS**2) * written.reshape(len(h), -1) / norm
     assert relative_error(slope, written) < 1e-12 and relative_error(slope, 2 * written) > 0.1
+
+
+def test_a_change_relative_to_the_spread_does_not_depend_on_what_all_states_share() -> None:
+    base = torch.randn(PERSONAS * QUESTIONS, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    base[[3, 5]] = torch.nan  # contexts that no step takes
+    which = torch.tensor([0, 4, 7])
+
+    def found(kind: Literal["state", "spread"], shared: float) -> torch.Tensor:
+        states = {0: base + shared, 1: 2 * base + shared}
+        contexts = replace(random_contexts("feature_anchor"), base=states, scale=scales(states, kind))
+        return moved({layer: h[which] + 0.1 for layer, h in states.items()}, contexts, which)
+
+    taken = base[~base.isnan().any(-1)]
+    spread = (taken - taken.mean(0)).square().sum(-1).mean()
+    expected = 24 * 0.01 / spread * (1 + 1 / 4) / 2  # mean of the two layers
+    assert relative_error(found("spread", 0.0), expected.expand(3)) < 1e-12
+    assert relative_error(found("spread", 50.0), found("spread", 0.0)) < 1e-10
+    assert relative_error(found("state", 50.0), found("state", 0.0)) > 0.9  # the control
 
 
 def test_cosines_are_between_the_personas_of_one_question() -> None:

@@ -15,10 +15,11 @@ from minipersona.report import figures, write, write_report
 from minipersona.report.all_series import all_series
 from minipersona.report.blocks import Table
 from minipersona.report.drawing import STYLE, WINE
+from minipersona.report.front import front
 from minipersona.report.geometry import voice
 from minipersona.report.passer_tables import passer_table, persona_table, separation_table, transfer_table
 from minipersona.report.series import Missing, Series
-from minipersona.report.tables import recipe_table
+from minipersona.report.tables import CHOSEN, recipe_table, scaling_table
 from minipersona.verdict.files import ModelOnSet, SetTransfer, Transfer
 from minipersona.verdict.results import StudyResults, read_study
 from minipersona.verdict.verdict import Verdict, judge_study
@@ -137,6 +138,32 @@ def test_the_main_table_says_what_each_recipe_counts_as(results: StudyResults, v
     assert standing["random vector"] == "collapsed, control" and standing["anchor"] == "beyond"
     assert standing["prompts seed=101"] == "fresh seed" and standing["prompts"] == ""
     assert {name for name, row in table.items() if row[0]["confirmed"] == "yes"} == {"prompts", "anchor"}
+
+
+def test_scales_that_training_personas_chose_are_rows_and_points(tmp_path: Path) -> None:
+    made = SyntheticStudy(tmp_path)
+    made.baseline()
+    made.cell("6A", "anchor", 0.925, 0.97, role="beyond")
+    results = made.read()
+    assert scaling_table(results) is None and "one scale" not in texts(recipe_table(results, judge_study(results)))
+    made.scaling((0.945, 0.7), (0.94, 0.95))
+    results = made.read()
+    table = texts(recipe_table(results, judge_study(results)))
+    (one,), (per_block,) = table["one scale"], table["a scale a block"]
+    assert (one["phase"], one["knobs"], one["M1"], one["learned"]) == ("6D", "scale 0.5", "0.9450", "0.70")
+    assert (one["substantive"], one["standing"], one["confirmed"]) == ("FAIL", "trade-off, beyond", "-")
+    assert "no substantive pass: learned is 0.70, less than 0.9" in one["notes"]
+    assert (per_block["knobs"], per_block["substantive"]) == ("mean scale 0.625", "PASS")
+    assert (per_block["standing"], per_block["notes"]) == ("beyond", CHOSEN)
+    scales = texts(scaling_table(results))
+    assert [row[0]["scale, or those of the blocks"] for row in scales.values()] == ["0.50", "0.25 1.00"]
+    assert scales["6D a scale a block"][0]["separation"] == "0.600"
+    points = [row for row in front(results, []).rows if row.phase == "6D"]
+    assert [(row.kind, row.recipe, row.dose, row.m1, row.learned) for row in points] == [
+        ("recipe", "one scale", 0.5, 0.945, pytest.approx(0.7)),
+        ("recipe", "a scale a block", 0.625, 0.94, pytest.approx(0.95)),
+    ]
+    assert [row.substantive for row in points] == [False, True] and not any(row.confirmed for row in points)
 
 
 def test_a_passer_has_its_numbers_and_each_of_its_fresh_seeds(results: StudyResults) -> None:

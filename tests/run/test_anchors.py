@@ -19,12 +19,14 @@ from minipersona.corpus.mixtures import training_personas
 from minipersona.errors import UserError
 from minipersona.files import read_jsonl
 from minipersona.geometry.prompts import PersonaSet, load_personas, load_questions
+from minipersona.model.generation import generate
 from minipersona.model.load import architecture, load_model
 from minipersona.objective.contexts import Contexts
 from minipersona.run import anchors
 from minipersona.run.anchors import anchor_sets, check_anchors, make_contexts, run_contexts, words
 from minipersona.run.directory import ANCHOR_RESPONSES
 from minipersona.run.plan import assumed_counts
+from minipersona.run.resources import Resources
 from minipersona.run.times import run_times
 from minipersona.run.work import Machine, step, training
 from minipersona.training.distributed import Distributed
@@ -232,6 +234,14 @@ def test_the_base_responds_once_a_run(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "".join(row["response"] for row in read_jsonl(file)) and len(read_jsonl(file)) == 10
 
     content = file.read_bytes()
+    # A process generates once for runs with the same contexts.
+    resources, asked = Resources(torch.device("cpu")), []
+    monkeypatch.setattr(anchors, "generate", lambda *given, **more: asked.append(given) or generate(*given, **more))
+    for name, seed, times in (("one", 42, 1), ("two", 42, 1), ("three", 43, 2)):
+        (tmp_path / name).mkdir()
+        given = tmp_path / name, SINGLE_PROCESS, model, tokenizer, Console(), resources.responses
+        run_contexts(replace(settings, seed=seed), *given)
+        assert ((tmp_path / name / ANCHOR_RESPONSES).read_bytes() == content) == (seed == 42) and len(asked) == times
     file.unlink()
     of_run()
     assert file.read_bytes() == content  # generated again, they are the same

@@ -147,6 +147,7 @@ def test_jobs_travel_to_other_processes(config: StudyConfig) -> None:
         jobs.MeasureBase(study),
         jobs.WriteResponses(study, study.cells[1]),
         jobs.MeasureFrontier(study),
+        jobs.MeasureScaling(study),
         model_jobs.AskSuite(study, "behaviour", study.cells[1], 3),
         model_jobs.AskVoice(study, study.cells[1], 3),
         jobs.MeasureMatchedScale(study, study.cells[1], 3),

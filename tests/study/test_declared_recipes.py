@@ -19,6 +19,7 @@ from minipersona.files import configs_dir, read_json, write_json
 from minipersona.run import null_space, steering
 from minipersona.run.anchors import anchor_sets
 from minipersona.settings import difference, load_config, to_toml
+from minipersona.study import scaling
 from minipersona.study.recipes import Recipe, check_planned, planned, standard_config
 from minipersona.study.search import open_study
 from minipersona.study_config import RecipeSection, StudyConfig, changes
@@ -137,6 +138,11 @@ def test_a_plan_lists_them_with_their_departures(tmp_path: Path, capsys: pytest.
     assert any(line.startswith("# phase 6: 1 cell, ") for line in lines)
     (line,) = (line for line in lines if line.startswith("#   6Z fast and small "))
     assert line.endswith("control: lora.rank = 2, lora.alpha = 4.0, training.learning_rate = 0.0007")
+    assert (
+        sum(line.startswith("# scales chosen on training personas, in 27 small measurements: ") for line in lines) == 1
+    )
+    assert main(["study", "--config", str(tmp_path / "study.toml"), "--plan", "--phases", "1"]) == 0
+    assert "scales chosen" not in capsys.readouterr().out  # the control: they are chosen where phase 6 is run
 
 
 # ---------------------------------------------------------------- the shipped ones
@@ -182,6 +188,7 @@ def test_every_kind_of_cell_beyond_the_registered_ones_is_carried_out(
     sets = anchor_sets(ObjectiveSection())
     fewer = sets[0], replace(sets[1], questions=sets[1].questions[:2])
     monkeypatch.setattr(steering, "anchor_sets", lambda section: fewer)
+    monkeypatch.setattr(scaling, "anchor_sets", lambda section: fewer)
     plain = small_study(tmp_path)
     tables = {
         "anchor": {"objective": {"kind": "feature_anchor", "weight": 1.0, "contexts": 4}},
@@ -221,6 +228,7 @@ def test_every_kind_of_cell_beyond_the_registered_ones_is_carried_out(
     assert done["villain - assistant"].labels == ("leaks",) and done["collapse (training)"].labels == ()
     report = (tmp_path / "study" / "report.md").read_text()
     assert all(name in report for name in tables)
+    assert set(verdict.scaling) == {"6D one scale", "6D a scale a block"} and "| a scale a block | 6D |" in report
 
 
 def test_a_recipe_may_be_added_to_a_study_and_taken_from_it(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from small_study import CPU, QUIET, small_study
 from study_jobs import FileJob, TalkingJob
 
+from minipersona.config import ObjectiveSection, RunConfig
 from minipersona.console import Console
 from minipersona.errors import DiskFull, Interrupted, UserError
 from minipersona.files import read_jsonl
@@ -324,12 +325,21 @@ def test_a_device_goes_on_with_the_kind_that_it_began(study: Study, here: Execut
     assert engine._next(waiting, devices["c"]).id == "A4"  # type: ignore[arg-type]  # rather than be idle
 
 
-def test_seeds_and_learning_rates_are_of_one_kind_and_ranks_and_strengths_are_not(study: Study) -> None:
+def test_what_shares_graphs_is_of_one_kind(study: Study) -> None:
+    """Seeds, learning rates and strengths of an anchor do; ranks and strengths of KL to the base do not."""
     kinds = {cell.recipe.name: TrainCell(study, cell).kind for cell in study.cells}
     config = study.baseline.recipe.config
     faster = replace(config, seed=43, training=replace(config.training, learning_rate=1.0))
-    recipe = replace(study.baseline.recipe, config=faster)
-    assert TrainCell(study, replace(study.baseline, recipe=recipe)).kind == kinds["baseline"]
+
+    def kind(config: RunConfig) -> str:
+        return TrainCell(study, replace(study.baseline, recipe=replace(study.baseline.recipe, config=config))).kind
+
+    assert kind(faster) == kinds["baseline"]
+    anchors = [
+        ObjectiveSection("feature_anchor", w, anchor_layers=layers) for w, layers in ((1, (2,)), (3, (2,)), (1, ()))
+    ]
+    weak, strong, elsewhere = (kind(replace(config, objective=anchor)) for anchor in anchors)
+    assert weak == strong != elsewhere and weak != kinds["baseline"]
     strengths = [kind for name, kind in kinds.items() if name.startswith("beta=")]
     assert len({kinds["baseline"], *strengths}) == 1 + len(strengths) > 1
 

@@ -11,8 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from anchors import (
+    BOTH,
     KINDS,
     KL,
+    KL_FACTOR,
     LAYERS,
     PERSONAS,
     RESPONSES,
@@ -101,11 +103,24 @@ def run(
 # ---------------------------------------------------------------- values and gradients
 
 
-def naive_anchor(kind: str, states: list[list[Tensor]], base: list[list[Tensor]]) -> Tensor:
-    """The equation, context by context. Of each context: its anchored states (D,), or its logits for KL.
+def naive_anchor(
+    kind: str, states: list[list[Tensor]], base: list[list[Tensor]], everywhere: list[list[Tensor]]
+) -> Tensor:
+    """The equation, context by context. Of each context: its anchored states (D,), or its logits for KL, or both.
 
-    The contexts come question by question where they are compared.
+    The contexts come question by question where they are compared. `everywhere` is the base's parts of all contexts.
     """
+    if kind == BOTH:
+        halves = [[[(c[:1]) for c in of] for of in (states, base)], [[c[1:] for c in of] for of in (states, base)]]
+        spreads = [
+            ((h := torch.stack([c[k] for c in everywhere])) - h.mean(0)).square().sum(-1).mean()
+            for k in range(1, len(states[0]))
+        ]
+        changes = [
+            ((h - h0) ** 2).sum() / spread
+            for of, of_base in zip(*halves[1], strict=True) for h, h0, spread in zip(of, of_base, spreads, strict=True)
+        ]  # fmt: skip
+        return torch.stack(changes).mean() + KL_FACTOR * naive_anchor(RESPONSES, *halves[0], everywhere)
     if kind in KL:
         sums = [
             F.kl_div(p.log_softmax(-1), q.log_softmax(-1), reduction="sum", log_target=True)
@@ -145,15 +160,16 @@ def test_every_adapters_gradient_equals_naive_autograd(
         seen: dict[int, Tensor] = {}
         taps = {layer: lambda h, layer=layer: seen.setdefault(layer, h) for layer in LAYERS}
         logits = plain.lm_head(plain(objective.contexts.pack([c]), taps=taps))
-        if kind in KL:
-            return [logits[rows(objective.contexts, c)]]
-        return [seen[layer][-1] for layer in LAYERS]
+        found = [logits[rows(objective.contexts, c)]] if kind in KL else []
+        end = held_rows(objective.contexts, c).start if kind == BOTH else -1  # of the prompt
+        return found + [seen[layer][end] for layer in LAYERS if kind not in KL or kind == BOTH]
 
     def naive(weight: float, rows: Rows = held_rows) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         contexts = [c for group in objective.contexts.groups(7) for c in group]
         with torch.no_grad(), adapter_disabled(plain):
             base = [parts(c, rows) for c in contexts]
-        anchor = naive_anchor(kind, [parts(c, rows) for c in contexts], base)
+            everywhere = [parts(c, rows) for c in range(len(objective.contexts.ids))]
+        anchor = naive_anchor(kind, [parts(c, rows) for c in contexts], base, everywhere)
         packs = [pack for pack in batch.packs if not isinstance(pack, ContextPack)]
         summed = [
             F.cross_entropy(plain.lm_head(plain(p))[p.supervised], p.targets[p.supervised], reduction="sum")
@@ -171,7 +187,7 @@ def test_every_adapters_gradient_equals_naive_autograd(
     # The controls: another weight of the anchor is seen in the same bound. So are other rows than those that predict a
     # response: all rows, those of the prompt, and the same number one later.
     others = [naive(0.71)]
-    if kind == RESPONSES:
+    if kind in (RESPONSES, BOTH):
 
         def shifted(contexts: Contexts, c: int) -> slice:
             rows = held_rows(contexts, c)
@@ -204,13 +220,16 @@ def test_every_weights_gradient_equals_transformers(
 
         def parts(model: Any, c: int) -> list[Tensor]:
             out = model(torch.from_numpy(objective.contexts.ids[c].astype("int64"))[None], output_hidden_states=True)
-            states = [out.hidden_states[layer + 1][0, -1] for layer in LAYERS]
-            return [out.logits[0, held_rows(objective.contexts, c)]] if kind in KL else states
+            rows = held_rows(objective.contexts, c)
+            end = rows.start if kind == BOTH else -1
+            states = [out.hidden_states[layer + 1][0, end] for layer in LAYERS]
+            return [out.logits[0, rows], *(states if kind == BOTH else [])] if kind in KL else states
 
         contexts = [c for group in objective.contexts.groups(7) for c in group]
         with torch.no_grad():
             held = [parts(base, c) for c in contexts]
-        loss = weight * naive_anchor(kind, [parts(theirs, c) for c in contexts], held)
+            everywhere = [parts(base, c) for c in range(len(objective.contexts.ids))]
+        loss = weight * naive_anchor(kind, [parts(theirs, c) for c in contexts], held, everywhere)
         loss.backward()
         return {n: p.grad * batch.supervised for n, p in theirs.named_parameters() if p.grad is not None}
 

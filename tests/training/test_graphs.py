@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from anchors import KINDS, RESPONSES, anchored, step_batch
+from anchors import BOTH, KINDS, RESPONSES, anchored, step_batch
 from conftest import relative_error
 from torch import Tensor
 
@@ -30,6 +30,7 @@ from minipersona.model.network import Qwen2
 from minipersona.model.pack import Pack
 from minipersona.objective.contexts import Anchored
 from minipersona.objective.cross_entropy import CrossEntropy
+from minipersona.objective.feature_and_kl import FeatureAndKL
 from minipersona.objective.head import ForwardPass, Objective
 from minipersona.objective.kl_on_prompts import KLOnPrompts
 from minipersona.objective.kl_to_base import KLToBase
@@ -191,10 +192,47 @@ def test_runs_that_share_graphs_train_the_weights_that_each_trains_alone(
         for ours, theirs in zip(ends[-1], expected, strict=True):
             assert relative_error(ours, theirs) < 1e-10
     # Three kinds, of at most two buckets of rows, two of prompts and four of responses.
-    contexts = {**dict.fromkeys(KINDS, 2), RESPONSES: 4}
+    contexts = {**dict.fromkeys(KINDS, 2), RESPONSES: 4, BOTH: 4}
     assert 2 <= len(shared._passes) <= 3 * (2 + contexts.get(kind, 0))
     assert all(torch.equal(a, b) for a, b in zip(ends[0], ends[-1], strict=True))  # nothing is left of a run
     assert relative_error(ends[1][0], ends[0][0]) > 1e-2  # the control: these runs differ
+
+
+def test_a_pack_whose_rows_fit_a_bucket_exactly_is_padded_by_documents_without_rows(
+    hf_model: Callable[..., Path], documents: list[Document]
+) -> None:
+    """The states of none of them count, though the search for a document's first row ends at another one's."""
+    model = adapted(hf_model(), torch.float64)
+    base = load_model(str(hf_model(seed=1)), dtype=torch.float64, device="cpu")
+    objective = anchored(BOTH, 0.7, base)
+    pack = step_batch(objective, documents[:8]).packs[-1]
+    rows = pack.supervised.numel()
+    terms = backward(model, pack, objective, ForwardPass(42, 7))
+    for more in (0, 1):
+        bucket = replace(buckets.bucket_of(pack), supervised=rows + more)
+        padded = backward(model, buckets.pad(pack, bucket), objective, ForwardPass(42, 7))
+        assert relative_error(padded, terms) < 1e-10
+    assert buckets.bucket_of(pack).documents > len(pack.documents) + 1  # so there are such documents
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_strengths_of_an_anchor_share_its_passes(
+    hf_model: Callable[..., Path], documents: list[Document], kind: str
+) -> None:
+    model = adapted(hf_model(), torch.float64)
+    graphs = Graphs(model)
+    found = []
+    for weight in (0.7, 2.1):
+        graphs.layout([p for p in model.parameters() if p.requires_grad])
+        objective = anchored(kind, weight, load_model(str(hf_model(seed=1)), dtype=torch.float64, device="cpu"))
+        if isinstance(objective, FeatureAndKL):
+            objective = replace(objective, kl_factor=2 * weight)
+        pack = step_batch(objective, documents[:8]).packs[-1]
+        expected = backward(model, pack, objective, ForwardPass(42, 7))
+        found.append(graphs.backward(model, pack, graphs.objective(objective), ForwardPass(42, 7)).clone())
+        assert relative_error(found[-1], expected) < 1e-10
+    assert len(graphs._passes) == 1 and found[0][0] > 1e-3
+    assert kind == BOTH or relative_error(found[1][0], 3 * found[0][0]) < 1e-10
 
 
 def test_kl_over_prompts_and_over_responses_share_no_pass(

@@ -192,6 +192,7 @@ CELL = "cells/2A-*"
         (edit(f"{CELL}/behaviour.json", lambda b: b["sets"]["plain"].update(coherent=999)), "behaviour.json"),
         (edit("frontier.json", lambda f: f["points"][0].pop("m1")), "frontier.json"),
         (edit("frontier.json", lambda f: f.pop("points")), "frontier.json"),
+        (edit("scaling.json", lambda f: f["one"].update(scales=0.5)), "one.scales"),
         (lambda d: (d / "calibration.json").write_text("3"), "calibration.json"),
         (lambda d: (d / "ledger.jsonl").write_text('{"time": 3}\n'), "ledger.jsonl: line 1 is not a ledger entry"),
     ],
@@ -204,6 +205,7 @@ def test_what_is_wrong_is_one_line_that_names_the_culprit_and_a_mend(
     study.cell("2A", "beta=0.1", answers=behaviour(0.0))
     study.event("3", "r=4", "failed")
     study.frontier([(0.0, 0.9, 0.0), (1.0, 0.98, 1.0)])
+    study.scaling((0.945, 0.6), (0.945, 0.7))
     study.read()  # as it is, it is read
     damage(tmp_path)
     with pytest.raises(UserError) as error:
@@ -223,6 +225,7 @@ def test_any_part_may_be_missing(tmp_path: Path) -> None:
     study.cell("5A", "95:5", 0.94, 0.95, answers=behaviour(0.0))
     study.file("base/behaviour.json", behaviour(0.0))
     study.frontier([(0.0, 0.9, 0.0), (1.0, 0.98, 1.0)])
+    study.scaling((0.945, 0.6), (0.945, 0.7))
     study.event("3", "r=4", "failed")
     study.configure("confirmations=0")
     assert judge_study(study.read()).verdict == "unconfirmed"
@@ -250,6 +253,7 @@ def test_any_part_may_be_missing(tmp_path: Path) -> None:
         "ledger.jsonl": "incomplete",  # what failed is now merely missing, in a phase before the passer's
         "frontier": "unconfirmed",
         "frontier.json": "unconfirmed",
+        "scaling.json": "unconfirmed",
         "base": "incomplete",
         "cells": "incomplete",
         "cells/1-baseline": "incomplete",
@@ -275,6 +279,7 @@ def test_final_asserts_that_there_is_a_result() -> None:
         ("base/behaviour.json", {"sets": []}),
         ("base/instructions.json", {}),
         ("frontier.json", {"points": [3]}),
+        ("scaling.json", {"baseline": 3}),
     ],
 )
 def test_a_file_that_can_be_made_again_is_to_be_deleted_alone(tmp_path: Path, name: str, content: Any) -> None:

@@ -215,6 +215,37 @@ def test_beyond_the_registered_recipes_the_rules_are_the_same(
     assert said in judged.beyond.sentence and judged.beyond.sentence in judged.sentence
 
 
+def test_a_scaled_update_that_training_personas_chose_is_judged_and_never_named(tmp_path: Path) -> None:
+    study = searched(tmp_path)
+    study.cell("6A", "anchor", role="beyond")
+    assert verdict_of(study).beyond.verdict == "h_null" and verdict_of(study).scaling == {}  # the control
+    study.scaling((0.945, 0.7), (0.94, 0.95))
+    judged = verdict_of(study)
+    one, per_block = (judged.scaling[name].measured for name in ("6D one scale", "6D a scale a block"))
+    assert [one.learned, one.learned_personas, one.separation] == pytest.approx([0.7, 0.7, 0.55])
+    assert (one.trade_off, one.substantive_pass, one.collapsed) == (True, False, False)  # the file's flags are lies
+    assert per_block.substantive_pass is True and per_block.shortfalls == ()
+    assert [point.cell for point in judged.trade_offs] == ["6D one scale"] and "6D" not in judged.sentence.split(
+        "Beyond"
+    )[0]
+    assert (judged.verdict, judged.beyond.verdict, judged.beyond.recipe) == ("h_null", "inconclusive", None)
+    assert judged.beyond.sentence.endswith(
+        "The baseline's update scaled down passes (6D a scale a block), which no fresh seeds confirm."
+    )
+    study.scaling((0.975, 0.7), (0.98, 0.95))
+    judged = verdict_of(study)
+    assert judged.beyond.verdict == "h_null" and judged.beyond.sentence.endswith("none passes either.")
+    assert all(one.measured.collapsed for one in judged.scaling.values()) and judged.trade_offs == ()
+
+
+def test_scales_of_another_baseline_do_not_count(tmp_path: Path) -> None:
+    study = searched(tmp_path)
+    study.scaling((0.945, 0.7), (0.94, 0.95))
+    assert len(study.read().chosen_scales) == 2
+    study.scaling((0.945, 0.7), (0.94, 0.95), baseline="f" * 12)
+    assert study.read().chosen_scales == {} and verdict_of(study).trade_offs == ()
+
+
 @pytest.mark.parametrize("role", ["reference", "control"])
 def test_references_and_controls_neither_pass_nor_bear_witness(tmp_path: Path, role: Any) -> None:
     study = searched(tmp_path / "pass")
