@@ -11,10 +11,9 @@ import hashlib
 import re
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from minipersona.report.blocks import (
@@ -40,17 +39,6 @@ HERE = Path(__file__).parent
 
 def html(document: Document, figures: Mapping[str, bytes]) -> str:
     """The page; `figures` holds the PNG of each `Image` by its name."""
-    return _template().render(
-        document=document,
-        style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
-        script=Markup((HERE / "page.js").read_text(encoding="utf-8")),
-        images={name: Markup(b64encode(png).decode("ascii")) for name, png in figures.items()},
-    )
-
-
-@cache
-def _template() -> Template:
-    """The page's, compiled."""
     environment = Environment(
         loader=FileSystemLoader(HERE),
         autoescape=True,
@@ -61,7 +49,12 @@ def _template() -> Template:
         keep_trailing_newline=True,
     )
     environment.filters |= {"verbatim": _verbatim, "sha256": _sha256}
-    return environment.get_template("page.html.j2")
+    return environment.get_template("page.html.j2").render(
+        document=document,
+        style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
+        script=Markup((HERE / "page.js").read_text(encoding="utf-8")),
+        images={name: Markup(b64encode(png).decode("ascii")) for name, png in figures.items()},
+    )
 
 
 def _finalize(value: object) -> object:
