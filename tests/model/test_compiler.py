@@ -20,7 +20,14 @@ from torch import Tensor
 
 from minipersona.config import LoraConfig
 from minipersona.model.acceleration import fused_linear
-from minipersona.model.acceleration.compiler import DYNAMO, FUNCTORCH, INDUCTOR, compile_blocks, compile_function
+from minipersona.model.acceleration.compiler import (
+    DYNAMO,
+    FUNCTORCH,
+    INDUCTOR,
+    compile_blocks,
+    compile_function,
+    without_compiler,
+)
 from minipersona.model.acceleration.fused_linear import to_rank_at_once, to_rank_one_by_one
 from minipersona.model.config import ModelConfig
 from minipersona.model.dropout import token_keys
@@ -165,6 +172,17 @@ def test_leaving_rows_out_is_not_compiled_where_nothing_learns(monkeypatch: pyte
         )
     model(PACKS[0], scopes=[Alone()] * 3, last_rows=rows)
     assert len(caught.graphs) == 3  # the control: where something learns it is
+
+
+def test_without_the_compiler_a_model_runs_as_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    caught = Caught(monkeypatch)
+    model = learning_model("q_proj")
+    compile_blocks(model)
+    with without_compiler(model):
+        model(PACKS[0], scopes=[Alone()] * 3)
+    assert not caught.graphs
+    model(PACKS[0], scopes=[Alone()] * 3)
+    assert caught.graphs  # the control
 
 
 def test_control_the_first_block_would_be_a_graph_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
