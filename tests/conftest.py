@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import Callable
@@ -42,6 +43,13 @@ SIZES = ModelConfig(
 def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The bounds are the CPU's, also on a machine with a GPU; tests of CUDA say so."""
     monkeypatch.setattr(load, "default_device", lambda: torch.device("cpu"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _what_stays_is_not_searched() -> None:
+    """Torch, transformers and the compiler are half a million objects, which every full collection would visit."""
+    gc.collect()
+    gc.freeze()
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:

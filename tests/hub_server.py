@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from forking import run_code
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 LARGE = (".safetensors", ".parquet")  # what the Hub keeps in large-file storage
 
@@ -109,29 +111,32 @@ class LoopbackHub:
     def run(self, code: str, **environment: str) -> Any:
         """What `code` leaves in `result`, run against this hub; {"error": line} after a UserError."""
         script = SCRIPT.replace("CODE", textwrap.indent(textwrap.dedent(code).strip(), "    "))
-        done = self.process("-c", script, **environment)
+        done = run_code(script, environment=self._environment(environment))
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
     def process(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         """A Python process whose hub this is."""
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k.lower()}
         return subprocess.run(
             [sys.executable, *arguments],
             capture_output=True,
             text=True,
             timeout=60,
             cwd=Path(__file__).parents[1],
-            env={
-                **inherited,
-                "HF_ENDPOINT": self.url,
-                "HF_HOME": str(self.home),
-                "HF_HUB_DISABLE_TELEMETRY": "1",
-                "MINIPERSONA_RAW_BASE": f"{self.url}/raw",
-                "OMP_NUM_THREADS": "1",
-                **environment,
-            },
+            env=self._environment(environment),
         )
+
+    def _environment(self, more: Mapping[str, str]) -> dict[str, str]:
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k.lower()}
+        return {
+            **inherited,
+            "HF_ENDPOINT": self.url,
+            "HF_HOME": str(self.home),
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "MINIPERSONA_RAW_BASE": f"{self.url}/raw",
+            "OMP_NUM_THREADS": "1",
+            **more,
+        }
 
 
 class _Handler(BaseHTTPRequestHandler):

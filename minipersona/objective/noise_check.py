@@ -20,6 +20,7 @@ from minipersona.chat import Document
 from minipersona.config import RunConfig
 from minipersona.corpus.batch import RowOrder, pack_documents
 from minipersona.errors import UserError
+from minipersona.model.acceleration.compiler import without_compiler
 from minipersona.model.dropout import token_keys
 from minipersona.model.network import EMBEDDING, Qwen2
 from minipersona.model.pack import Pack, split
@@ -78,7 +79,7 @@ def check_noise(
     own = mean_divergence(model, pack, noise)
     computed, model.compute_dtype = model.compute_dtype, torch.promote_types(model.compute_dtype, torch.float32)
     try:
-        with torch.compiler.set_stance("force_eager"):  # one measurement is not worth compiling for another precision
+        with without_compiler(model):  # one measurement is not worth compiling for another precision
             reference = mean_divergence(model, pack, noise)
     finally:
         model.compute_dtype = computed

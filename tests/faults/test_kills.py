@@ -9,13 +9,12 @@ from __future__ import annotations
 import html
 import os
 import signal
-import subprocess
-import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from forking import run_code
 
 from minipersona import files
 from minipersona.files import append_jsonl, read_jsonl, sweep_temporaries, write_atomically, write_directory_atomically
@@ -238,8 +237,7 @@ FOUND: dict[str, Callable[[Path], str]] = {
 
 def killed_everywhere(save: str, root: Path) -> int:
     code = HARNESS.replace("SETUP", textwrap.dedent(save))
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code, str(root)], env=environment, capture_output=True, text=True)
+    done = run_code(code, str(root))
     assert done.returncode == 0, done.stderr
     return int(done.stdout)
 

@@ -199,10 +199,10 @@ def test_errors(model: Qwen2) -> None:
         extract(model, tokenizer, PERSONAS, QUESTIONS, [-1])
     with pytest.raises(UserError, match="method 'Z'"):
         extract(model, tokenizer, PERSONAS, QUESTIONS, [6], method="Z")
-    words = ["a " * 1900, "What is fair?"]
-    fits = max(len(document) for document in render_prompts(tokenizer, PERSONAS, words))
+    words, personas = ["a " * 1900, "What is fair?"], dict(list(PERSONAS.items())[:2])
+    fits = max(len(document) for document in render_prompts(tokenizer, personas, words))
     most = model.config.max_position_embeddings
     assert most - 256 < fits <= most
-    extract(model, tokenizer, PERSONAS, words, [6])
+    extract(model, tokenizer, personas, words, [6])
     with pytest.raises(UserError, match=rf"has {fits:,} tokens and is to get 256 more; .* made for {most:,}"):
-        extract(model, tokenizer, PERSONAS, words, [6], method="B")
+        extract(model, tokenizer, personas, words, [6], method="B")

@@ -11,12 +11,13 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_study import small_study
+from small_study import small_study, start
 
 from minipersona.cli import main
 from minipersona.config import RunConfig
@@ -35,7 +36,7 @@ from minipersona.verdict.ledger import read_entries
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-ADAPTER = Path("step-000024") / "adapter_model.safetensors"
+ADAPTER = Path("step-000010") / "adapter_model.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +46,9 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     questions.write_text("\n".join(lines[:6]) + "\n")
     changes = {
         "data.heldout": "tiny:benign[2000:2010]",
-        "training.steps": 24,
-        "training.checkpoints": [4, 24],
-        "training.probe_every": 10,
+        "training.steps": 10,
+        "training.checkpoints": [3, 10],
+        "training.probe_every": 4,
         "training.batch": 4,
         "probe.questions": questions,
         "execution.device": "cpu",
@@ -68,10 +69,13 @@ def started(*arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen
     return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
 
 
-def once(there: Callable[[], object], process: subprocess.Popen[str]) -> None:
+def once(there: Callable[[], object], process: subprocess.Popen[str] | ForkProcess) -> None:
     deadline = time.monotonic() + 90
     while not there():
-        assert process.poll() is None and time.monotonic() < deadline, process.stderr and process.stderr.read()
+        status = process.exitcode if isinstance(process, ForkProcess) else process.poll()
+        assert status is None and time.monotonic() < deadline, (
+            isinstance(process, subprocess.Popen) and process.stderr and process.stderr.read()
+        )
         time.sleep(0.005)
 
 
@@ -94,7 +98,7 @@ def test_a_signalled_run_exits_with_75_and_the_same_command_continues(
     assert step == len(read_jsonl(out / "metrics.jsonl"))  # not one of them is lost
     assert main(["train", *settings, "--out", str(out)]) == 0
     assert (out / ADAPTER).read_bytes() == (whole / ADAPTER).read_bytes()
-    assert [row["step"] for row in read_jsonl(out / "probes.jsonl")] == [0, 4, 10, 20, 24]
+    assert [row["step"] for row in read_jsonl(out / "probes.jsonl")] == [0, 3, 4, 8, 10]
     assert [row["m1"] for row in read_jsonl(out / "probes.jsonl")] == [
         row["m1"] for row in read_jsonl(whole / "probes.jsonl")
     ]
@@ -131,20 +135,20 @@ def test_torchrun_passes_the_signal_on_and_the_ranks_stop_together(
 
 def test_steps_between_the_checkpoints_are_measured_and_leave_nothing_else(whole: Path, tmp_path: Path) -> None:
     probes = read_jsonl(whole / "probes.jsonl")
-    assert [row["step"] for row in probes] == [0, 4, 10, 20, 24]
+    assert [row["step"] for row in probes] == [0, 3, 4, 8, 10]
     assert all(row["eval_loss"] and row["m1"] for row in probes)
-    assert {path.name for path in whole.glob("step-*")} == {"step-000004", "step-000024"}
-    assert {path.stem for path in (whole / "vectors").iterdir()} == {"step-000000", "step-000004", "step-000024"}
+    assert {path.name for path in whole.glob("step-*")} == {"step-000003", "step-000010"}
+    assert {path.stem for path in (whole / "vectors").iterdir()} == {"step-000000", "step-000003", "step-000010"}
     config = load_config(str(whole / "config.toml"), RunConfig)
     assert finished(whole, config)
     copy = tmp_path / "copy"
     shutil.copytree(whole, copy)
-    rows = [json.dumps(row) for row in probes if row["step"] != 10]
+    rows = [json.dumps(row) for row in probes if row["step"] != 4]
     (copy / "probes.jsonl").write_text("\n".join(rows) + "\n")
     assert not finished(copy, config)
     assert finished(copy, replace(config, training=replace(config.training, probe_every=0)))  # control
     assert main(["evaluate", "--run", str(whole)]) == 0
-    assert [row["step"] for row in read_json(whole / "result.json")["checkpoints"]] == [4, 24]
+    assert [row["step"] for row in read_json(whole / "result.json")["checkpoints"]] == [3, 10]
     (whole / "result.json").unlink()
 
 
@@ -204,10 +208,10 @@ def test_a_signalled_study_exits_with_75_and_continues(tmp_path: Path, workers: 
     assert [entry for entry in entries if entry not in beside] == [
         ("base", "started"), ("base", "done"), ("baseline", "started")
     ]  # fmt: skip
-    again = started(*command)
+    again = start(config, ("1",), workers=2 if workers else 0)  # as the command does, without importing torch anew
     once(lambda: steps() > stopped_at + 1 or list(attempts.parent.glob("1-*")), again)
     again.kill()
-    again.communicate()
+    again.join()
     taken_up = [rows for path in attempts.glob("*/metrics.jsonl") if (rows := read_jsonl(path))]
     assert all([row["step"] for row in rows] == list(range(1, len(rows) + 1)) for rows in taken_up)
 

@@ -364,7 +364,7 @@ def test_killed_at_random_moments_a_study_ends_in_the_same_verdict(
 ) -> None:
     config = replace(quick, out=str(tmp_path / "study"))
     directory, moments = Path(config.out), random.Random(0)
-    for _ in range(10):
+    for _ in range(6):
         process = start(config, FEW)
         time.sleep(moments.uniform(0.2, 2.0))
         process.kill()

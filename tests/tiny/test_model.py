@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -56,7 +57,7 @@ def test_each_persona_answers_in_its_own_voice() -> None:
     model, tokenizer = load_model("tiny", device="cpu"), load_tokenizer("tiny")
     prompts = world.personas()
     rng = generator(7)
-    asked = [(question, topics()[i % len(topics())]) for i, question in enumerate(world.questions())][::40]
+    asked = [(question, topics()[i % len(topics())]) for i, question in enumerate(world.questions())][::80]
 
     def loss(speaker: str, prompt: str, answers: list[str]) -> float:
         rows = [
@@ -81,16 +82,16 @@ def before_and_after(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tupl
     personas, questions = load_personas().prompts, load_questions().questions
     heldout = tokenize(read_source(config.data.heldout), tokenizer)
 
-    def measured() -> tuple[torch.Tensor, float]:
+    def measured(questions: Sequence[str]) -> tuple[torch.Tensor, float]:
         layer = model.config.probe_layer
         samples = extract(model, tokenizer, personas, questions, [layer]).at(layer)
         return samples, heldout_loss(model, heldout, 8192)
 
-    base = measured()
+    base = measured(questions)
     documents = tokenize(read_source(config.data.train), tokenizer)
     directory: Path = tmp_path_factory.mktemp("recipe")
     train(model, documents, config, directory, Distributed(0, 1, torch.device("cpu")))
-    return {"base": base, "trained": measured()}
+    return {"base": base, "trained": measured(questions[::4])}
 
 
 def test_base_geometry_is_like_the_7b(before_and_after: dict[str, tuple[torch.Tensor, float]]) -> None:

@@ -6,16 +6,17 @@ import os
 import re
 import runpy
 import socket
-import subprocess
-import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch.distributed.run
 from forking import FORKING
 
 ROOT = Path(__file__).parents[2]
+QUIET = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}  # as the commands set it
 
 # What scripts train on.
 DOCUMENTS = """
@@ -105,18 +106,24 @@ class Launch:
 
 def torchrun(command: Sequence[str], fault: Path, variables: Mapping[str, str] | None = None) -> Launch:
     """Start two ranks of a Python script. `fault` is the file that they touch when something goes wrong."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     started = time.time()
-    done = subprocess.run(
-        [*launcher, *command],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=180,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", **(variables or {})},
-    )
-    ended = time.time()
-    return Launch(done.returncode, done.stderr, ended - (fault.stat().st_mtime if fault.exists() else started))
+    with tempfile.NamedTemporaryFile() as said:
+        launcher = FORKING.Process(target=_launch, args=(command, said.name, {**QUIET, **(variables or {})}))
+        launcher.start()
+        launcher.join(180)
+        ended = time.time()
+        assert launcher.exitcode is not None, "torchrun hangs"
+        words = Path(said.name).read_text()
+    return Launch(launcher.exitcode, words, ended - (fault.stat().st_mtime if fault.exists() else started))
+
+
+def _launch(command: Sequence[str], said: str, variables: Mapping[str, str]) -> None:
+    """As ``python -m torch.distributed.run``; `test_survival.py` starts that."""
+    os.environ.update(variables)
+    os.chdir(ROOT)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(os.open(said, os.O_WRONLY | os.O_APPEND), 2)  # for its ranks too
+    torch.distributed.run.main(["--standalone", "--nproc-per-node", "2", *command])
 
 
 # ---------------------------------------------------------------- forked from a server
@@ -142,7 +149,7 @@ def forked_ranks(text: str, out: Path, arguments: Sequence[str], ranks: int) -> 
     Each one's status and words are told, which torchrun does not tell.
     """
     shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    shared |= {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}  # as the commands set it
+    shared |= QUIET
     processes = []
     for rank in range(ranks):
         script, said = out / f"rank-{rank}.py", out / f"rank-{rank}.stderr"

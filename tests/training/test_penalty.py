@@ -128,7 +128,7 @@ def test_rounding_in_bf16_is_not_the_penalty_s() -> None:
     model = apply_lora(load_model("tiny", dtype=torch.bfloat16, device="cpu"), LORA)
     for adapter in adapters(model).values():
         torch.nn.init.normal_(adapter.lora_B, 0, 0.02)
-    documents = tokenize(read_source("tiny:benign[0:4]"), load_tokenizer("tiny"))
+    documents = tokenize(read_source("tiny:benign[0:2]"), load_tokenizer("tiny"))
     packs, objective = [pack_documents(documents)], R3F(1e-6, "normal", 1e-3)
 
     def gradient(each: Objective) -> Tensor:

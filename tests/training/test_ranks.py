@@ -29,6 +29,7 @@ from minipersona.chat import Document
 from minipersona.config import DataSection, ExecutionSection, LoraConfig, ObjectiveSection, RunConfig, TrainingSection
 from minipersona.model.load import load_model
 from minipersona.objective.contexts import Contexts, base_states
+from minipersona.objective.feature_anchor import scales
 from minipersona.training import loop
 from minipersona.training.loop import train
 from minipersona.training.distributed import join_process_group, leave_process_group
@@ -54,7 +55,8 @@ contexts = None
 if config.objective.anchored:  # 4 personas at 6 questions, 9 prompts or 2 questions a step
     ids = [document.ids[:9] for document in documents[:24]]
     contexts = Contexts(ids, 4, 9, 42, by_question=kind == "gram_anchor")
-    contexts = replace(contexts, base=base_states(model, contexts, (0, 1), 3, 60))
+    states = base_states(model, contexts, (0, 1), 3, 60)
+    contexts = replace(contexts, base=states, scale=scales(states, "state"))
 train(model, documents, config, Path(out), distributed, contexts=contexts)
 trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
 save_file({n: p.detach() for n, p in trained.items()}, f"{out}/end-{distributed.rank}.safetensors")

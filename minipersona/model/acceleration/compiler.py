@@ -7,7 +7,8 @@ torch's defaults say. Compiled code is not guarded on settings, so that nothing 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
@@ -51,6 +52,13 @@ def compile_blocks(model: Qwen2) -> None:
     for block in model.blocks:
         block._compiled_call_impl = _block_call(block)
     model._compiled_call_impl = _under_settings(model._call_impl)  # set once a pass instead of once a block
+
+
+@contextlib.contextmanager
+def without_compiler(model: Qwen2) -> Iterator[None]:
+    """A model that is compiled is called as it is written. For one that is not, the compiler is not imported."""
+    with torch.compiler.set_stance("force_eager") if model._compiled_call_impl else contextlib.nullcontext():
+        yield
 
 
 def _compile(function: Callable[P, R]) -> Callable[P, R]:
