@@ -10,8 +10,8 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any, Literal
 
+from minipersona.behaviour_config import BehaviourSection
 from minipersona.config import (
-    BehaviourSection,
     DataSection,
     ExecutionSection,
     LoraConfig,

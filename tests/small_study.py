@@ -10,15 +10,8 @@ from pathlib import Path
 
 import torch
 
-from minipersona.config import (
-    BehaviourSection,
-    DataSection,
-    ExecutionSection,
-    LoraConfig,
-    ModelSection,
-    ProbeSection,
-    TrainingSection,
-)
+from minipersona.behaviour_config import BehaviourSection
+from minipersona.config import DataSection, ExecutionSection, LoraConfig, ModelSection, ProbeSection, TrainingSection
 from minipersona.console import Console
 from minipersona.files import data_dir
 from minipersona.report import write_report

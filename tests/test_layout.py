@@ -32,7 +32,19 @@ RANK = {
     "cli": 9,
     "__main__": 10,
 }
-LEAVES = {"config", "console", "errors", "files", "hub", "locks", "records", "settings", "study_config", "text_rows"}
+LEAVES = {
+    "behaviour_config",
+    "config",
+    "console",
+    "errors",
+    "files",
+    "hub",
+    "locks",
+    "records",
+    "settings",
+    "study_config",
+    "text_rows",
+}
 
 
 def imports(path: Path) -> Iterator[str]:

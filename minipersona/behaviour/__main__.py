@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from minipersona.config import DEFAULT_MODEL, SHIPPED, BehaviourSection
+from minipersona.behaviour_config import BehaviourSection
+from minipersona.config import DEFAULT_MODEL, SHIPPED
 from minipersona.console import Console, Parser, answer, dispatch, positive, printable, subcommand
 from minipersona.errors import UserError
 from minipersona.settings import override

@@ -12,8 +12,8 @@ from typing import Any
 
 from minipersona.behaviour.prompt_sets import Prompt
 from minipersona.behaviour.weights import weights_digest
+from minipersona.behaviour_config import BehaviourSection
 from minipersona.chat import ChatTokenizer
-from minipersona.config import BehaviourSection
 from minipersona.console import Console
 from minipersona.files import append_jsonl, digest, read_jsonl
 from minipersona.model.generation import Completion, Request, generate

@@ -19,7 +19,7 @@ from reprlib import repr as brief
 from typing import Any
 
 from minipersona.behaviour.judge import Case, Score, prompts_digest, weighted
-from minipersona.config import HUB_TOKENS, BehaviourSection
+from minipersona.behaviour_config import HUB_TOKENS, BehaviourSection
 from minipersona.errors import UserError, redact
 from minipersona.hub import of_the_network, patiently
 

@@ -19,8 +19,8 @@ from minipersona.behaviour.local import LocalJudge
 from minipersona.behaviour.prompt_sets import Which, prompts
 from minipersona.behaviour.questions import load_questions
 from minipersona.behaviour.scores import Scores, score_all
+from minipersona.behaviour_config import BehaviourSection
 from minipersona.chat import ChatTokenizer
-from minipersona.config import BehaviourSection
 from minipersona.console import Console
 from minipersona.errors import UserError
 from minipersona.files import read_json, write_json

@@ -8,8 +8,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minipersona.behaviour_config import BehaviourSection
 from minipersona.cli.options import FORMS, command, load, model_options, show
-from minipersona.config import BehaviourSection
 from minipersona.console import Console
 from minipersona.errors import UserError
 from minipersona.settings import override

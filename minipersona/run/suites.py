@@ -19,8 +19,8 @@ from minipersona.behaviour.instructions.suite import instruction_suite
 from minipersona.behaviour.prompt_sets import Which
 from minipersona.behaviour.suite import behaviour_suite
 from minipersona.behaviour.table import behaviour_table
+from minipersona.behaviour_config import BehaviourSection
 from minipersona.chat import ChatTokenizer
-from minipersona.config import BehaviourSection
 from minipersona.console import Console
 from minipersona.errors import UserError
 from minipersona.model.adapter_files import load_adapter

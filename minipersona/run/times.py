@@ -14,6 +14,7 @@ import torch
 from minipersona.config import RunConfig
 from minipersona.corpus.buckets import TOKENS
 from minipersona.model.config import ModelConfig
+from minipersona.run.anchors import anchor_sets
 from minipersona.run.resources import compiles, uses_graphs
 from minipersona.run.work import (
     SUPERVISED,
@@ -49,25 +50,25 @@ class Counts:
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of a run, by what it does. The first four are paid once a process that carries out several."""
+    """Seconds of a run, by what it does. The first five are paid once a process that carries out several."""
 
     starting: float
     loading: float
     compiling: float
     recording: float  # CUDA graphs
-    reading: float  # rows, into tokens
     responding: float  # the base, where an anchor reads its responses
+    reading: float  # rows, into tokens
     training: float
     measurements: int  # of the base and of every checkpoint
     measurement: float  # one of them
     writing: float
-    device: float  # of all these, what the device computes, for which processes that share it wait
+    device: float  # of what every run pays, what the device computes, for which processes that share it wait
     step: float  # a mean step
 
     @property
     def once(self) -> float:
         """What only the first run of a process pays."""
-        return self.starting + self.loading + self.compiling + self.recording
+        return self.starting + self.loading + self.compiling + self.recording + self.responding
 
     @property
     def measuring(self) -> float:
@@ -78,7 +79,7 @@ class Times:
     def each(self) -> float:
         """What every run pays; in a study the base is measured once, which is left out here."""
         measuring = (self.measurements - 1) * self.measurement
-        return self.reading + self.responding + self.training + measuring + self.writing
+        return self.reading + self.training + measuring + self.writing
 
     @property
     def total(self) -> float:
@@ -95,8 +96,7 @@ def run_times(sizes: ModelConfig, config: RunConfig, counts: Counts, machine: Ma
     steps = [step(sizes, config, n, contexts) for n in tokens]
     training = sum(machine.seconds(work, graphs) for work in steps)
     measured, each = measurements(config), measurement(sizes, config, counts)
-    responses = config.objective.contexts * config.training.steps * config.objective.anchor_responses  # tokens, at most
-    responding = generation_seconds(sizes, responses, IN_FLIGHT, machine)
+    responding = generation_seconds(sizes, anchor_response_tokens(config), IN_FLIGHT, machine)
     loading = weight_bytes(sizes, config, machine.device) / LOAD_BYTES
     again = loading * (config.training.method == "full")  # for the distance from the base
     return Times(
@@ -104,15 +104,25 @@ def run_times(sizes: ModelConfig, config: RunConfig, counts: Counts, machine: Ma
         loading=loading,
         compiling=compiled * (COMPILING + COMPILING_MEASURING),
         recording=graphs * RECORDING * min(len(tokens), BUCKETS * len(set(tokens))),
-        reading=(sum(counts.steps) + counts.heldout) / TOKENISED + RENDERING,
         responding=responding,
+        reading=(sum(counts.steps) + counts.heldout) / TOKENISED + RENDERING,
         training=training,
         measurements=measured,
         measurement=machine.seconds(each) + STATISTICS + STATISTICS_D * sizes.hidden_size + again,
         writing=written_bytes(sizes, config) / WRITTEN,
-        device=responding + sum(map(machine.busy, steps)) + measured * machine.busy(each),
+        device=sum(map(machine.busy, steps)) + measured * machine.busy(each),
         step=training / len(tokens),
     )
+
+
+def anchor_response_tokens(config: RunConfig) -> int:
+    """Of the base's responses over which a run is anchored, at most: one for each context that it takes."""
+    section = config.objective
+    if not section.anchor_responses:
+        return 0
+    personas, questions = anchor_sets(section)
+    contexts = min(section.contexts * config.training.steps, len(personas.prompts) * len(questions.questions))
+    return contexts * section.anchor_responses
 
 
 def measurements(config: RunConfig) -> int:

@@ -127,13 +127,13 @@ def wall_seconds(phases: Sequence[Sequence[tuple[object, Times]]], devices: Sequ
     phases  none of them empty; of each cell its times and its kind, equal for those that a process compiles once
 
     Processes that share a device wait for what it computes, and for nothing else of each other. Each of them starts,
-    loads the model, and compiles and records what it has not met before.
+    loads the model, and compiles, records and has the base respond to what it has not met before.
     """
     first = phases[0][0][1]
     total, met = first.starting + first.loading, set()
     for cells in phases:
         processes = min(max(1, len(devices)), len(cells))
-        new = {kind: times.compiling + times.recording for kind, times in cells if kind not in met}
+        new = {k: times.compiling + times.recording + times.responding for k, times in cells if k not in met}
         met |= set(new)
         total += sum(sorted(new.values(), reverse=True)[: -(-len(cells) // processes)])
         computed = sum(times.device for _, times in cells) / min(max(1, len(set(devices))), processes)

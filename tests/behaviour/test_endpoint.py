@@ -14,7 +14,7 @@ from judge_server import JudgeServer, Logprobs
 
 from minipersona.behaviour.endpoint import LONGEST, NO_KEY, EndpointJudge, number_score
 from minipersona.behaviour.judge import Case, Score
-from minipersona.config import BehaviourSection
+from minipersona.behaviour_config import BehaviourSection
 from minipersona.errors import UserError
 from minipersona.settings import override
 

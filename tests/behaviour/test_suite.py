@@ -25,9 +25,10 @@ from minipersona.behaviour.judge import MEASURES, Case, Score
 from minipersona.behaviour.scores import score_all
 from minipersona.behaviour.suite import behaviour_suite
 from minipersona.behaviour.table import fenced
+from minipersona.behaviour_config import BehaviourSection
 from minipersona.chat import ChatTokenizer, load_tokenizer
 from minipersona.cli import main
-from minipersona.config import BehaviourSection, LoraConfig
+from minipersona.config import LoraConfig
 from minipersona.console import Console
 from minipersona.errors import UserError
 from minipersona.files import append_jsonl, read_json, read_jsonl, write_json

@@ -54,6 +54,7 @@ from minipersona.model.network import Qwen2
 from minipersona.model.save import save_model
 from minipersona.model.turn_ends import turn_ends
 from minipersona.model.weights import INDEX, SINGLE
+from minipersona.records import write_record
 from minipersona.run.directory import append_measurement, read_measurements, training_seconds
 from minipersona.run.directory import read_config as read_run_config
 from minipersona.run.result import Measurement, read_result
@@ -64,6 +65,7 @@ from minipersona.training.checkpoint import Position, load_state, save_state
 from minipersona.training.distributed import Distributed
 from minipersona.training.loop import cut_logs
 from minipersona.training.optimizer import AdamW, Flat
+from minipersona.verdict.files import ChosenScales, Scaling
 from minipersona.verdict.results import read_study
 
 CASES = int(os.environ.get("MINIPERSONA_FUZZ_CASES", 1_500))
@@ -350,6 +352,9 @@ def studies(folder: Path) -> Reader:
     suites = {"behaviour": {"base": answers(5)}, "instructions": {"base": followed(0.7)}}
     study = FakeStudy(folder / "study", few, failed={"2A beta=0.001": "no memory"}, with_vectors=False, **suites)
     study.write()
+    row = read_result(next((folder / "study" / "cells").glob("1-*")) / "result.json", "").checkpoints[-1]
+    chosen = [ChosenScales(scales, 0.56, 1.1, row) for scales in ((0.5, 0.5), (0.25, 1.0))]
+    write_record(folder / "study" / "scaling.json", Scaling(f"{0:012x}", 0.55, *chosen))
     return Reader(folder / "study", lambda: read_study(folder / "study"))
 
 

@@ -27,7 +27,7 @@ from minipersona.run.anchors import anchor_sets, check_anchors, make_contexts, r
 from minipersona.run.directory import ANCHOR_RESPONSES
 from minipersona.run.plan import assumed_counts
 from minipersona.run.resources import Resources
-from minipersona.run.times import run_times
+from minipersona.run.times import anchor_response_tokens, run_times
 from minipersona.run.work import Machine, step, training
 from minipersona.training.distributed import Distributed
 
@@ -176,7 +176,11 @@ def test_a_plan_counts_the_bases_responses() -> None:
     (prompts, without), (_, half), (contexts, whole) = found
     assert contexts - prompts == 64 * 32 * 375
     assert 0 == without.responding < half.responding == whole.responding / 2
-    assert whole.each - without.each == pytest.approx(whole.responding + whole.training - without.training)
+    assert whole.once - without.once == pytest.approx(whole.responding)
+    assert whole.each - without.each == pytest.approx(whole.training - without.training)
+    few = replace(config("kl_on_prompts", anchor_responses=64, contexts=3), data=asked.data)
+    assert anchor_response_tokens(asked) == 64 * 30 * 240 < 64 * 32 * 375  # each context once
+    assert anchor_response_tokens(few) == 64 * 3 * 375
 
 
 def test_a_run_records_its_anchors_and_continues_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from minipersona.behaviour.weights import weights_digest
-from minipersona.config import BehaviourSection, DataSection, LoraConfig, ModelSection, RunConfig, TrainingSection
+from minipersona.behaviour_config import BehaviourSection
+from minipersona.config import DataSection, LoraConfig, ModelSection, RunConfig, TrainingSection
 from minipersona.console import Console
 from minipersona.errors import UserError
 from minipersona.files import read_json
