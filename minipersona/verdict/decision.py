@@ -12,7 +12,7 @@
 With the registered stop rule a pass is one by that rule, to the letter, and asks for no confirmation. A phase is judged
 when all of its cells are in. The phases after one that ended the search, by a pass or by a baseline that has not
 collapsed, are not due, unless the search is exhaustive or they were begun. Recipes beyond the registered ones are
-judged by the same rules apart from these, and never decide about them.
+judged by the same rules apart from these, and never decide about them; of them a whole phase can be positive by itself.
 """
 
 from __future__ import annotations
@@ -81,17 +81,22 @@ def overall(
 def beyond(
     recipes: Sequence[RecipeResult], results: StudyResults, comparisons: Sequence[DoingLess]
 ) -> VerdictKind | None:
-    """The same on the recipes beyond the registered ones; None where none of them was planned or begun."""
+    """The same on the recipes beyond the registered ones; None where none of them was planned or begun.
+
+    A pass in a phase that is in counts though a recipe of another phase is missing, as with `--phases 6`.
+    """
     cells = [cell for cell in results.cells if cell.role == "beyond"]
     if all(cell.status == "missing" for cell in cells):
         return None
     mine = [recipe for recipe in recipes if recipe.role == "beyond"]
     waits = any(recipe.may_be_named and recipe.awaits_behaviour(results.config.stop_rule) for recipe in mine)
-    if results.baseline is None or waits or any(cell.status == "missing" for cell in cells):
+    best = best_passer(recipes, results, "beyond")
+    lacks = best is None and any(cell.status == "missing" for cell in cells)
+    if results.baseline is None or waits or lacks:
         return "incomplete"
     if not results.baseline.final.collapsed:
         return "no_collapse"
-    if best := best_passer(recipes, results, "beyond"):
+    if best is not None:
         return "positive" if settled(best, results) else "unconfirmed"
     phases = [(phase,) for phase in PHASES if any(cell.phase == phase for cell in cells)]
     against = obstacles(mine, cells, phases, results, comparisons, points=results.chosen_points)

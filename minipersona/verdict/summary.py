@@ -61,7 +61,9 @@ def beyond_summary(
     start = f"Beyond the registered recipes ({len(mine)} tested)"
     if best is not None:
         said = f"{start}, {_passes(best, results)}{_standing(best, results)}."
-        return _joined(said, *_beside(best, comparisons, results), _scaled(results))
+        missing = sum(cell.role == "beyond" and cell.status == "missing" for cell in results.cells)
+        others = f"{missing} of other phases {'is' if missing == 1 else 'are'} planned and not done." if missing else ""
+        return _joined(said, *_beside(best, comparisons, results), _scaled(results), others)
     said = {
         "h_null": f"{start}, none passes either.",
         "no_collapse": f"{start}, there is nothing to rescue either.",

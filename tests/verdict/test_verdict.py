@@ -194,6 +194,22 @@ def test_what_lies_beyond_the_registered_recipes_is_judged_apart(tmp_path: Path)
     assert verdict_of(searched(tmp_path / "none")).beyond is None
 
 
+def test_beyond_the_registered_recipes_a_whole_phase_can_be_positive(tmp_path: Path) -> None:
+    """As after `--phases 6`, where recipes of phases 2 and 5 that are beyond too have not been run."""
+    study = searched(tmp_path)
+    study.missing("5C", "another", role="beyond")
+    study.cell("6A", "weak", 0.972, 0.97, role="beyond")
+    assert verdict_of(study).beyond.verdict == "incomplete"  # no pass: another recipe could
+    study.cell("6A", "anchor", 0.93, 0.97, role="beyond", less=0.045)
+    assert verdict_of(study).beyond.verdict == "unconfirmed"
+    study.confirm("6A", "anchor")
+    judged = verdict_of(study)
+    assert (judged.beyond.verdict, judged.beyond.recipe.cell) == ("positive", "6A anchor")
+    assert judged.beyond.sentence.endswith("1 of other phases is planned and not done.")
+    study.missing("6B", "another", role="beyond")  # the control: of the same phase
+    assert verdict_of(study).beyond.verdict == "incomplete"
+
+
 @pytest.mark.parametrize(
     "m1, learned, baseline, verdict, said",
     [
