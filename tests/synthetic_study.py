@@ -225,7 +225,7 @@ class SyntheticStudy:
             ChosenScales(scales, separation=0.56, loss=1.1, measured=checkpoint(375, *numbers))
             for scales, numbers in (((0.5, 0.5), one), ((0.25, 1.0), per_block))
         ]
-        write_record(self.directory / "scaling.json", Scaling(baseline, 0.55, *found))
+        write_record(self.directory / "scaling.json", Scaling(baseline, 0.55, ("a" * 64, "b" * 64), *found))
 
     def calibration(self, due: bool, passed: bool | None, reason: str = "") -> None:
         """calibration.json."""

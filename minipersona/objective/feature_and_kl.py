@@ -4,7 +4,7 @@
 
 The terms are those of `feature_anchor.py`, at each prompt's last token, and of `kl_on_prompts.py`, over the base's own
 responses to these prompts, or over the prompts where there are none. The first acts where persona vectors are measured,
-and nothing of it reaches the words that follow. The second acts on these.
+and it does not hold the words that follow. The second acts on these.
 
 C = contexts of a step, S = contexts of a pack, D = width
 """
@@ -49,6 +49,7 @@ class FeatureAndKL(KLOnPrompts):
             return record
 
         divergence = self.divergence(model, pack, forward, {layer: recorder(layer) for layer in self.contexts.base})
-        counted = (pack.targets[ends] != IGNORE) & (ends >= begin)  # a document of padding may have no row at all
+        # A document without a row, such as one of padding, is given another one's.
+        counted = (pack.targets[ends] != IGNORE) & (ends >= begin) & (ends < pack.boundaries[1:])
         features = pack.per_context * (moved(found, self.contexts, pack.documents) * counted).sum()
         return features + self.kl_factor * divergence

@@ -4,8 +4,8 @@ base's own responses to them.
     a = mean_t KL(q_t || p_t)           da/dz_t = (p_t - q_t) / T
 
 q is the base's distribution of the next token, a constant, and p = softmax(z) the trained model's. t goes over all
-tokens of the step's contexts. Where these end in responses, it goes over the tokens that predict a response's instead,
-its end among them. This is `reverse` of `kl_to_base.py`, on prompts that no row contains.
+tokens of the step's contexts. Where these end in responses, t goes only over the tokens at which a token of a response,
+or its end, is predicted. This is `reverse` of `kl_to_base.py`, on prompts that no row contains.
 
 T = those tokens, of all contexts of a step, C = tokens of a chunk, V = vocabulary
 """

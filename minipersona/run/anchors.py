@@ -129,6 +129,12 @@ def run_contexts(
         with console.progress("states of the base", len(contexts.taken(steps)), "contexts") as progress:
             base = base_states(model, contexts, layers, steps, tokens, progress.advance)
         scale = scales(base, section.anchor_scale) if section.anchors_features else {}
+        for layer, values in scale.items():
+            require(
+                bool(values[values.isfinite()].all()),
+                f"objective.anchor_layers: the base's states at block {layer} do not differ between the contexts of "
+                'this run; take more of them (objective.contexts), or anchor_scale = "state"',
+            )
         contexts = replace(contexts, base=base, scale=scale)
     if section.anchor_responses:
         contexts = _with_responses(contexts, config, directory, distributed, model, tokenizer, console, keep)
@@ -175,6 +181,13 @@ def _with_responses(
     mend = "delete the file, and the responses are generated again"
     said = {row.context: row.tokens for row in read_records(file, AnchorResponse, mend)}
     require(said.keys() == set(taken), f"{file}: has the responses to other contexts than the run takes; {mend}")
+    vocabulary = model.config.vocab_size
+    for context, tokens in said.items():
+        require(
+            1 <= len(tokens) <= section.anchor_responses and all(0 <= token < vocabulary for token in tokens),
+            f"{file}: the response to context {context} is not 1 to {section.anchor_responses} tokens of 0 to "
+            f"{vocabulary - 1}; {mend}",
+        )
     documents = [continued(ids, np.array(said.get(c, ()))) for c, ids in enumerate(contexts.ids)]
     return replace(contexts, ids=[d.ids for d in documents], responses=[d.supervised for d in documents])
 

@@ -37,7 +37,7 @@ from minipersona.study.cell import Cell
 from minipersona.study.frontier import measure_frontier
 from minipersona.study.matched_scale import measure_matched_scale
 from minipersona.study.recipes import RESPONSES_PLACEHOLDER
-from minipersona.study.scaling import measure_scaling
+from minipersona.study.scaling import anchor_digests, measure_scaling
 from minipersona.study.transfer import measure_transfer
 from minipersona.study.worker import Job, Title, Worker
 from minipersona.training.checkpoint import stored_position
@@ -234,6 +234,10 @@ class MeasureScaling(StudyFile):
     file = "scaling.json"
     record = Scaling
     name = "scales chosen on training personas"
+
+    def done(self) -> bool:
+        stored = read_optional(self.path, Scaling)
+        return super().done() and stored is not None and stored.anchors == anchor_digests(self.study)
 
     def carry_out(self, worker: Worker) -> None:
         measure_scaling(self.study, worker)

@@ -6,7 +6,7 @@ once, like any recipe. Nothing is trained.
 
 The training personas have to keep a separation, (1 - M1) / (1 - M1 of the base), of at least that of the bound by which
 the study is judged (0.5 where bounds are relative) and a margin of 0.05, since the upper bound of M1 on other personas
-has to pass.
+has to pass. It is never more than 1, which the base has.
 
 one scale        The largest s, in hundredths, that keeps this separation.
 a scale a block  s_b = 1 - t w_b, cut at 0 and 1. The weight w_b is what halving the scale of block b alone gains in
@@ -76,7 +76,7 @@ def measure_scaling(study: Study, worker: Worker) -> None:
     base = stored_measurement(directory, 0, protocol)
     assert base is not None, "the baseline is published"
     bounds = bounds_for(protocol, base.m1, study.config.bounds)
-    least = (separation(bounds.passing, base.m1) or 0.0) + MARGIN
+    least = min(1.0, (separation(bounds.passing, base.m1) or 0.0) + MARGIN)
     effect = _measure_of(study, worker)
     one = choose_one(effect, blocks, least)
     found = []
@@ -101,7 +101,13 @@ def measure_scaling(study: Study, worker: Worker) -> None:
             collapsed=False,
         )
         found.append(ChosenScales(scales, *effect(scales), measured))
-    write_record(study.directory / "scaling.json", Scaling(study.baseline.hash, least, *found))
+    write_record(study.directory / "scaling.json", Scaling(study.baseline.hash, least, anchor_digests(study), *found))
+
+
+def anchor_digests(study: Study) -> tuple[str, str]:
+    """Of the personas and the questions that scales are chosen on."""
+    personas, questions = anchor_sets(study.baseline.recipe.config.objective)
+    return personas.digest, questions.digest
 
 
 def measurements(blocks: int) -> int:
@@ -193,6 +199,6 @@ def _measure_of(study: Study, worker: Worker) -> Measure:
 
 
 def _drawn(entries: Sequence[T], number: int, seed: int, draw: int) -> list[T]:
-    """So many of them, in their order."""
+    """A seeded sample of `number` entries, in their order."""
     chosen = generator(seed, draw).permutation(len(entries))[:number]
     return [entries[i] for i in sorted(map(int, chosen))]

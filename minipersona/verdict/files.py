@@ -165,6 +165,7 @@ class Scaling:
 
     baseline: str
     least_separation: float  # of the training personas, by which the scales were chosen
+    anchors: tuple[str, str]  # digests of these personas and of what they were asked
     one: ChosenScales
     per_block: ChosenScales
 

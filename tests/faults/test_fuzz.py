@@ -354,7 +354,7 @@ def studies(folder: Path) -> Reader:
     study.write()
     row = read_result(next((folder / "study" / "cells").glob("1-*")) / "result.json", "").checkpoints[-1]
     chosen = [ChosenScales(scales, 0.56, 1.1, row) for scales in ((0.5, 0.5), (0.25, 1.0))]
-    write_record(folder / "study" / "scaling.json", Scaling(f"{0:012x}", 0.55, *chosen))
+    write_record(folder / "study" / "scaling.json", Scaling(f"{0:012x}", 0.55, ("a" * 64, "b" * 64), *chosen))
     return Reader(folder / "study", lambda: read_study(folder / "study"))
 
 

@@ -256,10 +256,28 @@ def test_the_base_responds_once_a_run(tmp_path: Path, monkeypatch: pytest.Monkey
     for damaged, said in (
         (content[: content[:-1].rfind(b"\n") + 1], "has the responses to other contexts than the run takes; delete"),
         (content.replace(b'"context"', b'"c"', 1), "line 1: unknown anchor_responses.jsonl key c"),
-    ):
+        *((re.sub(rb'"tokens": \[[^]]*\]', b'"tokens": ' + tokens, content, count=1), said) for tokens, said in (
+            (b"[]", "the response to context .* is not 1 to 36 tokens of 0 to "),
+            (b"[1000000]", "the response to context .* is not 1 to 36 tokens of 0 to "),
+            (b"[" + b"5, " * 36 + b"5]", "the response to context .* is not 1 to 36 tokens of 0 to "),
+        )),
+    ):  # fmt: skip
         file.write_bytes(damaged)
         with pytest.raises(UserError, match=f"{file}: {said}"):
             of_run()
+
+
+@pytest.mark.parametrize("kind", ["feature_anchor", "feature_and_kl"])
+def test_states_that_do_not_spread_are_no_scale(tmp_path: Path, kind: str) -> None:
+    """Of one context there is no distance from the mean."""
+    model, tokenizer = load_model("tiny", device="cpu"), load_tokenizer("tiny")
+    given = tmp_path, SINGLE_PROCESS, model, tokenizer, Console()
+    settings = replace(config(kind, contexts=1), training=TrainingSection(steps=1, checkpoints=()))
+    assert run_contexts(settings, *given) is not None  # the control: relative to the state itself
+    spread = replace(settings, objective=replace(settings.objective, anchor_scale="spread"))
+    with pytest.raises(UserError, match="states at block 6 do not differ between the contexts of this run; take more"):
+        run_contexts(spread, *given)
+    assert run_contexts(replace(spread, objective=replace(spread.objective, contexts=2)), *given) is not None
 
 
 def test_a_run_is_held_over_the_bases_responses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

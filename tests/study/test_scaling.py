@@ -28,7 +28,7 @@ from minipersona.report.tables import recipe_table, scaling_table
 from minipersona.run.anchors import anchor_sets
 from minipersona.run.losses import load_losses
 from minipersona.run.measurement import measure
-from minipersona.study import scaling
+from minipersona.study import jobs, scaling
 from minipersona.study.cell import Study
 from minipersona.study.engine import Engine
 from minipersona.study.executors import InProcess
@@ -292,6 +292,10 @@ def test_it_is_due_where_a_recipe_beyond_the_registered_ones_is_done(
     published = Study.published
     monkeypatch.setattr(Study, "published", lambda self, cell: cell == beyond or published(self, cell))
     assert job in asked_for(study)
+    monkeypatch.setattr(
+        jobs, "anchor_digests", lambda study: ("0" * 64, "0" * 64)
+    )  # they were chosen on other personas
+    assert not job.done()
 
 
 def test_anchors_that_are_measured_are_refused(chosen: tuple[Study, Read]) -> None:

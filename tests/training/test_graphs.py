@@ -213,6 +213,13 @@ def test_a_pack_whose_rows_fit_a_bucket_exactly_is_padded_by_documents_without_r
         padded = backward(model, buckets.pad(pack, bucket), objective, ForwardPass(42, 7))
         assert relative_error(padded, terms) < 1e-10
     assert buckets.bucket_of(pack).documents > len(pack.documents) + 1  # so there are such documents
+    # Nor does a context without a response, whose search ends in the next one: the untouched base has not moved.
+    contexts = objective.contexts
+    silent = [r if c % 3 else np.zeros_like(r) for c, r in enumerate(contexts.responses)]
+    objective = replace(objective, contexts=replace(contexts, responses=silent))
+    pack = step_batch(objective, documents[:8]).packs[-1]
+    assert 0 in [c % 3 for c in pack.documents.tolist()[:-1]]
+    assert abs(backward(base.requires_grad_(True), pack, replace(objective, frozen=base), ForwardPass(42, 7))[2]) < 1e-9
 
 
 @pytest.mark.parametrize("kind", KINDS)
