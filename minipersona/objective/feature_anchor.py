@@ -7,9 +7,9 @@ h_l(c) is the stream that leaves block l at the last token of context c, and h0 
 feature space: LDIFS (Mukhoti et al. 2023, arXiv:2308.13320), here at the states that persona vectors are made of.
 
 The scale s_l(c) is ||h0_l(c)||^2, or the spread of the base's states over all contexts that a run takes: the mean of
-||h0_l(c) - m_l||^2, with m_l their mean. What all prompts share is most of a state, in early blocks nearly all of it. So
-a change that is small beside the state may be large beside what tells prompts apart. Relative to the spread, it is as
-large in every block.
+||h0_l(c) - m_l||^2, with m_l their mean. What all prompts share is most of a state, in early blocks nearly all of it.
+So a change that is small beside the state may be large beside what tells prompts apart. Relative to the spread, it is
+as large in every block.
 
 C = contexts of a step, L = anchored layers, S = contexts of a pack, P = personas, Q = questions, D = width
 """
