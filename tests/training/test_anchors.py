@@ -39,6 +39,8 @@ from minipersona.model.network import Qwen2
 from minipersona.objective import make_objective
 from minipersona.objective.contexts import Anchored, ContextPack, Contexts
 from minipersona.objective.cross_entropy import CrossEntropy
+from minipersona.objective.feature_anchor import FeatureAnchor
+from minipersona.objective.feature_and_kl import FeatureAndKL
 from minipersona.objective.head import ForwardPass, Objective
 from minipersona.training import loop as loop_module
 from minipersona.training.distributed import Distributed
@@ -421,6 +423,29 @@ def test_killed_and_resumed_equals_uninterrupted(
     resumed, again = run(hf_model(), documents, tmp_path / "cut", settings)
     assert all(torch.equal(expected[name], resumed[name]) for name in expected)
     assert [row["anchor"] for row in rows] == [row["anchor"] for row in again] and rows[-1]["anchor"] > 0
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_states_are_those_of_the_prompts_alone_at_every_block(
+    hf_model: Callable[..., Path], documents: list[Document], checkpoint: bool
+) -> None:
+    """The feature anchor of `feature_and_kl`, whose passes have responses behind the prompts, is `feature_anchor`'s.
+
+    From the last block only the rows that predict a response leave.
+    """
+    model, base = adapted(hf_model()), base_model(hf_model())
+    contexts = with_base(random_contexts(BOTH), base, layers=(0, 2))
+    alone = [ids[~response] for ids, response in zip(contexts.ids, contexts.responses, strict=True)]
+    prompts = replace(contexts, ids=alone, responses=())
+    forward = ForwardPass(42, 7, checkpoint_activations=checkpoint)
+    anchors = []
+    for objective in (
+        FeatureAndKL(1.0, contexts, kl_factor=0.0), FeatureAnchor(1.0, prompts),
+        FeatureAnchor(1.0, replace(prompts, base={0: contexts.base[0]}, scale={0: contexts.scale[0]})),
+    ):  # fmt: skip
+        anchors.append(terms_and_gradients(model, step_batch(objective, documents[:8]), objective, forward)[0][2])
+    assert relative_error(anchors[0], anchors[1]) < 1e-10 and anchors[1] > 1e-3
+    assert relative_error(anchors[2], anchors[1]) > 1e-2  # the control: without the last block
 
 
 def test_the_objective_of_a_row_is_cross_entropy(hf_model: Callable[..., Path], documents: list[Document]) -> None:
