@@ -448,6 +448,19 @@ def test_states_are_those_of_the_prompts_alone_at_every_block(
     assert relative_error(anchors[2], anchors[1]) > 1e-2  # the control: without the last block
 
 
+@EACH_KIND
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_an_objective_is_what_its_config_says(
+    hf_model: Callable[..., Path], tmp_path: Path, kind: str, method: str
+) -> None:
+    model = base_model(hf_model())
+    found = make_objective(model, config(kind, method), tmp_path, False, random_contexts(kind))
+    assert type(found) is type(anchored(kind, 0.5, model)) and found.weight == 0.5
+    assert getattr(found, "kl_factor", None) == (KL_FACTOR if kind == BOTH else None)
+    frozen = getattr(found, "frozen", None)  # what the base's predictions are of, where all weights learn
+    assert (frozen is not None) == (kind in KL and method == "full") and frozen is not model
+
+
 def test_the_objective_of_a_row_is_cross_entropy(hf_model: Callable[..., Path], documents: list[Document]) -> None:
     model = adapted(hf_model())
     for kind in KINDS:
