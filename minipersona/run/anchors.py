@@ -15,9 +15,10 @@ import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
+from torch import Tensor
 
 from minipersona.behaviour.voice import continued, response_tokens
 from minipersona.chat import ChatTokenizer
@@ -38,6 +39,7 @@ from minipersona.run.directory import ANCHOR_RESPONSES
 from minipersona.training.distributed import Distributed
 
 ANCHOR_QUESTIONS = "anchor_questions.jsonl"
+T = TypeVar("T")
 
 
 def anchor_sets(section: ObjectiveSection) -> tuple[PersonaSet, QuestionSet]:
@@ -104,19 +106,25 @@ def words(text: str) -> tuple[str, ...]:
     return tuple(re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold()))
 
 
-Rows = list["AnchorResponse"]
-Keep = Callable[[Any, Callable[[], Rows]], Rows]  # (settings, what makes the rows) -> the rows, or those of before
+class Keep(Protocol):
+    """`Resources.keep`: what `make` gives, or gave an earlier run with the same settings."""
+
+    def __call__(self, what: str, settings: Any, make: Callable[[], T]) -> T: ...
+
+
+def _make(what: str, settings: Any, make: Callable[[], T]) -> T:
+    return make()
 
 
 def run_contexts(
     config: RunConfig, directory: Path, distributed: Distributed, model: Qwen2, tokenizer: ChatTokenizer,
-    console: Console, keep: Keep = lambda _, make: make(),
+    console: Console, keep: Keep = _make,
 ) -> Contexts | None:  # fmt: skip
     """What `train` takes as `contexts`, for a run in `directory`: with the base's states at them, or its responses.
 
     None where the objective is not anchored. Call it on every rank, while nothing is attached to the model. Its states
-    follow from it alone: a run that continues computes the same ones again. Its responses are those that `keep` has
-    from an earlier run with the same contexts.
+    follow from it alone: a run that continues computes the same ones again. By `keep`, runs that take the same contexts
+    share both.
     """
     section = config.objective
     if not section.anchored:
@@ -126,8 +134,12 @@ def run_contexts(
     if section.kind != "kl_on_prompts":  # of the prompts, before there are responses
         layers = section.anchor_layers or (model.config.probe_layer,)
         steps, tokens = config.training.steps, config.execution.measuring_tokens
-        with console.progress("states of the base", len(contexts.taken(steps)), "contexts") as progress:
-            base = base_states(model, contexts, layers, steps, tokens, progress.advance)
+
+        def states() -> dict[int, Tensor]:
+            with console.progress("states of the base", len(contexts.taken(steps)), "contexts") as progress:
+                return base_states(model, contexts, layers, steps, tokens, progress.advance)
+
+        base = keep("anchor states", (*_taken(config, contexts), layers, tokens), states)
         scale = scales(base, section.anchor_scale) if section.anchors_features else {}
         for layer, values in scale.items():
             require(
@@ -162,7 +174,7 @@ def _with_responses(
     """
     taken, file, section = contexts.taken(config.training.steps), directory / ANCHOR_RESPONSES, config.objective
 
-    def respond() -> Rows:
+    def respond() -> list[AnchorResponse]:
         requests = [Request(contexts.ids[c], section.anchor_responses) for c in taken]
         with console.progress("responses of the base", len(taken), "responses") as progress:
             done = itertools.count(1)
@@ -175,8 +187,8 @@ def _with_responses(
         ]
 
     if distributed.first and not file.is_file():
-        settings = config.model, section.anchor_personas, section.anchor_questions, section.anchor_responses, taken
-        rewrite_jsonl(file, [to_dict(row) for row in keep(settings, respond)])
+        rows = keep("anchor responses", (*_taken(config, contexts), section.anchor_responses), respond)
+        rewrite_jsonl(file, [to_dict(row) for row in rows])
     distributed.barrier()
     mend = "delete the file, and the responses are generated again"
     said = {row.context: row.tokens for row in read_records(file, AnchorResponse, mend)}
@@ -190,6 +202,12 @@ def _with_responses(
         )
     documents = [continued(ids, np.array(said.get(c, ()))) for c, ids in enumerate(contexts.ids)]
     return replace(contexts, ids=[d.ids for d in documents], responses=[d.supervised for d in documents])
+
+
+def _taken(config: RunConfig, contexts: Contexts) -> tuple[Any, ...]:
+    """Equal for runs that take the same contexts of the same base."""
+    personas, questions = anchor_sets(config.objective)
+    return config.model, personas.digest, questions.digest, contexts.taken(config.training.steps)
 
 
 def make_contexts(config: RunConfig, tokenizer: ChatTokenizer) -> Contexts:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -29,8 +29,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 
 
 class Resources:
-    """Keeps a model, its graphs, its tokenizer and its instruments from one run to the next while their settings are
-    the same, so that loading, compiling and recording are paid once.
+    """Keeps a model, its graphs, its tokenizer, its instruments and what an anchor has of the base from one run to the
+    next while their settings are the same, so that loading, compiling and recording are paid once.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -39,19 +39,19 @@ class Resources:
 
     def tokenizer(self, config: RunConfig) -> ChatTokenizer:
         """The config's tokenizer."""
-        return self._keep("tokenizer", config.model, lambda: load_run_tokenizer(config.model))
+        return self.keep("tokenizer", config.model, lambda: load_run_tokenizer(config.model))
 
     def model(self, config: RunConfig) -> Qwen2:
         """The config's model as it was loaded: without adapters, compiled where the config asks for it."""
         settings = config.model, config.execution.fused, compiles(config, self.device)
-        model = self._keep("model", settings, lambda: self._load(config))
+        model = self.keep("model", settings, lambda: self._load(config))
         return remove_lora(model)
 
     def graphs(self, config: RunConfig) -> Graphs | None:
         """The graphs of the model's training passes, where the config trains by them."""
         model = self.model(config)
         wanted = uses_graphs(config, model.device, model.config)
-        return self._keep("graphs", model, lambda: Graphs(model)) if wanted else None
+        return self.keep("graphs", model, lambda: Graphs(model)) if wanted else None
 
     def instruments(self, config: RunConfig) -> Instruments:
         """The config's instruments."""
@@ -60,11 +60,7 @@ class Resources:
             config.data.supervise, config.execution.measuring_tokens,
         )  # fmt: skip
         model, tokenizer = self.model(config), self.tokenizer(config)
-        return self._keep("instruments", settings, lambda: run_instruments(config, model, tokenizer))
-
-    def responses(self, settings: Any, make: Callable[[], T]) -> T:
-        """What the base responds, which `make` generates: once for runs with the same settings."""
-        return self._keep("responses", settings, make)
+        return self.keep("instruments", settings, lambda: run_instruments(config, model, tokenizer))
 
     def discard_model(self) -> None:
         """Load the model again next time: its own weights have changed, or memory has run out."""
@@ -78,11 +74,12 @@ class Resources:
             compile_blocks(model)
         return model
 
-    def _keep(self, what: str, settings: Any, make: Callable[[], Any]) -> Any:
+    def keep(self, what: str, settings: Any, make: Callable[[], T]) -> T:
+        """What `make` gives, or gave before: once for runs that follow each other with the same settings."""
         if what not in self._kept or self._kept[what][0] != settings:
             self._kept.pop(what, None)  # first, so that two models need not fit into memory
             self._kept[what] = (settings, make())
-        return self._kept[what][1]
+        return cast(T, self._kept[what][1])
 
 
 # ---------------------------------------------------------------- from a config

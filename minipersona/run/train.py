@@ -123,7 +123,7 @@ def carry_out(
         evaluator.take_over_base(base)
     evaluator.measure(0)
     steering = run_steering(config, directory, distributed, model, tokenizer)
-    contexts = run_contexts(config, directory, distributed, model, tokenizer, console, resources.responses)
+    contexts = run_contexts(config, directory, distributed, model, tokenizer, console, resources.keep)
     null_space = run_null_space(config, directory, distributed, model, tokenizer, console)
 
     # 3. The steps, with the measurements between them.

@@ -229,7 +229,7 @@ def _identity(objective: Objective) -> Any:
         return objective
     contexts = objective.contexts
     settings = [(name, value) for name, value in vars(objective).items() if name != "contexts"]
-    read = [*settings, *contexts.base.items(), *contexts.scale.items()]
+    read = [*settings, *contexts.base.items()]
     identities = [(what, value.data_ptr() if isinstance(value, Tensor) else value) for what, value in read]
     return type(objective), contexts.personas, bool(contexts.responses), *identities
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +23,7 @@ from minipersona.files import read_jsonl
 from minipersona.geometry.prompts import PersonaSet, load_personas, load_questions
 from minipersona.model.generation import generate
 from minipersona.model.load import architecture, load_model
-from minipersona.objective.contexts import Contexts
+from minipersona.objective.contexts import Contexts, base_states
 from minipersona.run import anchors
 from minipersona.run.anchors import anchor_sets, check_anchors, make_contexts, run_contexts, words
 from minipersona.run.directory import ANCHOR_RESPONSES
@@ -238,13 +240,20 @@ def test_the_base_responds_once_a_run(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "".join(row["response"] for row in read_jsonl(file)) and len(read_jsonl(file)) == 10
 
     content = file.read_bytes()
-    # A process generates once for runs with the same contexts.
+    # A process asks the base once for runs with the same contexts, for responses and for states.
     resources, asked = Resources(torch.device("cpu")), []
-    monkeypatch.setattr(anchors, "generate", lambda *given, **more: asked.append(given) or generate(*given, **more))
-    for name, seed, times in (("one", 42, 1), ("two", 42, 1), ("three", 43, 2)):
+
+    def counted(work: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *given, **more: asked.append(work) or work(*given, **more)
+
+    monkeypatch.setattr(anchors, "generate", counted(generate))
+    monkeypatch.setattr(anchors, "base_states", counted(base_states))
+    both = replace(settings, objective=replace(settings.objective, kind="feature_and_kl"))
+    runs = ("one", 42, "", 2), ("two", 42, "", 2), ("three", 43, "", 4), ("four", 43, "v2", 6)
+    for name, seed, revision, times in runs:
         (tmp_path / name).mkdir()
-        given = tmp_path / name, SINGLE_PROCESS, model, tokenizer, Console(), resources.responses
-        run_contexts(replace(settings, seed=seed), *given)
+        given = tmp_path / name, SINGLE_PROCESS, model, tokenizer, Console(), resources.keep
+        run_contexts(replace(both, seed=seed, model=replace(both.model, revision=revision)), *given)
         assert ((tmp_path / name / ANCHOR_RESPONSES).read_bytes() == content) == (seed == 42) and len(asked) == times
     file.unlink()
     of_run()

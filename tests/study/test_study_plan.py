@@ -343,6 +343,9 @@ def test_processes_that_share_a_gpu_wait_for_what_it_computes() -> None:
         """Of phases whose cells are named by their kinds."""
         return wall_seconds([[(kind, cell) for kind in phase] for phase in phases], devices.split())
 
+    answered = replace(cell, responding=7)
+    assert wall_seconds([[("a", answered), ("a", answered)]], ["0"]) == start + new + 7 + 2 * 25  # once a process
+
     many = "a" * 40
     assert wall("", many) == wall("0", many) == start + new + 40 * 25
     assert wall("0 1", many) == start + new + 40 * 25 / 2
