@@ -223,6 +223,25 @@ def chosen(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, Read]:
     return study, read
 
 
+def test_with_full_parameters_the_distance_is_from_the_untrained_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = small_study(tmp_path)
+    training = replace(small.training, method="full", steps=2, checkpoints=(2,))
+    config = replace(small, training=training, later_checkpoints=(2,), low_rank=replace(small.low_rank, rank=()))
+    study = open_study(config, "cpu", QUIET)
+    monkeypatch.setattr(scaling, "choose_one", lambda effect, blocks, least: (0.5,) * blocks)
+    monkeypatch.setattr(scaling, "choose_per_block", lambda effect, one, least: (0.0,) * len(one))
+    monkeypatch.setattr(scaling, "_measure_of", lambda study, worker: lambda scales: Effect(0.6, 1.0))
+    engine = Engine(study, InProcess(CPU, QUIET), QUIET, study.cells)
+    engine.complete([MeasureBase(study)])
+    engine.complete([TrainCell(study, study.baseline), MeasureScaling(study)])
+    record = read_record(study.directory / "scaling.json", Scaling, "")
+    whole = read_result(study.cell_directory(study.baseline)).checkpoints[-1].delta_norm
+    assert record.one.measured.delta_norm == pytest.approx(whole / 2, rel=1e-4) and whole > 0
+    assert record.per_block.measured.delta_norm == 0
+
+
 def test_neither_measured_personas_nor_heldout_rows_take_part(chosen: tuple[Study, Read]) -> None:
     study, read = chosen
     instruments = Worker(CPU, QUIET).resources.instruments(study.baseline.recipe.config)
