@@ -86,7 +86,7 @@ def _panel(axes: Axes, rows: Sequence[FrontRow], across: Across, least: float, b
 
 def _title(phase: str, group: Sequence[FrontRow]) -> str:
     """The phase in the legend; beyond the registered ones by the names of its recipes."""
-    names = ", ".join(dict.fromkeys(row.recipe for row in group))
+    names = "; ".join(dict.fromkeys(row.recipe for row in group))
     return f"{phase}  {shortened(names, 26)}" if phase.startswith(BEYOND) else phase_title(phase)
 
 

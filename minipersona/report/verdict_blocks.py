@@ -106,7 +106,7 @@ def _judged(results: StudyResults) -> str:
 
 
 def _passers(found: Passers | Beyond) -> str:
-    return ", ".join(recipe.cell + _doubt(recipe) for recipe in found.passers) or "none"
+    return "; ".join(recipe.cell + _doubt(recipe) for recipe in found.passers) or "none"
 
 
 def _doubt(recipe: RecipeSummary) -> str:
