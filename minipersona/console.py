@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import io
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -117,6 +118,8 @@ class Parser(argparse.ArgumentParser):
         super().exit(status, message)
 
     def error(self, message: str) -> NoReturn:
+        if set_twice := re.fullmatch(r"unrecognized arguments: (\w+(?:\.\w+)*=.*)", message):
+            raise UserError(f"{message}; write --set before each setting: --set {set_twice[1]}")
         raise UserError(f"{message}; see {self.prog} --help")
 
 

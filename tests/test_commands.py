@@ -492,6 +492,13 @@ def test_odd_uses(capsys: pytest.CaptureFixture[str], finished: Path) -> None:
 # ---------------------------------------------------------------- records that stay true
 
 
+def test_a_setting_without_its_option_is_told_how(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--config", "tiny_phase1", "--set", "seed=1", "training.steps=4"]) == 2
+    assert "write --set before each setting: --set training.steps=4\n" in capsys.readouterr().err
+    assert main(["train", "--config", "tiny_phase1", "more"]) == 2  # the control: not a setting
+    assert "unrecognized arguments: more; see " in capsys.readouterr().err
+
+
 def test_a_finished_run_keeps_its_provenance(
     finished: Path, settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

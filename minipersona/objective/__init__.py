@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from minipersona.chat import Document
-from minipersona.config import RunConfig
+from minipersona.config import ObjectiveSection, RunConfig
 from minipersona.files import read_json, write_json
 from minipersona.model.network import Qwen2
 from minipersona.objective.contexts import Contexts
@@ -34,6 +34,11 @@ def check_objective(model: Qwen2, documents: Sequence[Document], config: RunConf
         write_json(file, asdict(check_first_step(model, documents, config)))
 
 
+def compares_with_base(section: ObjectiveSection) -> bool:
+    """Whether the base is applied in every step: where all weights learn, a copy of it is kept."""
+    return section.kind == "kl_to_base" or section.anchors_predictions
+
+
 def make_objective(
     model: Qwen2, config: RunConfig, directory: Path, compiled: bool, contexts: Contexts | None = None
 ) -> Objective:
@@ -43,8 +48,7 @@ def make_objective(
     An anchored objective needs `contexts`.
     """
     section = config.objective
-    compares = section.kind == "kl_to_base" or section.anchors_predictions
-    needs_copy = compares and config.training.method == "full"
+    needs_copy = compares_with_base(section) and config.training.method == "full"
     base = frozen_copy(model, compiled) if needs_copy else None
     if section.anchored:
         assert contexts is not None, "an anchored objective has contexts"

@@ -71,6 +71,12 @@ def check_anchors(config: RunConfig, sizes: ModelConfig, ranks: int = 1, *, fetc
             raise UserError(
                 f"objective.anchor_layers: {layer}; this model has blocks 0 to {blocks - 1}, choose of them"
             )
+    most = sizes.max_position_embeddings
+    require(
+        section.anchor_responses < most,
+        f"objective.anchor_responses = {section.anchor_responses}: the model was made for {most:,} tokens, of which "
+        "the prompt takes some; set fewer",
+    )
     sets = anchor_sets(section)
     if fetch or REGISTERED not in (probe.personas, probe.questions):
         check_unmeasured(sets, (load_personas(probe.personas), load_questions(probe.questions)))

@@ -183,7 +183,8 @@ def _discriminable(row: Checkpoint) -> Condition:
 def _at_least(value: float | None, least: float, name: str) -> Condition:
     if value is None:
         return None, f"{name} is not known"
-    return value >= least, f"{name} is {value:.2f}, less than {least:g}"
+    digits = 2 if round(value, 2) < least else 5  # so that a value just below the bound does not read as the bound
+    return value >= least, f"{name} is {value:.{digits}f}, less than {least:g}"
 
 
 def _without_any(row: Checkpoint, base: Checkpoint) -> Condition:

@@ -20,6 +20,7 @@ from minipersona.geometry.extraction import common_prefixes, render_prompts
 from minipersona.geometry.prompts import load_personas, load_questions
 from minipersona.model.config import ModelConfig
 from minipersona.model.load import architecture_offline
+from minipersona.objective import compares_with_base
 from minipersona.objective.head import CHUNK
 from minipersona.run.anchors import anchor_sets, check_anchors, make_contexts
 from minipersona.run.resources import compiles, load_run_tokenizer, resolve
@@ -211,7 +212,9 @@ def memory_bytes(sizes: ModelConfig, config: RunConfig, device: str, tokens: int
     """Bytes at the peak of a step: weights, masters with gradient and moments, activations or one chunk of logits."""
     compute = 2 if config.model.dtype == "bfloat16" or (config.model.dtype == "auto" and device == "cuda") else 4
     learned = learned_parameters(sizes, config)
-    weights = (sizes.parameters * compute if config.training.method == "lora" else 0) + 16 * learned
+    # Where all weights learn, there is a base beside them only for an objective that compares with it.
+    frozen = config.training.method == "lora" or compares_with_base(config.objective)
+    weights = frozen * sizes.parameters * compute + 16 * learned
     d, f, q, k = sizes.hidden_size, sizes.intermediate_size, sizes.query_width, sizes.key_width
     # A token's tensors that one block keeps for its backward pass, and, recomputed, needs within it. Both factors are
     # fitted to the peaks of the 7B in docs/log.md, which they meet within a tenth.

@@ -13,7 +13,7 @@ import torch
 from minipersona import __version__
 from minipersona.config import ObjectiveSection, RunConfig
 from minipersona.corpus.training_set import TrainingSet
-from minipersona.errors import UserError
+from minipersona.errors import UserError, require
 from minipersona.files import PACKAGE, digest, sha256
 from minipersona.model.network import Qwen2
 from minipersona.records import from_dict, may_be_missing, read_record, write_record
@@ -115,9 +115,18 @@ def read_provenance(directory: Path) -> Provenance:
 
 
 def write_provenance(directory: Path, made_by: Provenance) -> None:
-    """Write provenance.json. That of a run which continues stays as it began, with the new environment added."""
+    """Write provenance.json. That of a run which continues stays as it began, with the new environment added.
+
+    UserError where rows or anchors are not those that it began with: a step would not be what it is in one run.
+    """
     if (directory / PROVENANCE).is_file():
         began = read_provenance(directory)
+        for before, now in zip([*began.data, *began.anchors], [*made_by.data, *made_by.anchors], strict=False):
+            require(
+                before.digest == now.digest,
+                f"{now.source}: is not what {directory} began with (SHA-256 {before.digest[:8]}, now "
+                f"{now.digest[:8]}); restore it, or choose another --out",
+            )
         again = Environment(
             minipersona=made_by.minipersona,
             code_digest=made_by.code_digest,

@@ -145,6 +145,10 @@ class ChosenScales:
     loss: float  # of training rows, in nats per supervised token
     measured: Checkpoint  # on the measured personas and the held-out rows, at the baseline's last step
 
+    def __post_init__(self) -> None:
+        if not self.scales or not all(0 <= scale <= 1 for scale in self.scales):
+            raise UserError(f"scales = {brief(self.scales)}: must be numbers from 0 to 1, one a block")
+
     @property
     def distinct(self) -> tuple[float, ...]:
         """The one scale of all blocks, or that of each."""
@@ -168,6 +172,10 @@ class Scaling:
     anchors: tuple[str, str]  # digests of these personas and of what they were asked
     one: ChosenScales
     per_block: ChosenScales
+
+    def __post_init__(self) -> None:
+        if len(self.one.scales) != len(self.per_block.scales):
+            raise UserError("one.scales and per_block.scales must have one number a block each")
 
 
 def scaling_file(directory: Path, form: str, suffix: str) -> Path:

@@ -73,10 +73,17 @@ def beyond_summary(
 
 
 def _scaled(results: StudyResults) -> str:
-    """Which forms of phase 6D pass; empty where none does."""
-    passing = [name for name, one in results.chosen_scales.items() if one.measured.substantive_pass]
-    said = f"The baseline's update scaled down passes ({' and '.join(passing)}), which no fresh seeds confirm."
-    return said if passing else ""
+    """Which forms of phase 6D pass; empty where none does, or where the baseline itself is not to be rescued."""
+    if results.baseline is None or not results.baseline.final.collapsed:
+        return ""
+    registered = results.config.stop_rule == "registered"
+    passing = [
+        name
+        for name, one in results.chosen_scales.items()
+        if (one.measured.registered_pass if registered else one.measured.substantive_pass)
+    ]
+    said = f"The baseline's update scaled down passes ({' and '.join(passing)})"
+    return f"{said}{'' if registered else ', which no fresh seeds confirm'}." if passing else ""
 
 
 # ---------------------------------------------------------------- a pass

@@ -134,6 +134,11 @@ def test_what_cannot_be_carried_out_is_refused_in_a_line() -> None:
     for settings, ranks, said in (
         (config("gram_anchor", contexts=29), 1, "objective.contexts = 29: gram_anchor compares all 30 anchor personas"),
         (config(anchor_layers=(3, 8)), 1, "objective.anchor_layers: 8; this model has blocks 0 to 7"),
+        (
+            config("kl_on_prompts", anchor_responses=2048),
+            1,
+            "anchor_responses = 2048: the model was made for",
+        ),
         (RunConfig(DataSection("-", "-"), training=full, objective=config().objective), 2, "trains all weights on one"),
     ):
         with pytest.raises(UserError, match=re.escape(said)):

@@ -21,7 +21,7 @@ from minipersona.run.directory import (
     stored_measurement,
 )
 from minipersona.run.judgement import ABSOLUTE, judge_result
-from minipersona.run.provenance import Environment, Hardware, Provenance, read_provenance, write_provenance
+from minipersona.run.provenance import DataSource, Environment, Hardware, Provenance, read_provenance, write_provenance
 from minipersona.run.result import Baseline, Checkpoint, Metrics, Protocol, RunResult, read_result
 from minipersona.run.tables import result_table
 
@@ -201,3 +201,22 @@ def test_a_continued_run_keeps_how_it_began(tmp_path: Path) -> None:
     assert read_provenance(tmp_path) == replace(began, continued=(later,))
     write_provenance(tmp_path, began)
     assert len(read_provenance(tmp_path).continued) == 2
+
+
+def test_a_run_continues_on_what_it_began_with(tmp_path: Path) -> None:
+    """Rows or anchors of another file with the same name are refused."""
+    hardware = Hardware("x86_64", None, None, processes=1, threads=2)
+    rows, asked = (DataSource(name, 3, "a" * 64, None) for name in ("jsonl:rows.jsonl", "asked.jsonl"))
+    began = Provenance(
+        minipersona="1", code_digest="c", commit=None, versions={}, hardware=hardware, protocol=PROTOCOL,
+        config_digest="d", model={"name": "tiny", "revision": None}, data=(rows,), mixture={}, anchors=(asked,),
+    )  # fmt: skip
+    write_provenance(tmp_path, began)
+    other = {"data": (replace(rows, digest="b" * 64),)}, {"anchors": (replace(asked, digest="b" * 64),)}
+    for changed in other:
+        with pytest.raises(
+            UserError, match=r"is not what .* began with \(SHA-256 aaaaaaaa, now bbbbbbbb\); restore it"
+        ):
+            write_provenance(tmp_path, replace(began, **changed))  # type: ignore[arg-type]
+    write_provenance(tmp_path, began)  # the control
+    assert len(read_provenance(tmp_path).continued) == 1

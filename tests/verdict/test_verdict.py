@@ -231,6 +231,17 @@ def test_beyond_the_registered_recipes_the_rules_are_the_same(
     assert said in judged.beyond.sentence and judged.beyond.sentence in judged.sentence
 
 
+def test_no_scaled_update_is_said_to_pass_where_nothing_collapsed(tmp_path: Path) -> None:
+    study = SyntheticStudy(tmp_path)
+    study.baseline(m1=0.94)
+    study.witnesses()
+    study.cell("6A", "anchor", 0.93, 0.95, role="beyond")
+    study.scaling((0.93, 0.95), (0.93, 0.95))
+    judged = verdict_of(study)
+    assert judged.scaling["6D one scale"].measured.substantive_pass is True
+    assert judged.beyond.verdict == "no_collapse" and "scaled down" not in judged.beyond.sentence
+
+
 def test_a_scaled_update_that_training_personas_chose_is_judged_and_never_named(tmp_path: Path) -> None:
     study = searched(tmp_path)
     study.cell("6A", "anchor", role="beyond")
