@@ -209,7 +209,7 @@ def measure(sitting: Sitting, deadline: float) -> dict[str, dict[str, Any]]:
     with torch.compiler.set_stance("force_eager"):
         nats, tokens = our_document_losses(model, docs[:COMPARED], BATCH * 2048)
     peers = [] if given.no_peers else given.peers.split(",")
-    if peers and not any(map(missing, peers)):  # a peer has the device for itself
+    if not all(map(missing, peers)):  # a peer that is there has the device for itself
         sitting.theirs()
         model.fused = False
         model.refresh_fused_weights()

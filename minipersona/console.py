@@ -118,8 +118,8 @@ class Parser(argparse.ArgumentParser):
         super().exit(status, message)
 
     def error(self, message: str) -> NoReturn:
-        if set_twice := re.fullmatch(r"unrecognized arguments: (\w+(?:\.\w+)*=.*)", message):
-            raise UserError(f"{message}; write --set before each setting: --set {set_twice[1]}")
+        if setting := re.fullmatch(r"unrecognized arguments: (\w+(?:\.\w+)*=.*)", message):
+            raise UserError(f"{message}; write --set before each setting: --set {setting[1]}")
         raise UserError(f"{message}; see {self.prog} --help")
 
 
