@@ -102,6 +102,8 @@ def _typed(value: Any, kind: Any, where: str, what: str) -> Any:
         raise UserError(f"{where} = {brief(value)}: must be {_english(kind)}")
     if kind is float:
         require(value == value and abs(value) != float("inf"), f"{where} = {value}: must be finite")
+    if what == "config" and kind is str:  # of which most are paths, or hold one
+        require("\0" not in value, f"{where} = {brief(value)}: holds a NUL character, which no path can; leave it out")
     return value
 
 

@@ -5,6 +5,7 @@ An unknown or ill-typed key is an error that says which, and what was probably m
 
 from __future__ import annotations
 
+import contextlib
 import re
 import tomllib
 from collections.abc import Mapping
@@ -35,11 +36,13 @@ def load_config(path: str, kind: type[Config]) -> Config:
 
 def find_config(path: str) -> Path:
     """The file that `path` means: itself, or, for a bare name, the shipped config of that name."""
-    file, shipped = Path(path).expanduser(), configs_dir()
-    bare = file.name == path
-    for candidate in (file, *((shipped / path, shipped / f"{path}.toml") if bare else ())):
-        if candidate.is_file():
-            return candidate
+    shipped, bare = configs_dir(), Path(path).name == path
+    # What cannot be a file's name at all: ~nobody/x, one that is too long, one with a NUL character.
+    with contextlib.suppress(OSError, RuntimeError, ValueError):
+        file = Path(path).expanduser()
+        for candidate in (file, *((shipped / path, shipped / f"{path}.toml") if bare else ())):
+            if candidate.is_file():
+                return candidate
     known = ", ".join(sorted(file.stem for file in shipped.glob("*.toml")))
     raise UserError(f"{path}: no such config; give the path of a TOML file, or the name of a shipped one: {known}")
 

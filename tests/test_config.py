@@ -56,6 +56,25 @@ def test_a_misspelt_path_is_an_error_of_the_command(capsys: pytest.CaptureFixtur
     assert captured.out == "" and captured.err.startswith("error: experiments/tiny_phase1.toml: no such config; ")
 
 
+@pytest.mark.parametrize("path", ["a\0b", "a\0b/c.toml", "~a\0b", "~nobody-of-this-name/c.toml", "c" * 300])
+def test_what_cannot_be_the_name_of_a_file_is_no_config(path: str) -> None:
+    with pytest.raises(UserError, match="no such config; give the path of a TOML file"):
+        find_config(path)
+
+
+@pytest.mark.parametrize("setting", ["out=a\0b", 'data.train="jsonl:a\\u0000b"'])
+def test_a_path_with_a_nul_character_is_an_error_of_the_command(
+    setting: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    key, said = setting.partition("=")[0], "holds a NUL character, which no path can; leave it out\n"
+    assert main(["train", "--config", "tiny_phase1", "--set", setting]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {key} = ") and error.endswith(said) and error.count("\n") == 1
+    (tmp_path / "c.toml").write_text('[data]\ntrain = "a"\nheldout = "jsonl:a\\u0000b"\n')
+    assert main(["train", "--config", str(tmp_path / "c.toml")]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path / 'c.toml'}: data.heldout = 'jsonl:a\\x00b': {said}"
+
+
 def test_a_template_is_a_setting_of_the_model() -> None:
     config = override(from_dict(RunConfig, {**MINIMAL, "model": {"name": "tiny"}}), ["model.template=chatml-qwen2"])
     assert load_run_tokenizer(config.model).template.name == "chatml-qwen2"
@@ -75,7 +94,10 @@ def test_defaults_are_the_registered_recipe() -> None:
 
 
 @given(
-    st.text(max_size=20), st.integers(0, 10**6), st.floats(0, 1e3), st.lists(st.integers(1, 9), unique=True).map(sorted)
+    st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=20),
+    st.integers(0, 10**6),
+    st.floats(0, 1e3),
+    st.lists(st.integers(1, 9), unique=True).map(sorted),
 )
 def test_what_is_written_reads_back(text: str, seed: int, rate: float, checkpoints: list[int]) -> None:
     values = {

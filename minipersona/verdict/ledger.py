@@ -46,7 +46,7 @@ def read_entries(directory: Path) -> list[LedgerEntry]:
     for number, line in enumerate(read_jsonl(path), 1):
         try:
             require(isinstance(line, dict), "not a table")
-            entries.append(from_dict(LedgerEntry, line))
+            entries.append(from_dict(LedgerEntry, line, what="ledger entry"))
         except UserError:
             raise UserError(f"{path}: line {number} is not a ledger entry; delete it") from None
     return entries

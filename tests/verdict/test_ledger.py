@@ -20,7 +20,7 @@ def entry(cell: str, event: ledger.Event = "started", time: float = 1.0, error: 
 def test_what_is_appended_is_read_and_the_newest_entry_of_a_cell_counts(tmp_path: Path) -> None:
     assert read_entries(tmp_path) == [] and read_ledger(tmp_path) == {}
     entries = [
-        entry("x"), entry("y"), entry("x", "failed", 3.0, "a name that is not UTF-8: \udcff"), entry("y", "done", 2.0),
+        entry("x"), entry("y"), entry("x", "failed", 3.0, "not UTF-8: \udcff, NUL: \0"), entry("y", "done", 2.0),
         entry("x", time=2.5),  # a clock that was set back
     ]  # fmt: skip
     for one in entries:
