@@ -29,7 +29,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 
 
 class Resources:
-    """Keeps a model, its graphs, its tokenizer, its instruments and what an anchor has of the base from one run to the
+    """Keeps a model, its graphs, its tokenizer, its instruments and what is measured of the base from one run to the
     next while their settings are the same, so that loading, compiling and recording are paid once.
     """
 

@@ -7,7 +7,7 @@ that the config names, beside base and baseline, with every seed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,8 +47,12 @@ def measure_transfer(study: Study, cell: Cell, step: int, worker: Worker) -> Tra
     def trained(cell: Cell, step: int) -> Qwen2:
         return worker.trained_model(study.placed_config(cell), study.cell_directory(cell), step)
 
-    base = on_sets(worker.resources.model(config))
-    ours = on_sets(trained(baseline, steps))
+    def once(of: str, model: Callable[[], Qwen2]) -> dict[str, ModelOnSet]:
+        """Of a model beside which this process measures several cells."""
+        return worker.resources.keep(f"{of} on other personas", (config, sets), lambda: on_sets(model()))
+
+    base = once("base", lambda: worker.resources.model(config))
+    ours = once(baseline.hash, lambda: trained(baseline, steps))
     recipe = on_sets(trained(cell, step))
     return Transfer(
         baseline=baseline.hash,

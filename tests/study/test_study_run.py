@@ -27,16 +27,18 @@ from minipersona.files import read_json, read_jsonl
 from minipersona.geometry.measures import m1
 from minipersona.geometry.prompts import QuestionSet, load_questions
 from minipersona.geometry.vectors import load_vectors
+from minipersona.model.network import Qwen2
 from minipersona.records import to_dict
 from minipersona.run.directory import losses_file
 from minipersona.run.losses import load_losses
+from minipersona.run.measurement import Instruments
 from minipersona.settings import read_toml
 from minipersona.study import transfer
 from minipersona.study.model_jobs import AskVoice
 from minipersona.study.search import open_study
 from minipersona.study.worker import Worker
-from minipersona.study_config import StudyConfig
-from minipersona.verdict.files import frontier_losses, read_voice
+from minipersona.study_config import StudyConfig, TransferSection
+from minipersona.verdict.files import ModelOnSet, frontier_losses, read_voice
 from minipersona.verdict.ledger import read_entries
 from minipersona.verdict.verdict import Verdict
 
@@ -189,6 +191,34 @@ def test_what_the_results_ask_for_is_measured(finished: StudyConfig) -> None:
     assert own["baseline"]["m1"]["6"] != pytest.approx(base["m1"], abs=1e-6)
     assert set(elsewhere["sets"]) == {"study", "shipped"} and "HF_HUB_OFFLINE" in elsewhere["missing"]["registered"]
     assert (directory / "report.md").is_file() and (directory / "report.html").is_file()
+
+
+def test_what_cells_are_measured_beside_is_measured_once_a_process(
+    finished: StudyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, on_set, asked = open_study(finished, "cpu", QUIET), transfer.on_set, list[str]()
+
+    def counted(model: Qwen2, instruments: Instruments, sets: transfer.Sets) -> ModelOnSet:
+        asked.append(sets.personas.name)
+        return on_set(model, instruments, sets)
+
+    monkeypatch.setattr(transfer, "load_questions", few_questions)
+    monkeypatch.setattr(transfer, "on_set", counted)
+    cells = [(cell, 3) for cell in study.cells if cell.recipe.phase == "5A"] + [(study.baseline, 1)]
+    worker = Worker(CPU, QUIET)
+    shared = [transfer.measure_transfer(study, *cell, worker) for cell in cells]
+    sets = len(shared[0].sets)
+    assert len(asked) == sets * (2 + len(cells))  # base, baseline, and each cell
+    assert shared[0].sets["study"].recipe != shared[1].sets["study"].recipe
+    asked.clear()
+    assert shared == [transfer.measure_transfer(study, *cell, Worker(CPU, QUIET)) for cell in cells]
+    assert len(asked) == sets * 3 * len(cells)  # the control
+    asked.clear()
+    more = tmp_path / "more.json"
+    more.write_text('{"eval_personas": {"a": "You are a.", "b": "You are b."}}')
+    other = replace(study, config=replace(finished, transfer=TransferSection((str(more),))))
+    assert len(transfer.measure_transfer(other, *cells[0], worker).sets) == sets + 1
+    assert len(asked) == 3 * (sets + 1)  # with other sets nothing is taken over
 
 
 def test_the_same_command_again_changes_no_cell_and_says_the_same(
