@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,7 +34,8 @@ CONTEXT_TOKENS = 60  # likewise, of a prompt that an anchor passes
 PROMPT_TOKENS = 18  # likewise, of a prompt that is measured beyond what the prompts of its persona share
 HELDOUT_ROWS = 500  # assumed of held-out rows that are not here to be counted
 LOCAL = ("tiny:", "jsonl:", "parquet:", "pydoc:")  # sources that are read without a download
-PROMPTS = 12 * 240  # of the shipped and of the registered sets
+PERSONAS = 12  # of the shipped and of the registered sets
+PROMPTS = PERSONAS * 240  # likewise
 TULU_GB = 1.4  # allenai/tulu-3-sft-mixture as it is stored, in parquet
 
 
@@ -177,12 +178,18 @@ def measured_tokens(config: RunConfig, tokenizer: ChatTokenizer) -> tuple[int, i
     """
     try:
         questions = load_questions(config.probe.questions).questions
-        prompts = render_prompts(tokenizer, load_personas(config.probe.personas).prompts, questions)
+        prompts = prompt_tokens(tokenizer, load_personas(config.probe.personas).prompts, questions)
         heldout = training_set(replace(config.data, train=config.data.heldout), 0, tokenizer).documents
     except Unreachable:
         return PROMPTS * PROMPT_TOKENS, 2 * HELDOUT_ROWS * ROW_TOKENS
+    return prompts, 2 * sum(map(len, heldout))
+
+
+def prompt_tokens(tokenizer: ChatTokenizer, personas: Mapping[str, str], questions: Sequence[str]) -> int:
+    """Tokens that an extraction computes: of the prompts, what a persona's share once."""
+    prompts = render_prompts(tokenizer, personas, questions)
     shared = sum(common_prefixes([prompt.ids for prompt in prompts], len(questions))) * (len(questions) - 1)
-    return sum(map(len, prompts)) - shared, 2 * sum(map(len, heldout))
+    return sum(map(len, prompts)) - shared
 
 
 def assumption(why: str) -> str:

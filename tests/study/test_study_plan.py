@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from small_study import PERSONAS, QUIET, small_study
+from torch import Tensor
 
+from minipersona.behaviour import voice
+from minipersona.behaviour.voice import Responses
+from minipersona.chat import Document, load_tokenizer
 from minipersona.cli import main
 from minipersona.config import RunConfig
 from minipersona.errors import UserError
+from minipersona.geometry.extraction import render_prompts
+from minipersona.geometry.prompts import load_personas, load_questions
+from minipersona.run.plan import measured_tokens
 from minipersona.run.times import Times
+from minipersona.run.work import Machine
 from minipersona.settings import difference, load_config, override
 from minipersona.study import recipes as recipes_module
-from minipersona.study.plan import wall_seconds
+from minipersona.study.estimate import Comparison, Cost, Estimate
+from minipersona.study.plan import compared, passer, wall_seconds
 from minipersona.study.recipes import BASELINE_PLACEHOLDER, RESPONSES_PLACEHOLDER, Recipe, check_planned, planned
 from minipersona.study_config import STAGES, StudyConfig, TransferSection, changes
 
@@ -329,6 +343,78 @@ def test_a_plan_counts_the_answers_that_fall_due(capsys: pytest.CaptureFixture[s
     assert tokens[1] < tokens[0] / 2  # a server's tokens take no time of ours
     without = plan("--set", "suites=[]")  # the control
     assert "0 seconds of them for answers" in line_of(without, "in all ") and " answers, " not in without
+
+
+def test_a_plan_counts_what_recipes_are_compared_by(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minipersona.study.estimate.measure_machine", lambda *given: Machine("cpu", 1e12))
+
+    def plan(*settings: str) -> tuple[str, float, float, str]:
+        """The line of what is compared, its hours and those in all, and what is said of a passer."""
+        assert main(["study", "--config", "study", "--plan", "--phases", "1,2", *settings]) == 0
+        text = capsys.readouterr().out
+        asked, total = line_of(text, "voice"), line_of(text, "in all ")
+        hours = [float(line.split(" hours")[0].rsplit(" ", 1)[1]) for line in (asked, total)]
+        return asked, *hours, line_of(text, "confirmation of a passer") or line_of(text, "a passer")
+
+    without, few, total, passed = plan()
+    assert without.startswith("# voice of base and baseline: ")
+    assert re.search(r" more, and \S+ hours for voice and M1 on every persona set$", passed)
+    named, more, larger, _ = plan("--set", 'transfer.recipes=["2A beta=0.1", "3 r=4 lr=2e-05"]')  # of which one is run
+    assert named.startswith("# voice, and M1 on every persona set, of base, baseline and 1 cell of transfer.recipes: ")
+    assert more > few and larger - total == pytest.approx(more - few, abs=0.2)
+    passed = plan("--set", "confirmations=0")[-1]
+    assert passed.startswith("# a passer: ") and passed.endswith(" more for voice and M1 on every persona set")
+
+
+def test_each_model_is_compared_once() -> None:
+    study = load_config("study", StudyConfig)
+    each = Comparison(responding=1, voice=10, transfer=1000)
+    cell = Times(
+        starting=0, loading=0, compiling=0, recording=0, reading=0, responding=0, training=10800, measurements=1,
+        measurement=0, writing=0, device=0, step=0,
+    )  # fmt: skip
+
+    def seconds(study: StudyConfig) -> float:
+        return compared(study, planned(study), each)[1]
+
+    def passes(study: StudyConfig) -> str:
+        return passer(study, planned(study), [Cost(0, 0, cell)], each)
+
+    assert seconds(study) == 1 + 2 * 10  # base and baseline
+    named = replace(study, transfer=TransferSection(recipes=("2A beta=0.1", "3 r=4 lr=2e-05")))
+    assert seconds(named) == 1 + 4 * 10 + 4 * 1000  # base, baseline and two recipes
+    seeds = replace(named, seeds=(42, 43))
+    assert seconds(seeds) == 1 + 7 * 10 + 7 * 1000  # base, two baselines and two recipes twice
+    assert passes(replace(study, confirmations=0)).startswith("# a passer: 50 minutes more ")  # it, base and baseline
+    assert passes(replace(named, confirmations=0)).startswith("# a passer: 17 minutes more ")  # it alone
+    # With three fresh seeds four cells of it and three baselines, beside the base and the first baseline.
+    assert "3 seeds of it and of the baseline, 18.0 hours more, and 2.5 hours for " in passes(study)  # 9,070 s
+    assert "3 seeds of it and of the baseline, 18.0 hours more, and 2.0 hours for " in passes(named)  # 7,070 s
+
+
+def test_the_tokens_of_a_comparison_are_those_that_it_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of voice, the documents that it passes; of a persona set, each persona's beginning once."""
+    study = small_study(tmp_path)
+    baseline = planned(study)[0].config
+    estimate = Estimate(study, baseline, "cpu")
+    personas, prompts, tokens, sets = estimate.persona_prompts(study, baseline)
+    assert (personas, prompts) == (3, 3 * 3) and len(sets) == 2  # its own, and the shipped one
+    tokenizer, probe = load_tokenizer("tiny"), baseline.probe
+    assert sets[0] == measured_tokens(baseline, tokenizer)[0] < tokens and sets[1] > 100 * sets[0]
+    questions = load_questions(probe.questions).questions
+    rendered = [each.ids for each in render_prompts(tokenizer, load_personas(probe.personas).prompts, questions)]
+    read: list[int] = []
+
+    def losses(model: object, documents: Sequence[Document], pack_tokens: int) -> list[Tensor]:
+        read.extend(map(len, documents))
+        return [torch.ones(int(document.supervised.sum())) for document in documents]
+
+    monkeypatch.setattr(voice, "supervised_losses", losses)
+    said = Responses(PERSONAS, rendered, [np.zeros(7, np.int32)] * len(rendered))
+    voice.measure_voice(None, said, QUIET)  # type: ignore[arg-type]
+    assert sum(read) == personas * (tokens + 7 * prompts)
 
 
 def test_processes_that_share_a_gpu_wait_for_what_it_computes() -> None:
