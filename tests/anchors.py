@@ -7,12 +7,13 @@ from dataclasses import replace
 
 import numpy as np
 from conftest import SIZES
+from torch import Tensor
 
 from minipersona.chat import Document
 from minipersona.config import ObjectiveSection
 from minipersona.corpus.batch import Batch, make_batch
 from minipersona.model.network import Qwen2
-from minipersona.objective.contexts import Anchored, Contexts, base_states
+from minipersona.objective.contexts import Anchored, Contexts, base_states, predicting_states
 from minipersona.objective.feature_anchor import FeatureAnchor, scales
 from minipersona.objective.feature_and_kl import FeatureAndKL
 from minipersona.objective.gram_anchor import GramAnchor
@@ -69,14 +70,27 @@ def with_base(contexts: Contexts, base: Qwen2, layers: Sequence[int] = LAYERS, s
     return replace(contexts, base=states, scale=scales(states, "spread" if contexts.responses else "state"))
 
 
-def anchored(kind: str, weight: float, base: Qwen2, frozen: Qwen2 | None = None) -> Anchored:
-    """An objective that holds a model near `base`; `frozen` is what KL applies in its place where all weights learn."""
+def with_predictions(contexts: Contexts, base: Qwen2, steps: int = 9) -> Contexts:
+    """The same with what the predictions of `base` follow from."""
+    return replace(contexts, predicting=predicting_states(base, contexts, steps, pack_tokens=60))
+
+
+def contexts_of(kind: str, base: Qwen2, steps: int = 9) -> Contexts:
+    """Random contexts with what an objective of this kind reads of `base`."""
     contexts = random_contexts(kind)
-    if kind == BOTH:
-        return FeatureAndKL(weight, with_base(contexts, base), frozen, KL_FACTOR)
     if kind in KL:
-        return KLOnPrompts(weight, contexts, frozen)
-    return (FeatureAnchor if kind == "feature_anchor" else GramAnchor)(weight, with_base(contexts, base))
+        contexts = with_predictions(contexts, base, steps)
+    return with_base(contexts, base, steps=steps) if kind == BOTH or kind not in KL else contexts
+
+
+def anchored(kind: str, weight: float, base: Qwen2, head: Tensor | None = None) -> Anchored:
+    """An objective that holds a model near `base`; `head` is the base's where all weights learn."""
+    contexts = contexts_of(kind, base)
+    if kind == BOTH:
+        return FeatureAndKL(weight, contexts, head, KL_FACTOR)
+    if kind in KL:
+        return KLOnPrompts(weight, contexts, head)
+    return (FeatureAnchor if kind == "feature_anchor" else GramAnchor)(weight, contexts)
 
 
 def step_batch(

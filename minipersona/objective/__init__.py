@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from minipersona.chat import Document
-from minipersona.config import ObjectiveSection, RunConfig
+from minipersona.config import RunConfig
 from minipersona.files import read_json, write_json
 from minipersona.model.network import Qwen2
 from minipersona.objective.contexts import Contexts
@@ -34,11 +34,6 @@ def check_objective(model: Qwen2, documents: Sequence[Document], config: RunConf
         write_json(file, asdict(check_first_step(model, documents, config)))
 
 
-def compares_with_base(section: ObjectiveSection) -> bool:
-    """Whether the base is applied in every step: where all weights learn, a copy of it is kept."""
-    return section.kind == "kl_to_base" or section.anchors_predictions
-
-
 def make_objective(
     model: Qwen2, config: RunConfig, directory: Path, compiled: bool, contexts: Contexts | None = None
 ) -> Objective:
@@ -48,17 +43,17 @@ def make_objective(
     An anchored objective needs `contexts`.
     """
     section = config.objective
-    needs_copy = compares_with_base(section) and config.training.method == "full"
-    base = frozen_copy(model, compiled) if needs_copy else None
+    full = config.training.method == "full"  # so that what is needed of the base has to be copied
     if section.anchored:
         assert contexts is not None, "an anchored objective has contexts"
+        head = model.lm_head.weight.detach().clone() if full and section.anchors_predictions else None
         if section.kind == "kl_on_prompts":
-            return KLOnPrompts(section.weight, contexts, base)
+            return KLOnPrompts(section.weight, contexts, head)
         if section.kind == "feature_and_kl":
-            return FeatureAndKL(section.weight, contexts, base, section.kl_factor)
+            return FeatureAndKL(section.weight, contexts, head, section.kl_factor)
         return (FeatureAnchor if section.kind == "feature_anchor" else GramAnchor)(section.weight, contexts)
     if section.kind == "kl_to_base":
-        return KLToBase(section.weight, section.direction, base)
+        return KLToBase(section.weight, section.direction, frozen_copy(model, compiled) if full else None)
     if section.kind == "r3f":
         check = read_json(directory / OBJECTIVE_CHECK)
         weight = section.weight * (check["supervised_per_row"] if section.per_row else 1)

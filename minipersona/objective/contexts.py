@@ -15,7 +15,7 @@ the step, D = width
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import ClassVar
@@ -55,6 +55,24 @@ class ContextPack(Pack):
 
 
 @dataclass(frozen=True, eq=False)
+class PredictingStates:
+    """The base's states, after the final norm, at the tokens of contexts at which an anchor holds predictions.
+
+    states  (n, D) in the stream's precision
+    first   (P * Q,) int64: of context c's token at position t it is states[first[c] + t]
+    """
+
+    states: Tensor
+    first: Tensor
+
+    def at(self, pack: Pack, rows: Tensor) -> Tensor:
+        """rows (N,) of a pack's stream -> (N, D). Rows of padding get other rows' states."""
+        document = torch.searchsorted(pack.boundaries[1:].long(), rows, right=True)
+        found = self.first[pack.documents[document]] + pack.positions[rows]
+        return self.states[found.clamp(0, len(self.states) - 1)]
+
+
+@dataclass(frozen=True, eq=False)
 class Contexts:
     """The prompts of all personas at all questions, which of them each step takes, and what the base does with them.
 
@@ -66,6 +84,7 @@ class Contexts:
     base         layer -> (P * Q, D) of `base_states`; empty for an objective that does not read it
     scale        layer -> (P * Q,) what a feature anchor divides the squared change of each context's state by
     responses    (n,) bool of each context: which of its tokens are the response's; empty where there are only prompts
+    predicting   the base's states that its predictions follow from; None for an objective that does not read them
 
     Like the rows, contexts come from a seeded permutation, an epoch after another: a function of (seed, step).
     """
@@ -78,6 +97,7 @@ class Contexts:
     base: Mapping[int, Tensor] = field(default_factory=dict)
     scale: Mapping[int, Tensor] = field(default_factory=dict)
     responses: Sequence[np.ndarray] = ()
+    predicting: PredictingStates | None = None
 
     @cached_property
     def _order(self) -> RowOrder:
@@ -119,6 +139,10 @@ class Contexts:
             pack = replace(pack, targets=targets, together=self.together)
             packs.append(ContextPack(**vars(pack), per_context=per_context, per_token=per_token))
         return replace(batch, packs=[*batch.packs, *packs], context_tokens=tokens)
+
+    def held(self, pack: Pack) -> Tensor:
+        """(N,) the rows of its stream at which predictions are held: those that predict a response, or all."""
+        return pack.supervised if self.responses else torch.arange(pack.tokens, device=pack.ids.device)
 
     def pack(self, contexts: Sequence[int]) -> Pack:
         """These contexts, in this order."""
@@ -182,17 +206,45 @@ def base_states(
     steps     of the run; contexts that none of them takes are not computed, and are NaN
     progress  called with the number of contexts that are done
     """
-    by_length = sorted(contexts.taken(steps), key=lambda c: len(contexts.ids[c]))
     shape = len(contexts.ids), model.config.hidden_size
     states = {layer: torch.full(shape, torch.nan, dtype=model.compute_dtype, device=model.device) for layer in layers}
+    for pack in _packs(contexts, steps, pack_tokens, progress):
+        for layer, h in last_states(model, pack := pack.to(model.device), layers).items():
+            states[layer][pack.documents] = h
+    return states
+
+
+@torch.no_grad()
+def predicting_states(
+    model: Qwen2, contexts: Contexts, steps: int, pack_tokens: int,
+    progress: Callable[[int], None] = lambda done: None,
+) -> PredictingStates:  # fmt: skip
+    """The base's at the contexts that a run takes: at all tokens, or, of responses, at those that predict them.
+
+    The arguments are those of `base_states`. For the 7B, 6,000 responses of 64 tokens are 2.8 GB.
+    """
+    held = contexts.responses or [np.ones(len(ids), dtype=bool) for ids in contexts.ids]
+    total = sum(int(held[c].sum()) for c in contexts.taken(steps))
+    states = torch.empty(total, model.config.hidden_size, dtype=model.compute_dtype, device=model.device)
+    first, done = torch.zeros(len(contexts.ids), dtype=torch.int64), 0
+    for pack in _packs(contexts, steps, pack_tokens, progress):
+        rows = contexts.held(pack)
+        before = torch.searchsorted(rows, pack.boundaries[:-1].long())  # of each document: the rows before it
+        first[pack.documents] = done + before - pack.positions[rows[before]]
+        pack, end = pack.to(model.device), done + len(rows)
+        states[done:end] = model(pack, last_rows=contexts.held(pack))
+        done = end
+    return PredictingStates(states, first.to(model.device))
+
+
+def _packs(contexts: Contexts, steps: int, pack_tokens: int, progress: Callable[[int], None]) -> Iterator[Pack]:
+    """The contexts that a run takes, those of similar lengths together."""
+    by_length = sorted(contexts.taken(steps), key=lambda c: len(contexts.ids[c]))
     done = 0
     for part in split([len(contexts.ids[c]) for c in by_length], pack_tokens):
-        pack = contexts.pack([by_length[i] for i in part]).to(model.device)
-        for layer, h in last_states(model, pack, layers).items():
-            states[layer][pack.documents] = h
+        yield contexts.pack([by_length[i] for i in part])
         done += len(part)
         progress(done)
-    return states
 
 
 def wide(h: Tensor) -> Tensor:

@@ -7,19 +7,17 @@ q is the base's distribution of the next token, a constant, and p = softmax(z) t
 tokens of the step's contexts. Where these end in responses, t goes only over the tokens at which a token of a response,
 or its end, is predicted. This is `reverse` of `kl_to_base.py`, on prompts that no row contains.
 
-T = those tokens, of all contexts of a step, C = tokens of a chunk, V = vocabulary
+T = those tokens, of all contexts of a step, N = those of a pack, C = tokens of a chunk, D = width, V = vocabulary
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from minipersona.model.lora import adapter_disabled
 from minipersona.model.network import Qwen2, Tap
 from minipersona.objective.contexts import Anchored, ContextPack
 from minipersona.objective.head import CHUNK, ForwardPass, Reference, log_probabilities, through_head
@@ -28,13 +26,15 @@ from minipersona.objective.kl_to_base import divergence_and_slope
 
 @dataclass(frozen=True, eq=False)
 class KLOnPrompts(Anchored):
-    """An `Objective`: a pass through the rows, and two through the contexts, of which the base's has no gradients.
+    """An `Objective`: a pass through the rows, and one through the contexts.
 
-    The base is the model without its adapters, or `frozen` if all weights learn. Its states at every token are too many
-    to keep, so it is applied in every step.
+    The base's states are computed once a run (`contexts.predicting`). Its distributions, which are too many to keep,
+    follow from them by its head.
+
+    head  (V, D) the base's, if all weights learn; otherwise it is the model's
     """
 
-    frozen: Qwen2 | None = None
+    head: Tensor | None = None
 
     def anchor(self, model: Qwen2, pack: ContextPack, forward: ForwardPass) -> Tensor:
         """N times this pack's part of a."""
@@ -44,14 +44,13 @@ class KLOnPrompts(Anchored):
         self, model: Qwen2, pack: ContextPack, forward: ForwardPass, taps: Mapping[int, Tap] | None = None
     ) -> Tensor:
         """N times this pack's part of mean_t KL(q_t || p_t). The model that learns is applied with `taps`."""
-        base = self.frozen or model
-        rows = pack.supervised if self.contexts.responses else None  # of the stream: only they go through the head
-        with torch.no_grad(), contextlib.nullcontext() if self.frozen else adapter_disabled(model):
-            reference = Reference(base(pack, last_rows=rows), base.lm_head.weight)
-        states = model(pack, taps=taps, checkpoint_activations=forward.checkpoint_activations, last_rows=rows)  # (T, D)
-        targets = pack.targets if rows is None else pack.targets[rows]
+        assert self.contexts.predicting is not None, "the base's states are computed before the run"
+        rows = self.contexts.held(pack)
+        states = model(pack, taps=taps, checkpoint_activations=forward.checkpoint_activations, last_rows=rows)  # (N, D)
+        learned = model.lm_head.weight
+        base = Reference(self.contexts.predicting.at(pack, rows), learned if self.head is None else self.head)
         divergence, _ = through_head(
-            _rule, [states], model.lm_head.weight, targets, chunk=CHUNK, compiled=forward.compiled, reference=reference
+            _rule, [states], learned, pack.targets[rows], chunk=CHUNK, compiled=forward.compiled, reference=base
         )
         return pack.per_token * divergence
 

@@ -32,7 +32,7 @@ from minipersona.geometry.prompts import REGISTERED, PersonaSet, QuestionSet, lo
 from minipersona.model.config import ModelConfig
 from minipersona.model.generation import Request, generate
 from minipersona.model.network import Qwen2
-from minipersona.objective.contexts import Contexts, base_states
+from minipersona.objective.contexts import Contexts, PredictingStates, base_states, predicting_states
 from minipersona.objective.feature_anchor import scales
 from minipersona.records import read_records, to_dict
 from minipersona.run.directory import ANCHOR_RESPONSES
@@ -137,9 +137,9 @@ def run_contexts(
         return None
     contexts = make_contexts(config, tokenizer)
     check_positions(model, contexts.ids, section.anchor_responses)
+    steps, tokens = config.training.steps, config.execution.measuring_tokens
     if section.kind != "kl_on_prompts":  # of the prompts, before there are responses
         layers = section.anchor_layers or (model.config.probe_layer,)
-        steps, tokens = config.training.steps, config.execution.measuring_tokens
 
         def states() -> dict[int, Tensor]:
             with console.progress("states of the base", len(contexts.taken(steps)), "contexts") as progress:
@@ -156,6 +156,14 @@ def run_contexts(
         contexts = replace(contexts, base=base, scale=scale)
     if section.anchor_responses:
         contexts = _with_responses(contexts, config, directory, distributed, model, tokenizer, console, keep)
+    if section.anchors_predictions:
+
+        def predicting() -> PredictingStates:
+            with console.progress("predictions of the base", len(contexts.taken(steps)), "contexts") as progress:
+                return predicting_states(model, contexts, steps, tokens, progress.advance)
+
+        found = keep("anchor predictions", (*_taken(config, contexts), tokens), predicting)
+        contexts = replace(contexts, predicting=found)
     return contexts
 
 
@@ -211,9 +219,11 @@ def _with_responses(
 
 
 def _taken(config: RunConfig, contexts: Contexts) -> tuple[Any, ...]:
-    """Equal for runs that take the same contexts of the same base."""
-    personas, questions = anchor_sets(config.objective)
-    return config.model, personas.digest, questions.digest, contexts.taken(config.training.steps)
+    """Equal for runs that take the same contexts of the same base, with the same responses if they have some."""
+    taken = contexts.taken(config.training.steps)
+    prompts = [contexts.ids[c].tobytes() for c in taken]
+    responses = [contexts.responses[c].tobytes() for c in taken] if contexts.responses else []
+    return config.model, taken, prompts, responses
 
 
 def make_contexts(config: RunConfig, tokenizer: ChatTokenizer) -> Contexts:

@@ -20,11 +20,10 @@ from minipersona.geometry.extraction import common_prefixes, render_prompts
 from minipersona.geometry.prompts import load_personas, load_questions
 from minipersona.model.config import ModelConfig
 from minipersona.model.load import architecture_offline
-from minipersona.objective import compares_with_base
 from minipersona.objective.head import CHUNK
 from minipersona.run.anchors import anchor_sets, check_anchors, make_contexts
 from minipersona.run.resources import compiles, load_run_tokenizer, resolve
-from minipersona.run.times import Counts, Times, checkpoint_bytes, run_times, state_bytes
+from minipersona.run.times import Counts, Times, checkpoint_bytes, contexts_taken, run_times, state_bytes
 from minipersona.run.work import Machine, learned_parameters, measure_machine
 from minipersona.settings import to_toml
 
@@ -112,7 +111,7 @@ def time_lines(times: Times, config: RunConfig, machine: Machine) -> list[str]:
         "compiling": times.compiling,
         "recording CUDA graphs": times.recording,
         "tokenising": times.reading,
-        "generating responses": times.responding,
+        "applying the base to the anchor's contexts": times.anchoring,
         f"{config.training.steps:,} steps of {times.step:.3f} s": times.training,
         f"{times.measurements} measurements": times.measuring,
         "writing": times.writing,
@@ -219,9 +218,12 @@ def memory_bytes(sizes: ModelConfig, config: RunConfig, device: str, tokens: int
     """Bytes at the peak of a step: weights, masters with gradient and moments, activations or one chunk of logits."""
     compute = 2 if config.model.dtype == "bfloat16" or (config.model.dtype == "auto" and device == "cuda") else 4
     learned = learned_parameters(sizes, config)
-    # Where all weights learn, there is a base beside them only for an objective that compares with it.
-    frozen = config.training.method == "lora" or compares_with_base(config.objective)
+    # Where all weights learn, there is a base beside them only for the objective that applies it in every step.
+    frozen = config.training.method == "lora" or config.objective.kind == "kl_to_base"
     weights = frozen * sizes.parameters * compute + 16 * learned
+    if config.objective.anchors_predictions:  # the base's state at every token
+        held = config.objective.anchor_responses or CONTEXT_TOKENS
+        weights += compute * sizes.hidden_size * contexts_taken(config) * held
     d, f, q, k = sizes.hidden_size, sizes.intermediate_size, sizes.query_width, sizes.key_width
     # A token's tensors that one block keeps for its backward pass, and, recomputed, needs within it. Both factors are
     # fitted to the peaks of the 7B in docs/log.md, which they meet within a tenth.

@@ -21,6 +21,7 @@ from minipersona.run.work import (
     Machine,
     Work,
     adapter_parameters,
+    anchored_blocks,
     forward,
     generation_seconds,
     learned_parameters,
@@ -56,7 +57,7 @@ class Times:
     loading: float
     compiling: float
     recording: float  # CUDA graphs
-    responding: float  # the base, where an anchor reads its responses
+    anchoring: float  # the base's states at an anchor's contexts, and its responses
     reading: float  # rows, into tokens
     training: float
     measurements: int  # of the base and of every checkpoint
@@ -68,7 +69,7 @@ class Times:
     @property
     def once(self) -> float:
         """What only the first run of a process pays."""
-        return self.starting + self.loading + self.compiling + self.recording + self.responding
+        return self.starting + self.loading + self.compiling + self.recording + self.anchoring
 
     @property
     def measuring(self) -> float:
@@ -96,7 +97,10 @@ def run_times(sizes: ModelConfig, config: RunConfig, counts: Counts, machine: Ma
     steps = [step(sizes, config, n, contexts) for n in tokens]
     training = sum(machine.seconds(work, graphs) for work in steps)
     measured, each = measurements(config), measurement(sizes, config, counts)
-    responding = generation_seconds(sizes, anchor_response_tokens(config), IN_FLIGHT, machine)
+    anchoring = generation_seconds(sizes, anchor_response_tokens(config), IN_FLIGHT, machine)
+    if config.objective.anchored:
+        once = counts.contexts * contexts_taken(config) / (config.objective.contexts * len(tokens))
+        anchoring += machine.seconds(forward(sizes, once, 0, anchored_blocks(sizes, config)))
     loading = weight_bytes(sizes, config, machine.device) / LOAD_BYTES
     again = loading * (config.training.method == "full")  # for the distance from the base
     return Times(
@@ -104,7 +108,7 @@ def run_times(sizes: ModelConfig, config: RunConfig, counts: Counts, machine: Ma
         loading=loading,
         compiling=compiled * (COMPILING + COMPILING_MEASURING),
         recording=graphs * RECORDING * min(len(tokens), BUCKETS * len(set(tokens))),
-        responding=responding,
+        anchoring=anchoring,
         reading=(sum(counts.steps) + counts.heldout) / TOKENISED + RENDERING,
         training=training,
         measurements=measured,
@@ -115,14 +119,16 @@ def run_times(sizes: ModelConfig, config: RunConfig, counts: Counts, machine: Ma
     )
 
 
+def contexts_taken(config: RunConfig) -> int:
+    """Contexts that an anchored run takes at most, each counted once."""
+    personas, questions = anchor_sets(config.objective)
+    drawn = config.objective.contexts * config.training.steps
+    return min(drawn, len(personas.prompts) * len(questions.questions))
+
+
 def anchor_response_tokens(config: RunConfig) -> int:
     """Of the base's responses over which a run is anchored, at most: one for each context that it takes."""
-    section = config.objective
-    if not section.anchor_responses:
-        return 0
-    personas, questions = anchor_sets(section)
-    contexts = min(section.contexts * config.training.steps, len(personas.prompts) * len(questions.questions))
-    return contexts * section.anchor_responses
+    return contexts_taken(config) * config.objective.anchor_responses if config.objective.anchor_responses else 0
 
 
 def measurements(config: RunConfig) -> int:

@@ -188,7 +188,8 @@ def step(sizes: ModelConfig, config: RunConfig, tokens: float, contexts: float) 
     elif kind == "kl_to_base":
         work += forward(sizes, tokens, 2 * SUPERVISED * tokens, passes=passes)
     elif config.objective.anchors_predictions:
-        work += training(sizes, config, contexts, contexts, passes=0) + forward(sizes, contexts, contexts)
+        work += training(sizes, config, contexts, contexts, passes=0)
+        work += forward(sizes, 0, contexts, passes=0)  # of the base, only through the head
     elif config.objective.anchored:
         work += training(sizes, config, contexts, 0, anchored_blocks(sizes, config), passes=0)
     return work + Work(moved=UPDATE_BYTES * learned_parameters(sizes, config))

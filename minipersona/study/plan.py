@@ -110,7 +110,7 @@ def wall_seconds(phases: Sequence[Sequence[tuple[object, Times]]], devices: Sequ
     total, met = first.starting + first.loading, set()
     for cells in phases:
         processes = min(max(1, len(devices)), len(cells))
-        new = {k: times.compiling + times.recording + times.responding for k, times in cells if k not in met}
+        new = {k: times.compiling + times.recording + times.anchoring for k, times in cells if k not in met}
         met |= set(new)
         total += sum(sorted(new.values(), reverse=True)[: -(-len(cells) // processes)])
         computed = sum(times.device for _, times in cells) / min(max(1, len(set(devices))), processes)

@@ -29,7 +29,7 @@ from minipersona.model.acceleration.foreach import copy_each
 from minipersona.model.lora import adapters
 from minipersona.model.network import AddVector, Qwen2
 from minipersona.model.pack import Pack
-from minipersona.objective.contexts import Anchored
+from minipersona.objective.contexts import Anchored, PredictingStates
 from minipersona.objective.cross_entropy import CrossEntropy
 from minipersona.objective.feature_anchor import FeatureAnchor
 from minipersona.objective.feature_and_kl import FeatureAndKL
@@ -96,11 +96,15 @@ class Graphs:
         contexts = objective.contexts
         base = {layer: kept(f"base {layer}", states) for layer, states in contexts.base.items()}
         scale = {layer: kept(f"scale {layer}", values) for layer, values in contexts.scale.items()}
+        predicting = contexts.predicting
+        if predicting is not None:
+            predicting = PredictingStates(kept("predicting", predicting.states), kept("first", predicting.first))
         strengths: dict[str, Any] = {
             name: kept(name, torch.as_tensor(getattr(objective, name), dtype=torch.float64, device=self.model.device))
             for name in STRENGTHS if hasattr(objective, name)
         }  # fmt: skip
-        return replace(objective, contexts=replace(contexts, base=base, scale=scale), **strengths)
+        contexts = replace(contexts, base=base, scale=scale, predicting=predicting)
+        return replace(objective, contexts=contexts, **strengths)
 
     def backward(self, model: Qwen2, pack: Pack, objective: Objective, forward: ForwardPass) -> Tensor:
         """What `loop.backward` does: add the gradients of one pack's summed loss; return the summed terms, (K,)."""
@@ -230,6 +234,8 @@ def _identity(objective: Objective) -> Any:
     contexts = objective.contexts
     settings = [(name, value) for name, value in vars(objective).items() if name != "contexts"]
     read = [*settings, *contexts.base.items()]
+    if contexts.predicting is not None:
+        read.append(("predicting", contexts.predicting.states))
     identities = [(what, value.data_ptr() if isinstance(value, Tensor) else value) for what, value in read]
     return type(objective), contexts.personas, bool(contexts.responses), *identities
 

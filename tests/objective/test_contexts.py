@@ -16,7 +16,7 @@ from anchors import (
     PER_STEP,
     PERSONAS,
     QUESTIONS,
-    anchored,
+    RESPONSES,
     held_rows,
     random_contexts,
     step_batch,
@@ -28,9 +28,10 @@ from minipersona.chat import Document
 from minipersona.corpus.batch import RowOrder
 from minipersona.model.load import load_model
 from minipersona.model.pack import IGNORE
-from minipersona.objective.contexts import ContextPack, base_states, last_states
+from minipersona.objective.contexts import ContextPack, base_states, last_states, predicting_states
 from minipersona.objective.feature_anchor import moved, scales
 from minipersona.objective.gram_anchor import cosines
+from minipersona.objective.kl_on_prompts import KLOnPrompts
 from minipersona.training.memory import cut
 
 # ---------------------------------------------------------------- which, and in which packs
@@ -59,8 +60,7 @@ def test_the_gram_anchor_takes_whole_questions() -> None:
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_ranks_and_packs_share_a_steps_contexts(documents: list[Document], kind: str, size: int) -> None:
     contexts = random_contexts(kind)
-    objective = anchored("kl_on_prompts", 1.0, None)  # type: ignore[arg-type]
-    objective = replace(objective, contexts=contexts)
+    objective = KLOnPrompts(1.0, contexts)
     expected = sorted(c for group in contexts.groups(7) for c in group)
     for pack_tokens in (1, 20, 10_000):
         batches = [step_batch(objective, documents, 7, pack_tokens, rank, size) for rank in range(size)]
@@ -91,14 +91,13 @@ def test_ranks_and_packs_share_a_steps_contexts(documents: list[Document], kind:
 
 def test_a_step_that_is_skipped_has_no_contexts(documents: list[Document]) -> None:
     silent = [replace(d, supervised=d.supervised & False) for d in documents]
-    objective = anchored("kl_on_prompts", 1.0, None)  # type: ignore[arg-type]
+    objective = KLOnPrompts(1.0, random_contexts("kl_on_prompts"))
     assert step_batch(objective, silent).packs == [] and step_batch(objective, documents).context_tokens
 
 
 def test_cutting_a_pack_for_memory_separates_no_personas_of_a_question(documents: list[Document]) -> None:
     for kind, pieces in (("gram_anchor", 2), ("feature_anchor", PER_STEP)):
-        objective = replace(anchored("kl_on_prompts", 1.0, None), contexts=random_contexts(kind))  # type: ignore[arg-type]
-        pack = step_batch(objective, documents).packs[-1]
+        pack = step_batch(KLOnPrompts(1.0, random_contexts(kind)), documents).packs[-1]
         parts = cut(pack, 1)
         assert len(parts) == pieces and {type(part) for part in parts} == {ContextPack}
         assert torch.equal(torch.cat([part.documents for part in parts]), pack.documents)
@@ -123,6 +122,20 @@ def test_states_are_those_of_each_prompt_alone(hf_model: Callable[..., Path]) ->
         # What no step takes is not computed.
         left = torch.ones(len(rows), dtype=torch.bool).index_fill(0, torch.tensor(taken), False)
         assert torch.equal(few[layer].isnan().all(1), left) and relative_error(few[layer][~left], rows[~left]) < 1e-12
+
+
+@pytest.mark.parametrize("kind", ["kl_on_prompts", RESPONSES])
+def test_what_the_base_predicts_from_is_that_of_each_context_alone(hf_model: Callable[..., Path], kind: str) -> None:
+    model = load_model(str(hf_model()), dtype=torch.float64, device="cpu")
+    contexts, rng = random_contexts(kind), np.random.default_rng(0)
+    found = predicting_states(model, contexts, 3, pack_tokens=60)
+    drawn = rng.permutation(taken := contexts.taken(3))[:7].tolist()
+    pack = contexts.pack(drawn)
+    alone = [model(contexts.pack([c]))[held_rows(contexts, c)] for c in drawn]
+    rows = contexts.held(pack)
+    assert relative_error(found.at(pack, rows), torch.cat(alone)) < 1e-12
+    assert relative_error(found.at(contexts.pack(drawn[::-1]), rows), torch.cat(alone)) > 1e-2  # the control
+    assert len(found.states) == sum(len(contexts.ids[c][held_rows(contexts, c)]) for c in taken)  # and no others
 
 
 def test_progress_counts_the_contexts_that_are_done(hf_model: Callable[..., Path]) -> None:

@@ -23,11 +23,11 @@ from minipersona.files import read_jsonl
 from minipersona.geometry.prompts import PersonaSet, load_personas, load_questions
 from minipersona.model.generation import generate
 from minipersona.model.load import architecture, load_model
-from minipersona.objective.contexts import Contexts, base_states
+from minipersona.objective.contexts import Contexts, base_states, predicting_states
 from minipersona.run import anchors
 from minipersona.run.anchors import anchor_sets, check_anchors, make_contexts, run_contexts, words
 from minipersona.run.directory import ANCHOR_RESPONSES
-from minipersona.run.plan import assumed_counts
+from minipersona.run.plan import assumed_counts, memory_bytes
 from minipersona.run.resources import Resources
 from minipersona.run.times import anchor_response_tokens, run_times
 from minipersona.run.work import Machine, step, training
@@ -182,12 +182,17 @@ def test_a_plan_counts_the_bases_responses() -> None:
         found.append((counts.contexts, run_times(TINY, asked, counts, machine)))
     (prompts, without), (_, half), (contexts, whole) = found
     assert contexts - prompts == 64 * 32 * 375
-    assert 0 == without.responding < half.responding == whole.responding / 2
-    assert whole.once - without.once == pytest.approx(whole.responding)
+    assert half.anchoring - without.anchoring == pytest.approx((whole.anchoring - without.anchoring) / 2)
+    assert whole.once - without.once == pytest.approx(whole.anchoring - without.anchoring)
+    assert 0 < without.anchoring < whole.anchoring / 3
     assert whole.each - without.each == pytest.approx(whole.training - without.training)
     few = replace(config("kl_on_prompts", anchor_responses=64, contexts=3), data=asked.data)
     assert anchor_response_tokens(asked) == 64 * 30 * 240 < 64 * 32 * 375  # each context once
     assert anchor_response_tokens(few) == 64 * 3 * 375
+    # What the base predicts them from is kept, in fp32 here.
+    shorter = replace(few, objective=replace(few.objective, anchor_responses=63))
+    kept, less = (memory_bytes(TINY, one, "cpu", 100) for one in (few, shorter))
+    assert kept - less == 3 * 375 * 4 * TINY.hidden_size
 
 
 def test_a_run_records_its_anchors_and_continues_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -253,8 +258,9 @@ def test_the_base_responds_once_a_run(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(anchors, "generate", counted(generate))
     monkeypatch.setattr(anchors, "base_states", counted(base_states))
+    monkeypatch.setattr(anchors, "predicting_states", counted(predicting_states))
     both = replace(settings, objective=replace(settings.objective, kind="feature_and_kl"))
-    runs = ("one", 42, "", 2), ("two", 42, "", 2), ("three", 43, "", 4), ("four", 43, "v2", 6)
+    runs = ("one", 42, "", 3), ("two", 42, "", 3), ("three", 43, "", 6), ("four", 43, "v2", 9)
     for name, seed, revision, times in runs:
         (tmp_path / name).mkdir()
         given = tmp_path / name, SINGLE_PROCESS, model, tokenizer, Console(), resources.keep

@@ -419,7 +419,7 @@ def test_the_tokens_of_a_comparison_are_those_that_it_reads(tmp_path: Path, monk
 
 def test_processes_that_share_a_gpu_wait_for_what_it_computes() -> None:
     cell = Times(
-        starting=10, loading=1, compiling=20, recording=10, reading=2, responding=0, training=8, measurements=2,
+        starting=10, loading=1, compiling=20, recording=10, reading=2, anchoring=0, training=8, measurements=2,
         measurement=10, writing=5, device=9, step=0.02,
     )  # fmt: skip
     assert cell.each == 25  # its base is measured once a study
@@ -429,7 +429,7 @@ def test_processes_that_share_a_gpu_wait_for_what_it_computes() -> None:
         """Of phases whose cells are named by their kinds."""
         return wall_seconds([[(kind, cell) for kind in phase] for phase in phases], devices.split())
 
-    answered = replace(cell, responding=7)
+    answered = replace(cell, anchoring=7)
     assert wall_seconds([[("a", answered), ("a", answered)]], ["0"]) == start + new + 7 + 2 * 25  # once a process
 
     many = "a" * 40

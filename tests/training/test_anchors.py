@@ -19,12 +19,14 @@ from anchors import (
     PERSONAS,
     RESPONSES,
     anchored,
+    contexts_of,
     held_rows,
     kind_of,
     random_contexts,
     section,
     step_batch,
     with_base,
+    with_predictions,
 )
 from conftest import relative_error
 from torch import Tensor
@@ -95,9 +97,7 @@ def run(
     model.fused = fused
     contexts = None
     if settings.objective.anchored:
-        contexts = random_contexts(kind_of(settings.objective))
-        if settings.objective.kind != "kl_on_prompts":
-            contexts = with_base(contexts, model, steps=settings.training.steps)
+        contexts = contexts_of(kind_of(settings.objective), model, settings.training.steps)
     train(model, documents, settings, out, SINGLE_PROCESS, contexts=contexts, **more)
     return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}, read_jsonl(out / "metrics.jsonl")
 
@@ -210,7 +210,7 @@ def test_every_weights_gradient_equals_transformers(
 
     ours = base_model(hf_model(), torch.float32).requires_grad_(True)
     frozen = base_model(hf_model(seed=1), torch.float32)
-    objective = anchored(kind, 0.5, frozen, frozen)
+    objective = anchored(kind, 0.5, frozen, frozen.lm_head.weight)
     batch = step_batch(objective, documents[:12])
     batch = replace(batch, packs=[pack for pack in batch.packs if isinstance(pack, ContextPack)])
     _, found = terms_and_gradients(ours, batch, objective)
@@ -434,7 +434,7 @@ def test_states_are_those_of_the_prompts_alone_at_every_block(
     From the last block only the rows that predict a response leave.
     """
     model, base = adapted(hf_model()), base_model(hf_model())
-    contexts = with_base(random_contexts(BOTH), base, layers=(0, 2))
+    contexts = with_base(with_predictions(random_contexts(BOTH), base), base, layers=(0, 2))
     alone = [ids[~response] for ids, response in zip(contexts.ids, contexts.responses, strict=True)]
     prompts = replace(contexts, ids=alone, responses=())
     forward = ForwardPass(42, 7, checkpoint_activations=checkpoint)
@@ -457,8 +457,9 @@ def test_an_objective_is_what_its_config_says(
     found = make_objective(model, config(kind, method), tmp_path, False, random_contexts(kind))
     assert type(found) is type(anchored(kind, 0.5, model)) and found.weight == 0.5
     assert getattr(found, "kl_factor", None) == (KL_FACTOR if kind == BOTH else None)
-    frozen = getattr(found, "frozen", None)  # what the base's predictions are of, where all weights learn
-    assert (frozen is not None) == (kind in KL and method == "full") and frozen is not model
+    head = getattr(found, "head", None)  # the base's, where all weights learn
+    assert (head is not None) == (kind in KL and method == "full") and head is not model.lm_head.weight
+    assert head is None or torch.equal(head, model.lm_head.weight)
 
 
 def test_the_objective_of_a_row_is_cross_entropy(hf_model: Callable[..., Path], documents: list[Document]) -> None:

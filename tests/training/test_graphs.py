@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from anchors import BOTH, KINDS, RESPONSES, anchored, step_batch
+from anchors import BOTH, KINDS, RESPONSES, anchored, step_batch, with_predictions
 from conftest import relative_error
 from torch import Tensor
 
@@ -93,7 +93,8 @@ def step_gradients(
         model = adapted(directory, dtype)
     else:
         model.blocks[0].mlp.down_proj.weight.data.mul_(1.5)  # the base, which an anchor holds, is another model
-        objective = replace(objective, frozen=base) if isinstance(objective, KLOnPrompts) else objective
+        if isinstance(objective, KLOnPrompts):
+            objective = replace(objective, head=base.lm_head.weight)
     learned = [p for p in model.parameters() if p.requires_grad]
     graphs = Graphs(model)
     graphs.layout(learned).zero()
@@ -219,7 +220,7 @@ def test_a_pack_whose_rows_fit_a_bucket_exactly_is_padded_by_documents_without_r
     objective = replace(objective, contexts=replace(contexts, responses=silent))
     pack = step_batch(objective, documents[:8]).packs[-1]
     assert 0 in [c % 3 for c in pack.documents.tolist()[:-1]]
-    assert abs(backward(base.requires_grad_(True), pack, replace(objective, frozen=base), ForwardPass(42, 7))[2]) < 1e-9
+    assert abs(backward(base.requires_grad_(True), pack, objective, ForwardPass(42, 7))[2]) < 1e-9
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -246,13 +247,14 @@ def test_kl_over_prompts_and_over_responses_share_no_pass(
     hf_model: Callable[..., Path], documents: list[Document]
 ) -> None:
     model = adapted(hf_model(), torch.float64)
-    prompts = anchored("kl_on_prompts", 0.7, model)
+    base = load_model(str(hf_model()), dtype=torch.float64, device="cpu")
+    prompts = anchored("kl_on_prompts", 0.7, base)
     ends = [np.arange(len(ids)) == len(ids) - 1 for ids in prompts.contexts.ids]  # so few that the buckets are equal
     graphs = Graphs(model)
     graphs.layout([p for p in model.parameters() if p.requires_grad])
     found = []
     for contexts in (replace(prompts.contexts, responses=ends), prompts.contexts):
-        objective = replace(prompts, contexts=contexts)
+        objective = replace(prompts, contexts=with_predictions(contexts, base))
         pack = step_batch(objective, documents[:8]).packs[-1]
         expected = backward(model, pack, objective, ForwardPass(42, 7))
         found.append((buckets.bucket_of(pack), graphs.backward(model, pack, objective, ForwardPass(42, 7)).clone()))
