@@ -94,7 +94,7 @@ class Estimate:
         # A checkpoint of all weights is loaded as a model of its own.
         loading = self.of(baseline).times.loading * (baseline.training.method == "full")
         length = SUPERVISED * sum(counts.steps) / (len(counts.steps) * baseline.training.batch)
-        personas, prompts, asked_tokens, sets = self.persona_prompts(study, baseline)
+        personas, prompts, asked_tokens, sets = self._persona_prompts(study, baseline)
         responses = prompts * min(MOST_TOKENS, length)
         read = personas * (asked_tokens + responses)
         voice = forward(self.sizes, read, personas * responses, passes=math.ceil(read / most))
@@ -105,23 +105,18 @@ class Estimate:
             transfer=sum(map(self.machine.seconds, on_sets)) + len(sets) * (RENDERING + STATISTICS) + loading,
         )
 
-    def persona_prompts(self, study: StudyConfig, baseline: RunConfig) -> tuple[int, int, int, list[int]]:
+    def _persona_prompts(self, study: StudyConfig, baseline: RunConfig) -> tuple[int, int, int, list[int]]:
         """Personas, the prompts that voice asks and their tokens; the tokens that each persona set computes."""
         probe, more = baseline.probe, study.transfer.personas
-        if self.tokenizer is not None and not self.assumed:
-            sets, _ = persona_sets(probe, more)
-            if OWN in sets:
-                personas, questions = sets[OWN].personas.prompts, asked(sets[OWN].questions.questions)
-                prompts = render_prompts(self.tokenizer, personas, questions)
-                computed = [
-                    prompt_tokens(self.tokenizer, each.personas.prompts, each.questions.questions)
-                    for each in sets.values()
-                ]
-                return len(personas), len(prompts), sum(map(len, prompts)), computed
-        names = {(probe.personas, probe.questions), (SHIPPED, SHIPPED), (REGISTERED, REGISTERED)}
-        prompts_asked = PERSONAS * QUESTIONS
-        computed = [PROMPTS * PROMPT_TOKENS] * (len(names) + len(more))
-        return PERSONAS, prompts_asked, prompts_asked * CONTEXT_TOKENS, computed
+        sets = {} if self.tokenizer is None or self.assumed else persona_sets(probe, more)[0]
+        if self.tokenizer is None or OWN not in sets:
+            names = {(probe.personas, probe.questions), (SHIPPED, SHIPPED), (REGISTERED, REGISTERED)}
+            each, prompts = PROMPTS * PROMPT_TOKENS, PERSONAS * QUESTIONS
+            return PERSONAS, prompts, prompts * CONTEXT_TOKENS, [each] * (len(names) + len(more))
+        personas, questions = sets[OWN].personas.prompts, asked(sets[OWN].questions.questions)
+        voiced = render_prompts(self.tokenizer, personas, questions)
+        computed = [prompt_tokens(self.tokenizer, p.prompts, q.questions) for p, q in sets.values()]
+        return len(personas), len(voiced), sum(map(len, voiced)), computed
 
     def basis(self) -> list[str]:
         """What the estimates rest on."""

@@ -10,20 +10,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_study import PERSONAS, QUIET, small_study
+from small_study import QUIET, small_study
 from torch import Tensor
 
 from minipersona.behaviour import voice
 from minipersona.behaviour.voice import Responses
 from minipersona.chat import Document, load_tokenizer
 from minipersona.cli import main
-from minipersona.config import RunConfig
+from minipersona.config import ProbeSection, RunConfig
 from minipersona.errors import UserError
 from minipersona.geometry.extraction import render_prompts
 from minipersona.geometry.prompts import load_personas, load_questions
 from minipersona.run.plan import measured_tokens
 from minipersona.run.times import Times
-from minipersona.run.work import Machine
+from minipersona.run.work import Machine, forward
 from minipersona.settings import difference, load_config, override
 from minipersona.study import recipes as recipes_module
 from minipersona.study.estimate import Comparison, Cost, Estimate
@@ -372,7 +372,7 @@ def test_each_model_is_compared_once() -> None:
     study = load_config("study", StudyConfig)
     each = Comparison(responding=1, voice=10, transfer=1000)
     cell = Times(
-        starting=0, loading=0, compiling=0, recording=0, reading=0, responding=0, training=10800, measurements=1,
+        starting=0, loading=0, compiling=0, recording=0, reading=0, anchoring=0, training=10800, measurements=1,
         measurement=0, writing=0, device=0, step=0,
     )  # fmt: skip
 
@@ -397,24 +397,30 @@ def test_each_model_is_compared_once() -> None:
 def test_the_tokens_of_a_comparison_are_those_that_it_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of voice, the documents that it passes; of a persona set, each persona's beginning once."""
     study = small_study(tmp_path)
-    baseline = planned(study)[0].config
+    baseline, tokenizer = planned(study)[0].config, load_tokenizer("tiny")
     estimate = Estimate(study, baseline, "cpu")
-    personas, prompts, tokens, sets = estimate.persona_prompts(study, baseline)
-    assert (personas, prompts) == (3, 3 * 3) and len(sets) == 2  # its own, and the shipped one
-    tokenizer, probe = load_tokenizer("tiny"), baseline.probe
-    assert sets[0] == measured_tokens(baseline, tokenizer)[0] < tokens and sets[1] > 100 * sets[0]
-    questions = load_questions(probe.questions).questions
-    rendered = [each.ids for each in render_prompts(tokenizer, load_personas(probe.personas).prompts, questions)]
-    read: list[int] = []
+    estimate.machine = Machine("cpu", 1.0)  # so that seconds are operations
+    monkeypatch.setattr("minipersona.study.estimate.MOST_TOKENS", 7)  # fewer than the rows' responses have
+    each = estimate.comparison(study, baseline)
+
+    read = np.zeros(2, int)  # tokens, and those of responses
 
     def losses(model: object, documents: Sequence[Document], pack_tokens: int) -> list[Tensor]:
-        read.extend(map(len, documents))
+        read[:] += sum(map(len, documents)), sum(int(document.supervised.sum()) for document in documents)
         return [torch.ones(int(document.supervised.sum())) for document in documents]
 
     monkeypatch.setattr(voice, "supervised_losses", losses)
-    said = Responses(PERSONAS, rendered, [np.zeros(7, np.int32)] * len(rendered))
+    personas, questions = load_personas(baseline.probe.personas), load_questions(baseline.probe.questions)
+    prompts = [prompt.ids for prompt in render_prompts(tokenizer, personas.prompts, questions.questions)]
+    said = Responses(tuple(personas.prompts), prompts, [np.zeros(7, np.int32)] * len(prompts))
     voice.measure_voice(None, said, QUIET)  # type: ignore[arg-type]
-    assert sum(read) == personas * (tokens + 7 * prompts)
+    assert each.voice == pytest.approx(forward(estimate.sizes, *read).products)
+    assert each.responding == pytest.approx(2 * 7 * len(prompts) * estimate.sizes.matmul_parameters)
+
+    own, _ = measured_tokens(baseline, tokenizer)
+    shipped, _ = measured_tokens(replace(baseline, probe=ProbeSection()), tokenizer)
+    assert each.transfer == pytest.approx(forward(estimate.sizes, own + shipped, 0).products)
+    assert own < shipped / 100
 
 
 def test_processes_that_share_a_gpu_wait_for_what_it_computes() -> None:
