@@ -10,6 +10,7 @@ from typing import Any, Literal
 from minipersona.behaviour.instructions.suite import instruction_suite
 from minipersona.behaviour.suite import behaviour_suite
 from minipersona.behaviour.voice import RESPONSES, VOICE, asked, base_responses, measure_voice
+from minipersona.config import RunConfig
 from minipersona.files import digest, read_json, write_json
 from minipersona.model.network import Qwen2
 from minipersona.records import to_dict, write_record
@@ -47,11 +48,16 @@ class AskModel(Job):
         """The step that is meant; 0 is the base."""
         return 0 if self.cell is None else self.step or self.cell.recipe.config.training.steps
 
+    @property
+    def config(self) -> RunConfig:
+        """The config that the model was trained by; the base is every config's."""
+        return self.study.placed_config(self.cell or self.study.baseline)
+
     def model(self, worker: Worker) -> Qwen2:
         """The model that is asked."""
         if self.cell is None:
-            return worker.resources.model(self.study.baseline.recipe.config)
-        return worker.trained_model(self.study.placed_config(self.cell), self.directory, self.at)
+            return worker.resources.model(self.config)
+        return worker.trained_model(self.config, self.directory, self.at)
 
 
 @dataclass(frozen=True)
@@ -78,9 +84,10 @@ class AskSuite(AskModel):
         return path.is_file() and self._about.items() <= read_json(path).items()
 
     def carry_out(self, worker: Worker) -> None:
-        study, config = self.study.config, self.study.baseline.recipe.config
+        study, config = self.study.config, self.config
         model, tokenizer = self.model(worker), worker.resources.tokenizer(config)
         if self.suite == "behaviour":
+            # An adapter is attached to the base, and to ask for the base would detach it.
             base = None if config.training.method == "lora" else worker.resources.model(config)
             behaviour_suite(model, tokenizer, self.directory, study.behaviour, worker.console, base=base)
         else:
