@@ -38,7 +38,7 @@ from minipersona.study.frontier import measure_frontier
 from minipersona.study.matched_scale import measure_matched_scale
 from minipersona.study.recipes import RESPONSES_PLACEHOLDER
 from minipersona.study.scaling import anchor_digests, measure_scaling
-from minipersona.study.transfer import measure_transfer
+from minipersona.study.transfer import covers_every_set, measure_transfer
 from minipersona.study.worker import Job, Title, Worker
 from minipersona.training.checkpoint import stored_position
 from minipersona.verdict.calibration import Calibration, calibrate
@@ -290,7 +290,9 @@ class MeasureTransfer(Job):
 
     def done(self) -> bool:
         stored = read_optional(self.path, Transfer)
-        return stored is not None and (stored.cell, stored.step) == (self.cell.hash, self.step)
+        if stored is None or (stored.cell, stored.step) != (self.cell.hash, self.step):
+            return False
+        return covers_every_set(self.study, stored)  # a study that goes on may name more of them
 
     def carry_out(self, worker: Worker) -> None:
         write_record(self.path, measure_transfer(self.study, self.cell, self.step, worker))

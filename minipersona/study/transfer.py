@@ -33,6 +33,11 @@ class Sets(NamedTuple):
     personas: PersonaSet
     questions: QuestionSet
 
+    @property
+    def digests(self) -> tuple[str, str]:
+        """By which two are the same, whatever they are called."""
+        return self.personas.digest, self.questions.digest
+
 
 def measure_transfer(study: Study, cell: Cell, step: int, worker: Worker) -> Transfer:
     """Base, baseline and a cell at a step on every set that there is."""
@@ -90,13 +95,16 @@ def persona_sets(probe: ProbeSection, more: Sequence[str] = ()) -> tuple[dict[st
         except UserError as error:
             missing[name] = str(error)
             continue
-        if not any(_same(found, other) for other in sets.values()):
+        if not any(found.digests == other.digests for other in sets.values()):
             sets[name] = found
     return sets, missing
 
 
-def _same(one: Sets, other: Sets) -> bool:
-    return [part.digest for part in one] == [part.digest for part in other]
+def covers_every_set(study: Study, measured: Transfer) -> bool:
+    """Whether nothing is left to measure: every set that there is, as it is now, is among those that were measured."""
+    sets, _ = persona_sets(study.baseline.recipe.config.probe, study.config.transfer.personas)
+    known = {(one.personas_digest, one.questions_digest) for one in measured.sets.values()}
+    return {asked.digests for asked in sets.values()} <= known
 
 
 def on_set(model: Qwen2, instruments: Instruments, asked: Sets) -> ModelOnSet:
