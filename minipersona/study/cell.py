@@ -105,10 +105,11 @@ class Study:
         """Whether a cell's results are there."""
         return (self.cell_directory(cell) / "cell.json").is_file()
 
-    def responses_file(self, placeholder: str, seed: int) -> Path:
-        """What the base model writes; another base or other rows have another file."""
-        folder = placeholder.removeprefix("study:")
-        return self.directory / folder / f"{self.baseline.hash[:12]}-seed-{seed}.jsonl"
+    def responses_file(self, config: RunConfig) -> Path:
+        """What the base model writes for a config; another base, and prompts of other rows or lengths, have another."""
+        data = config.data
+        written = digest([self.baseline.hash, source_identity(data.train), data.max_tokens])
+        return self.directory / data.responses.removeprefix("study:") / f"{written[:12]}-seed-{config.seed}.jsonl"
 
     def placed_config(self, cell: Cell) -> RunConfig:
         """The cell's config with the paths of this study in it."""
@@ -117,7 +118,7 @@ class Study:
         if probe.baseline in (BASELINE_PLACEHOLDER, UNMIXED_PLACEHOLDER):
             probe = replace(probe, baseline=str(self.cell_directory(self.baseline_of(cell))))
         if data.responses in (RESPONSES_PLACEHOLDER, REWRITTEN_PLACEHOLDER):
-            data = replace(data, responses=str(self.responses_file(data.responses, config.seed)))
+            data = replace(data, responses=str(self.responses_file(config)))
         return replace(config, out=str(self.cell_directory(cell)), probe=probe, data=data)
 
 

@@ -140,8 +140,7 @@ class WriteResponses(Job):
     @property
     def file(self) -> Path:
         """What is written, line by line; its report, beside it, comes last."""
-        config = self.cell.recipe.config
-        return self.study.responses_file(config.data.responses, config.seed)
+        return self.study.responses_file(self.cell.recipe.config)
 
     @property
     def title(self) -> Title:

@@ -18,7 +18,7 @@ from minipersona.study.cell import Study, hash_cells
 from minipersona.study.jobs import TrainCell, cell_record, publish, training_seconds
 from minipersona.study.recipes import planned
 from minipersona.study.worker import Worker
-from minipersona.study_config import StudyConfig
+from minipersona.study_config import RecipeSection, StudyConfig
 from minipersona.training.checkpoint import Position
 
 
@@ -72,6 +72,28 @@ def test_another_seed_is_another_cell(config: StudyConfig) -> None:
     reseeded = replace(recipe, config=replace(recipe.config, seed=43))
     first, second = (hash_cells([planned(config)[0], one])[1] for one in (recipe, reseeded))
     assert first.hash != second.hash
+
+
+def test_recipes_share_what_the_base_writes_where_it_writes_to_the_same_prompts(config: StudyConfig) -> None:
+    def declared(name: str, **settings: object) -> RecipeSection:
+        data = {f"data.{key}": value for key, value in settings.items()}
+        return RecipeSection("6E", name, {"data.responses": "study:role_play", **data})
+
+    mine = (
+        declared("prompts", system_prompts="training_personas"),
+        declared("rows", train="tiny:benign[60:120]"),
+        declared("cut", max_tokens=64),
+        declared("anew", responses="study:rewritten"),
+    )
+    config = replace(config, recipe=mine)
+    study = Study(config, Path(config.out), hash_cells(planned(config)))
+    cells = [cell for cell in study.cells if cell.recipe.config.data.responses]
+    assert [cell.recipe.name for cell in cells] == ["responses", "prompts", "rows", "cut", "anew"]
+    files = [str(jobs.WriteResponses(study, cell).file) for cell in cells]
+    assert files == [study.placed_config(cell).data.responses for cell in cells]
+    assert files[0] == files[1] and len(set(files)) == len(files) - 1
+    reseeded = replace(cells[0].recipe.config, seed=43)
+    assert str(study.responses_file(reseeded)) not in files
 
 
 # ---------------------------------------------------------------- attempts and publishing
