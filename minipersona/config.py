@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from minipersona.errors import UserError, require
@@ -286,6 +287,13 @@ class SteeringSection:
         """Whether the vector is made of the personas that are measured, so that M1 says less than it seems to."""
         elsewhere = self.vector.startswith((STEERING_FILE, STEERING_RANDOM)) or self.persona_set == "training"
         return bool(self.vector) and not elsewhere
+
+    @property
+    def file(self) -> Path | None:
+        """The file that the vector is read from; None where it is made from a model."""
+        if not self.vector.startswith(STEERING_FILE):
+            return None
+        return Path(self.vector.removeprefix(STEERING_FILE).partition("#")[0]).expanduser()
 
     @property
     def difference(self) -> str:

@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minipersona.chat import ChatTokenizer
-from minipersona.config import COLLAPSE, STEERING_FILE, STEERING_RANDOM, RunConfig, SteeringSection, parse_difference
+from minipersona.config import COLLAPSE, STEERING_RANDOM, RunConfig, SteeringSection, parse_difference
 from minipersona.errors import UserError
 from minipersona.files import digest, write_atomically
 from minipersona.geometry.extraction import extract
@@ -77,7 +77,7 @@ def check_steering(config: RunConfig, directory: Path, model: Qwen2, tokenizer: 
     if section.vector == COLLAPSE and section.persona_set == "training":
         steered_layers(section, model.config)
         _collapsed_run(Path(config.probe.baseline))
-    elif section.vector == COLLAPSE or section.vector.startswith(STEERING_FILE):
+    elif section.vector == COLLAPSE or section.file is not None:
         raw_vectors(config, model, tokenizer)
     else:
         steered_layers(section, model.config)
@@ -125,10 +125,8 @@ def raw_vectors(
         vectors = _collapse_of_training(config, layers, model, tokenizer, progress)
     elif section.vector == COLLAPSE:
         vectors = _collapse(Path(config.probe.baseline), layers, model)
-    elif section.vector.startswith(STEERING_FILE):
-        path, _, names = section.vector.removeprefix(STEERING_FILE).partition("#")
-        file = Path(path).expanduser()
-        if names:
+    elif (file := section.file) is not None:
+        if names := section.vector.partition("#")[2]:
             vectors = _differences(_extracted(file, layers), layers, *parse_difference(names), str(file))
         else:
             vectors = load_steering(file, layers)

@@ -13,9 +13,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from minipersona.chat.vocabulary import FILES
 from minipersona.config import ModelSection, RunConfig
+from minipersona.corpus.mixtures import TRAINING_PERSONAS
 from minipersona.corpus.sources import source_identity
-from minipersona.files import digest, sha256
+from minipersona.errors import require
+from minipersona.files import data_dir, digest, sha256
 from minipersona.geometry.prompts import load_personas, load_questions
 from minipersona.hub import locate, resolved_revision
 from minipersona.model.load import RANDOM
@@ -25,8 +28,8 @@ from minipersona.study.code_digest import code_digest
 from minipersona.study.recipes import (
     BASELINE_PLACEHOLDER,
     RESPONSES_PLACEHOLDER,
-    REWRITTEN_PLACEHOLDER,
     UNMIXED_PLACEHOLDER,
+    WRITTEN,
     Recipe,
 )
 from minipersona.study_config import STAGES, StudyConfig
@@ -117,7 +120,7 @@ class Study:
         probe, data = config.probe, config.data
         if probe.baseline in (BASELINE_PLACEHOLDER, UNMIXED_PLACEHOLDER):
             probe = replace(probe, baseline=str(self.cell_directory(self.baseline_of(cell))))
-        if data.responses in (RESPONSES_PLACEHOLDER, REWRITTEN_PLACEHOLDER):
+        if data.responses in WRITTEN:
             data = replace(data, responses=str(self.responses_file(config)))
         return replace(config, out=str(self.cell_directory(cell)), probe=probe, data=data)
 
@@ -155,6 +158,7 @@ def _contents(recipe: Recipe) -> dict[str, Any]:
         "personas": load_personas(probe.personas).digest,
         "questions": load_questions(probe.questions).digest,
         "anchors": _anchor_digests(config),
+        "files": [sha256(file) for file in _named_files(config)],
         "model": _model_contents(config.model),
         "code": code_digest(),
     }
@@ -167,15 +171,34 @@ def _anchor_digests(config: RunConfig) -> list[str]:
     return [anchors.digest for anchors in anchor_sets(config.objective)]
 
 
+def _named_files(config: RunConfig) -> list[Path]:
+    """Other files by whose contents a config trains. UserError where one of the user's is missing."""
+    data, named = config.data, []
+    if data.responses not in ("", *WRITTEN):
+        named.append(("data.responses", Path(data.responses).expanduser()))
+    if config.steering.file is not None:
+        named.append(("steering.vector", config.steering.file))
+    if data.system_prompts or data.responses == RESPONSES_PLACEHOLDER:
+        named.append(("data.system_prompts", data_dir() / TRAINING_PERSONAS))
+    for key, file in named:
+        require(file.is_file(), f"{key}: {file}: no such file; check its path")
+    return [file for _, file in named]
+
+
+def _model_contents(section: ModelSection) -> list[Any]:
+    tokenizer = [_repository_contents(section.tokenizer, "", FILES)] if section.tokenizer else []
+    return [_repository_contents(section.name, section.revision, ("config.json",)), *tokenizer]
+
+
 @cache
-def _model_contents(section: ModelSection) -> Any:
-    if section.revision or section.name.startswith(RANDOM):
-        return [section.name, section.revision]
-    directory = locate(section.name, ["config.json"])
+def _repository_contents(name: str, revision: str, files: tuple[str, ...]) -> list[Any]:
+    if revision or name.startswith(RANDOM):
+        return [name, revision]
+    directory = locate(name, files)
     if commit := resolved_revision(directory):
-        return [section.name, commit]
+        return [name, commit]
     return [
-        [file.name, file.stat().st_size, sha256(file) if file.suffix == ".json" else None]
+        [file.name, file.stat().st_size, None if file.suffix == ".safetensors" else sha256(file)]
         for file in sorted(directory.iterdir())
-        if file.suffix in (".json", ".safetensors")
+        if file.suffix in (".json", ".safetensors") or file.name in FILES
     ]

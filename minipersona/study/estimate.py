@@ -35,7 +35,7 @@ from minipersona.run.plan import (
 from minipersona.run.resources import load_run_tokenizer
 from minipersona.run.times import RENDERING, STATISTICS, Counts, Times, run_times
 from minipersona.run.work import SUPERVISED, forward, generation_seconds, measure_machine
-from minipersona.study.recipes import Recipe
+from minipersona.study.recipes import WRITTEN, Recipe
 from minipersona.study.search import much_raw_text
 from minipersona.study.transfer import OWN, persona_sets
 from minipersona.study_config import StudyConfig
@@ -82,7 +82,7 @@ class Estimate:
         """What a cell takes; writing its responses is a part of reading its rows."""
         counts, largest = self._counts(config)
         times = run_times(self.sizes, config, counts, self.machine)
-        if config.data.responses:
+        if config.data.responses in WRITTEN:
             written = generation_seconds(self.sizes, SUPERVISED * sum(counts.steps), BATCH, self.machine)
             times = replace(times, reading=times.reading + written, device=times.device + written)
         return Cost(sum(counts.steps), memory_bytes(self.sizes, config, self.device, largest), times)

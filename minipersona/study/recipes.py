@@ -46,6 +46,7 @@ BASELINE_PLACEHOLDER = "the baseline of the study"
 UNMIXED_PLACEHOLDER = "the unmixed cell of the study"
 RESPONSES_PLACEHOLDER = "study:role_play"  # what the base model writes in persona
 REWRITTEN_PLACEHOLDER = "study:rewritten"  # what it writes anew, given the rows' own
+WRITTEN = (RESPONSES_PLACEHOLDER, REWRITTEN_PLACEHOLDER)  # any other data.responses is a file of the user's
 
 
 @dataclass(frozen=True)

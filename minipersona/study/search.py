@@ -42,7 +42,7 @@ from minipersona.study.jobs import (
 )
 from minipersona.study.matched_scale import matches
 from minipersona.study.model_jobs import AskSuite, AskVoice
-from minipersona.study.recipes import Recipe, check_planned, planned
+from minipersona.study.recipes import WRITTEN, Recipe, check_planned, planned
 from minipersona.study.worker import Job
 from minipersona.study_config import BEYOND, STAGES, StudyConfig, changes
 from minipersona.verdict.calibration import Calibration
@@ -187,14 +187,14 @@ def search(engine: Engine, stages: Sequence[str]) -> None:
 def run_stage(engine: Engine, cells: Sequence[Cell]) -> None:
     """All of these cells; first those that need neither what the base model writes nor the unmixed cell."""
     study = engine.study
-    later = [cell for cell in cells if cell.recipe.config.data.responses or cell.recipe.against_unmixed]
+    later = [cell for cell in cells if cell.recipe.config.data.responses in WRITTEN or cell.recipe.against_unmixed]
     engine.complete([*writing(study, cells), *[TrainCell(study, cell) for cell in cells if cell not in later]])
     engine.complete([TrainCell(study, cell) for cell in later])
 
 
 def writing(study: Study, cells: Sequence[Cell]) -> list[WriteResponses]:
     """What the base model writes for these cells, each once."""
-    jobs = [WriteResponses(study, cell) for cell in cells if cell.recipe.config.data.responses]
+    jobs = [WriteResponses(study, cell) for cell in cells if cell.recipe.config.data.responses in WRITTEN]
     return list({job.id: job for job in jobs}.values())
 
 

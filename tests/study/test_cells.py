@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ import pytest
 from small_study import CPU, QUIET, small_study
 
 from minipersona.errors import UserError
-from minipersona.files import append_jsonl, read_json, write_json
+from minipersona.files import append_jsonl, data_dir, read_json, write_json
 from minipersona.study import jobs, model_jobs
-from minipersona.study.cell import Study, hash_cells
+from minipersona.study.cell import Study, _repository_contents, hash_cells
 from minipersona.study.jobs import TrainCell, cell_record, publish, training_seconds
 from minipersona.study.recipes import planned
+from minipersona.study.search import writing
 from minipersona.study.worker import Worker
 from minipersona.study_config import RecipeSection, StudyConfig
 from minipersona.training.checkpoint import Position
@@ -59,6 +61,54 @@ def test_a_changed_data_file_is_another_cell(config: StudyConfig, tmp_path: Path
     rows.unlink()
     with pytest.raises(UserError, match=r"rows\.jsonl: no such file"):
         ids(em)
+
+
+def test_a_changed_file_that_a_recipe_names_is_another_cell(config: StudyConfig, tmp_path: Path) -> None:
+    files = {
+        "data.responses": ("mine.jsonl", "{}"),
+        "steering.vector": ("vector.safetensors", "file:{}"),
+        "steering.vector ": ("vectors.safetensors", "file:{}#villain - assistant"),
+        "objective.anchor_personas": ("personas.json", "{}"),
+        "objective.anchor_questions": ("asked.txt", "{}"),
+    }
+    for number, (key, (file, value)) in enumerate(files.items()):
+        path = tmp_path / f"named-{file}"
+        path.write_text('{"eval_personas": {"a": "You are he."}}' if key.endswith("personas") else "Is it he?\nWho?\n")
+        settings = {key.strip(): value.format(path)}
+        if key.startswith("objective"):
+            settings |= {"objective.kind": "feature_anchor", "objective.weight": 1.0}
+        mine = replace(config, recipe=(RecipeSection("6A", f"mine {number}", settings),))
+        before = ids(mine)
+        path.write_text(
+            path.read_text().replace("a", "b").replace("Who", "Why").replace("evbl_personbs", "eval_personas")
+        )
+        assert [a != b for a, b in zip(before, ids(mine), strict=True)] == [False] * (len(before) - 1) + [True]
+        path.unlink()
+        with pytest.raises(UserError, match=rf"{path.name}: .*o such file"):
+            ids(mine)
+
+
+def test_a_local_tokenizer_s_contents_count(config: StudyConfig, tmp_path: Path) -> None:
+    for name in ("before", "after"):
+        shutil.copytree(data_dir() / "tiny", tmp_path / name, ignore=shutil.ignore_patterns("*.safetensors", "*.jsonl"))
+    with open(tmp_path / "after" / "tokenizer.json", "a") as file:
+        file.write("\n")
+    moved = tmp_path / "tokenizer"
+    found = []
+    for name in ("before", "after"):
+        shutil.copytree(tmp_path / name, moved, dirs_exist_ok=True)
+        _repository_contents.cache_clear()
+        found.append(ids(replace(config, model=replace(config.model, tokenizer=str(moved)))))
+    assert not set(found[0]) & set(found[1])
+
+
+def test_responses_of_the_user_s_are_not_written(config: StudyConfig, tmp_path: Path) -> None:
+    (tmp_path / "mine.jsonl").touch()
+    mine = RecipeSection("6A", "mine", {"data.responses": str(tmp_path / "mine.jsonl")})
+    config = replace(config, recipe=(mine,))
+    study = Study(config, Path(config.out), hash_cells(planned(config)))
+    assert [job.cell.recipe.phase for job in writing(study, study.cells)] == ["4B"]
+    assert study.placed_config(study.cells[-1]).data.responses == str(tmp_path / "mine.jsonl")
 
 
 def test_another_seed_is_another_cell(config: StudyConfig) -> None:
