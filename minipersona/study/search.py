@@ -262,8 +262,9 @@ def asked_for(study: Study) -> list[Job]:
     by_hash = {cell.hash: cell for cell in study.cells}
     jobs += [MeasureTransfer(study, by_hash[key], step or _last(by_hash[key])) for key, step in compared.items()]
     if voice.done():  # the base's own responses are what every model is asked about
+        # Of a baseline the last step is what others are compared with, even where an earlier one passes.
         baselines = {cell.hash: None for cell in study.cells if cell.recipe.is_baseline and study.published(cell)}
-        jobs += [AskVoice(study, by_hash[key], step) for key, step in {**baselines, **compared}.items()]
+        jobs += [AskVoice(study, by_hash[key], step) for key, step in (compared | baselines).items()]
     return jobs
 
 

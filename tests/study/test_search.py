@@ -155,6 +155,23 @@ def test_only_suites_that_are_switched_on_are_asked(
     assert {job.suite for job in asked_for(study) if isinstance(job, AskSuite)} == set(suites)
 
 
+def test_the_voice_of_a_baseline_is_that_of_its_last_step_though_an_earlier_one_passes(
+    config: StudyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = open_study(replace(config, suites=()), "cpu", QUIET)
+    other = study.cells[1]
+    for cell in (study.baseline, other):
+        write_json(study.cell_directory(cell) / "cell.json", {})
+    passed = {study.baseline.hash: 1, other.hash: 1}
+    monkeypatch.setattr(search_module, "read_study", lambda directory: directory)
+    monkeypatch.setattr(search_module, "recipe_results", lambda results: [])
+    monkeypatch.setattr(search_module, "matches", lambda study, results: [])
+    monkeypatch.setattr(search_module, "_compared", lambda study, recipes, results: passed)
+    monkeypatch.setattr(AskVoice, "done", lambda job: job.cell is None)
+    asked = {job.cell and job.cell.recipe.name: job.at for job in asked_for(study) if isinstance(job, AskVoice)}
+    assert asked == {None: 0, "baseline": 3, other.recipe.name: 1}
+
+
 def test_a_suite_that_there_is_not_is_refused(config: StudyConfig) -> None:
     with pytest.raises(UserError, match="suites: 'behavior' is neither of behaviour and instructions"):
         replace(config, suites=("behavior",))
