@@ -139,7 +139,6 @@ def _write_plan(study: Study) -> None:
                 role=cell.recipe.role,
             )
             for cell in study.cells
-            for r in [cell.recipe]
         )
     )
     write_record(study.directory / PLAN, plan)
@@ -273,8 +272,7 @@ def _compared(study: Study, recipes: Sequence[RecipeResult], results: StudyResul
 
     They are every seed of the recipes that are settled, and the recipes that the config names.
     """
-    settled = _settled(recipes, results)
-    every = [one for found in settled for one in (found, found.confirmation) if one is not None]
+    every = [one for found in _settled(recipes, results) for one in (found, found.confirmation) if one is not None]
     named = [found for found in recipes if found.step is None and found.id in study.config.transfer.recipes]
     return {cell.hash: found.step for found in (*named, *every) for cell in found.cells}
 
