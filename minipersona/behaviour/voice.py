@@ -43,7 +43,7 @@ VOICE = "voice.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Voice:
-    """voice.json. `step` is a study's own: None of a model that is not a run's."""
+    """voice.json. `cell` and `step` are a study's own: None of a model that is not a run's."""
 
     value: float  # V, nats a response token
     ci95: tuple[float, float]  # bootstrap over questions
@@ -51,6 +51,7 @@ class Voice:
     by_response: dict[str, tuple[float, ...]]  # by persona, in the order of the questions
     tokens: int  # of all responses
     responses: str  # digest of what was responded, to which prompts: two values are comparable where it is equal
+    cell: str | None = None  # the hash of the cell or, of the base, the baseline's
     step: int | None = None
 
 
@@ -112,9 +113,7 @@ def base_responses(
     return Responses(tuple(personas), prompts, [np.array(found[key], dtype=np.int32) for key in keys])
 
 
-def measure_voice(
-    model: Qwen2, responses: Responses, console: Console, *, pack_tokens: int = LARGE_PASS, step: int | None = None
-) -> Voice:
+def measure_voice(model: Qwen2, responses: Responses, console: Console, *, pack_tokens: int = LARGE_PASS) -> Voice:
     """V of the model as it stands, adapters as they are, on the base's responses: P P Q passes."""
     personas, questions = len(responses.personas), len(responses.prompts) // len(responses.personas)
     table = torch.empty(personas, questions, dtype=torch.float64)
@@ -136,7 +135,6 @@ def measure_voice(
         by_response={name: tuple(row) for name, row in zip(responses.personas, table.tolist(), strict=True)},
         tokens=sum(map(len, responses.responses)),
         responses=responses.digest,
-        step=step,
     )
 
 

@@ -8,7 +8,8 @@
     MeasureMatchedScale the same at the scale that has a recipe's held-out loss
     MeasureTransfer     M1 of a confirmed recipe on every persona set at every layer, beside base and baseline
 
-Files that belong to the study as a whole carry the baseline's hash: where it is another, they are made again.
+Files that belong to the study as a whole, those of the base among them, hold the baseline's hash: where it is another,
+they are made again.
 """
 
 from __future__ import annotations

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import abc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from minipersona.behaviour.instructions.dataset import load_instructions
 from minipersona.behaviour.instructions.suite import instruction_suite
+from minipersona.behaviour.questions import load_questions
 from minipersona.behaviour.suite import behaviour_suite
 from minipersona.behaviour.voice import RESPONSES, VOICE, asked, base_responses, measure_voice
 from minipersona.config import RunConfig
@@ -49,9 +51,14 @@ class AskModel(Job):
         return 0 if self.cell is None else self.step or self.cell.recipe.config.training.steps
 
     @property
+    def owner(self) -> Cell:
+        """The cell that is asked; for the base the baseline, by whose hash is told whether an answer is stale."""
+        return self.cell or self.study.baseline
+
+    @property
     def config(self) -> RunConfig:
-        """The config that the model was trained by; the base is every config's."""
-        return self.study.placed_config(self.cell or self.study.baseline)
+        """The config that the model was trained by, or begins with."""
+        return self.study.placed_config(self.owner)
 
     def model(self, worker: Worker) -> Qwen2:
         """The model that is asked."""
@@ -64,7 +71,8 @@ class AskModel(Job):
 class AskSuite(AskModel):
     """A suite of answers.
 
-    Done where it was asked of this step, by these settings. Answers that are kept are not asked for again.
+    Done where it was asked of this cell at this step, the same things by the same settings. Else it is carried out
+    again, but answers that are kept are not asked for again: they are those of equal weights to equal prompts.
     """
 
     suite: Literal["behaviour", "instructions"]
@@ -77,7 +85,12 @@ class AskSuite(AskModel):
 
     @property
     def _about(self) -> dict[str, Any]:
-        return {"step": self.at, "settings_digest": digest(to_dict(getattr(self.study.config, self.suite)))}
+        settings = to_dict(getattr(self.study.config, self.suite))
+        if self.suite == "behaviour":
+            asked_for = load_questions(self.study.config.behaviour.questions).digest
+        else:
+            asked_for = load_instructions(self.study.config.instructions.file).digest
+        return {"step": self.at, "settings_digest": digest([self.owner.hash, settings, asked_for])}
 
     def done(self) -> bool:
         path = self.directory / f"{self.suite}.json"
@@ -120,7 +133,7 @@ class AskVoice(AskModel):
 
     def done(self) -> bool:
         stored = read_voice(self.directory)
-        return stored is not None and stored.step == self.at
+        return stored is not None and (stored.cell, stored.step) == (self.owner.hash, self.at)
 
     def carry_out(self, worker: Worker) -> None:
         config, study = self.study.baseline.recipe.config, self.study
@@ -135,5 +148,5 @@ class AskVoice(AskModel):
             batch=study.config.behaviour.batch,
         )
         model = self.model(worker)
-        voice = measure_voice(model, responses, worker.console, pack_tokens=instruments.pack_tokens, step=self.at)
-        write_record(self.directory / VOICE, voice)
+        voice = measure_voice(model, responses, worker.console, pack_tokens=instruments.pack_tokens)
+        write_record(self.directory / VOICE, replace(voice, cell=self.owner.hash, step=self.at))

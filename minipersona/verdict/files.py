@@ -291,7 +291,10 @@ class MisalignmentRates:
 
 @dataclass(frozen=True)
 class Behaviour:
-    """behaviour.json of a model (`behaviour/suite.py`). `step` and `settings_digest` are a study's own."""
+    """behaviour.json of a model (`behaviour/suite.py`). `step` and `settings_digest` are a study's own.
+
+    The digest is of the settings, of what is asked, and of the cell's hash or, of the base, the baseline's.
+    """
 
     sets: dict[str, MisalignmentRates]
     judge: dict[str, str | None]

@@ -11,15 +11,17 @@ import torch
 from small_study import CPU, QUIET, small_study
 
 from minipersona.behaviour.local import LocalJudge
+from minipersona.behaviour.voice import Voice
 from minipersona.behaviour.weights import weights_digest
 from minipersona.chat import ChatTokenizer
 from minipersona.files import read_json, write_json
 from minipersona.model.network import Qwen2
+from minipersona.records import write_record
 from minipersona.run.directory import checkpoint_directory
 from minipersona.run.train import tokenizer_files
 from minipersona.study import model_jobs
 from minipersona.study.cell import Study, hash_cells
-from minipersona.study.model_jobs import AskSuite
+from minipersona.study.model_jobs import AskSuite, AskVoice
 from minipersona.study.recipes import planned
 from minipersona.study.worker import Worker
 from minipersona.study_config import LowRankSection, RecipeSection
@@ -70,3 +72,53 @@ def test_a_cell_s_model_answers_and_the_base_judges_however_each_is_trained(
         found = read_json(job.directory / "behaviour.json")
         assert (found["answered"], found["judged"]) == (answered, base) and job.done()
     assert trained != base  # the control
+
+
+# ---------------------------------------------------------------- when an answer is stale
+
+
+VOICE = Voice(value=1.0, ci95=(0.9, 1.1), by_persona={}, by_response={}, tokens=1, responses="r")
+
+
+def of_another_version(study: Study) -> Study:
+    """The study after a change of the code or the data: its cells have other hashes."""
+    return replace(study, cells=tuple(replace(cell, hash=cell.hash[::-1]) for cell in study.cells))
+
+
+def test_the_base_s_voice_is_measured_anew_where_cells_are_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = study_of(tmp_path, "lora", "full")
+    monkeypatch.setattr(model_jobs, "measure_voice", lambda *of, **by: VOICE)
+    monkeypatch.setattr(model_jobs, "base_responses", lambda *of, **by: None)
+    monkeypatch.setattr(Worker, "trained_model", lambda worker, config, *at: worker.resources.model(config))
+    worker = Worker(CPU, QUIET)
+    for job in (AskVoice(study), AskVoice(study, study.cells[1], 1)):
+        write_record(job.directory / "voice.json", replace(VOICE, step=job.at))
+        assert not job.done()  # a file of an older version says nothing of cells
+        job.carry_out(worker)
+        assert job.done()
+    assert AskVoice(study).done() and not AskVoice(of_another_version(study)).done()
+    assert not AskVoice(study, study.cells[1], 3).done()
+
+
+@pytest.mark.parametrize("suite, file", [("behaviour", "asked.jsonl"), ("instructions", "instructions.jsonl")])
+def test_a_suite_is_carried_out_anew_where_cells_or_questions_are_others(
+    tmp_path: Path, suite: Literal["behaviour", "instructions"], file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = study_of(tmp_path, "lora", "full")
+
+    def carry_out(model: Qwen2, tokenizer: ChatTokenizer, directory: Path, *more: Any, **by: Any) -> None:
+        write_json(directory / f"{suite}.json", {})
+
+    monkeypatch.setattr(model_jobs, f"{suite[:-1] if suite == 'instructions' else suite}_suite", carry_out)
+    job = AskSuite(study, suite)
+    assert not job.done()
+    job.carry_out(Worker(CPU, QUIET))
+    assert job.done() and not AskSuite(of_another_version(study), suite).done()
+    path = tmp_path / file
+    asked, key = path.read_text(), '"question": "' if suite == "behaviour" else '"prompt": "'
+    path.write_text(asked.replace(key, key + "Please: "))
+    assert path.read_text() != asked and not job.done()
+    path.write_text(asked)
+    assert job.done()
