@@ -56,7 +56,7 @@ class Graphs:
         self.model, self._most = model, most
         self._passes: dict[Any, _Pass] = {}  # those used last are at the end
         self._layouts: dict[Any, Flat] = {}  # by the shapes of their parameters
-        self._read: dict[Any, Tensor] = {}  # what an anchor reads beside packs, by what it is and its shape
+        self._read: dict[str, Tensor] = {}  # what an anchor reads beside packs, by what it is
         self._layout: Flat | None = None
         self._learned: list[nn.Parameter] = []
         self._frozen: list[nn.Parameter] = []
@@ -90,21 +90,27 @@ class Graphs:
         if not isinstance(objective, Anchored):
             return objective
 
-        def kept(name: str, tensor: Tensor) -> Tensor:
-            return self._read.setdefault((name, tensor.shape), torch.empty_like(tensor)).copy_(tensor)
-
-        contexts = objective.contexts
-        base = {layer: kept(f"base {layer}", states) for layer, states in contexts.base.items()}
-        scale = {layer: kept(f"scale {layer}", values) for layer, values in contexts.scale.items()}
+        keep, contexts = self._keep, objective.contexts
+        base = {layer: keep(f"base {layer}", states) for layer, states in contexts.base.items()}
+        scale = {layer: keep(f"scale {layer}", values) for layer, values in contexts.scale.items()}
         predicting = contexts.predicting
         if predicting is not None:
-            predicting = PredictingStates(kept("predicting", predicting.states), kept("first", predicting.first))
+            predicting = PredictingStates(keep("predicting", predicting.states), keep("first", predicting.first))
         strengths: dict[str, Any] = {
-            name: kept(name, torch.as_tensor(getattr(objective, name), dtype=torch.float64, device=self.model.device))
+            name: keep(name, torch.as_tensor(getattr(objective, name), dtype=torch.float64, device=self.model.device))
             for name in STRENGTHS if hasattr(objective, name)
         }  # fmt: skip
         contexts = replace(contexts, base=base, scale=scale, predicting=predicting)
         return replace(objective, contexts=contexts, **strengths)
+
+    def _keep(self, name: str, tensor: Tensor) -> Tensor:
+        """A copy in the memory of this name, which is another where the shape is."""
+        old = self._read.get(name)
+        if old is None or (old.shape, old.dtype) != (tensor.shape, tensor.dtype):
+            if old is not None:  # passes that read it will not be used again, and would hold it
+                self._passes = {key: each for key, each in self._passes.items() if not each.reads(old)}
+            self._read[name] = torch.empty_like(tensor)
+        return self._read[name].copy_(tensor)
 
     def backward(self, model: Qwen2, pack: Pack, objective: Objective, forward: ForwardPass) -> Tensor:
         """What `loop.backward` does: add the gradients of one pack's summed loss; return the summed terms, (K,)."""
@@ -187,6 +193,10 @@ class _Pass:
         tensors = zip(_tensors(self._pack), _tensors(pack.to(self._model.device)), strict=True)
         copy_each(*zip((self._keys, forward.keys(self._model, pack)), *tensors, *vectors, strict=True))
 
+    def reads(self, tensor: Tensor) -> bool:
+        """Whether this tensor is read beside packs."""
+        return any(value is tensor for _, value in _beside(self._objective))
+
     def compute(self, learned: Sequence[nn.Parameter]) -> None:
         """Add to the gradients, and write the terms."""
         with _cast_at_once(self._model, self._layout, learned) as leaves:
@@ -228,16 +238,28 @@ class _KeysGiven(ForwardPass):
 
 
 def _identity(objective: Objective) -> Any:
-    """Equal for objectives whose passes are the same, but for what `Graphs.objective` copies."""
+    """Equal for objectives whose passes are the same, but for what `Graphs.objective` copies.
+
+    A tensor is told by its address. None can lie where one lies that a pass reads, since the pass holds it.
+    """
     if not isinstance(objective, Anchored):
         return objective
-    contexts = objective.contexts
-    settings = [(name, value) for name, value in vars(objective).items() if name != "contexts"]
-    read = [*settings, *contexts.base.items()]
-    if contexts.predicting is not None:
-        read.append(("predicting", contexts.predicting.states))
-    identities = [(what, value.data_ptr() if isinstance(value, Tensor) else value) for what, value in read]
+    contexts, beside = objective.contexts, _beside(objective)
+    identities = [(what, value.data_ptr() if isinstance(value, Tensor) else value) for what, value in beside]
     return type(objective), contexts.personas, bool(contexts.responses), *identities
+
+
+def _beside(objective: Objective) -> list[tuple[Any, Any]]:
+    """What an anchored objective reads beside packs and their keys: its settings, and states of the base."""
+    if not isinstance(objective, Anchored):
+        return []
+    contexts, predicting = objective.contexts, objective.contexts.predicting
+    found: list[tuple[Any, Any]] = [(name, value) for name, value in vars(objective).items() if name != "contexts"]
+    found += [(("base", layer), states) for layer, states in contexts.base.items()]
+    found += [(("scale", layer), values) for layer, values in contexts.scale.items()]
+    if predicting is not None:
+        found += [("predicting", predicting.states), ("first", predicting.first)]
+    return found
 
 
 def _tensors(pack: Pack) -> list[Tensor]:

@@ -6,6 +6,7 @@ compares recorded runs with others on a GPU, as does the last test where there i
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from minipersona.model.load import load_model
 from minipersona.model.lora import adapters, apply_lora, remove_lora
 from minipersona.model.network import Qwen2
 from minipersona.model.pack import Pack
-from minipersona.objective.contexts import Anchored
+from minipersona.objective.contexts import Anchored, Contexts
 from minipersona.objective.cross_entropy import CrossEntropy
 from minipersona.objective.feature_and_kl import FeatureAndKL
 from minipersona.objective.head import ForwardPass, Objective
@@ -260,6 +261,61 @@ def test_kl_over_prompts_and_over_responses_share_no_pass(
         found.append((buckets.bucket_of(pack), graphs.backward(model, pack, objective, ForwardPass(42, 7)).clone()))
         assert relative_error(found[-1][1], expected) < 1e-10
     assert found[0][0] == found[1][0] and relative_error(found[1][1], found[0][1]) > 1e-3  # the control
+
+
+def test_contexts_of_another_number_share_no_pass_though_they_have_as_many_tokens(
+    hf_model: Callable[..., Path], documents: list[Document]
+) -> None:
+    """Where a context's states begin is read from memory too."""
+    model = adapted(hf_model(), torch.float64)
+    base = load_model(str(hf_model(seed=1)), dtype=torch.float64, device="cpu")
+    plain, ids = anchored("kl_on_prompts", 0.7, base), np.arange(144, dtype=np.int32) % 31
+    graphs, packs = Graphs(model), []
+    graphs.layout([p for p in model.parameters() if p.requires_grad])
+    for count in (24, 36):
+        contexts = replace(plain.contexts, ids=np.split(ids, count))
+        objective = replace(plain, contexts=with_predictions(contexts, base))
+        packs.append(step_batch(objective, documents[:8]).packs[-1])
+        expected = backward(model, packs[-1], objective, ForwardPass(42, 7))
+        found = graphs.backward(model, packs[-1], graphs.objective(objective), ForwardPass(42, 7))
+        assert relative_error(found, expected) < 1e-10
+    assert buckets.bucket_of(packs[0]) == buckets.bucket_of(packs[1])  # the control
+
+
+def test_what_an_anchor_reads_is_kept_once_and_goes_with_the_passes_that_read_it(
+    hf_model: Callable[..., Path], documents: list[Document], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = adapted(hf_model(), torch.float64)
+    base = load_model(str(hf_model(seed=1)), dtype=torch.float64, device="cpu")
+    objective = anchored(BOTH, 0.7, base)
+    contexts = objective.contexts
+    assert contexts.predicting is not None
+    states = contexts.predicting.states
+    longer = replace(contexts, predicting=replace(contexts.predicting, states=torch.cat([states, states])))
+    graphs = Graphs(model)
+    graphs.layout([p for p in model.parameters() if p.requires_grad])
+    packs = step_batch(objective, documents[:8]).packs
+
+    def go(contexts: Contexts) -> tuple[Contexts, list[object]]:
+        shared = graphs.objective(replace(objective, contexts=contexts))
+        assert isinstance(shared, Anchored)
+        for pack in packs:
+            graphs.backward(model, pack, shared, ForwardPass(42, 7))
+        return shared.contexts, list(graphs._passes.values())
+
+    first, passes = go(contexts)
+    assert first.predicting is not None
+    with monkeypatch.context() as patch:  # for the same shapes there is memory already
+        patch.setattr(torch, "empty_like", lambda *_: pytest.fail("allocates"))
+        patch.setattr(Tensor, "clone", lambda *_: pytest.fail("allocates"))
+        graphs.objective(objective)
+    assert go(contexts)[1] == passes and len(passes) == len(packs)
+    gone = weakref.ref(first.predicting.states)
+    again, others = go(longer)
+    assert len(others) == len(packs) and not set(passes) & set(others)
+    assert again.base[0] is first.base[0] and gone() is not None
+    del first, passes
+    assert gone() is None
 
 
 def test_control_keys_of_an_earlier_step_train_other_weights(
