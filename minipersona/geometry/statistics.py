@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from minipersona.errors import UserError
-from minipersona.geometry.measures import m1, m1_by_persona, m1_without, persona_vectors
+from minipersona.geometry.measures import m1, m1_by_persona, persona_vectors
 
 SEED = 42
 PIECE = 100  # resamples whose (P, R, D) unit vectors exist at a time
@@ -114,20 +114,13 @@ def bootstrap_by_persona(
     return tuple(PersonaCosine(name, x, *_at_most_one(bootstrap_interval(r, x, level))) for name, x, r in rows)
 
 
-def jackknife_m1(vectors: Tensor, level: float = 0.95) -> tuple[float, float]:
-    """Jackknife interval of M1 over personas (Tukey 1958): (P, D) -> (low, high).
+def jackknife_interval(estimate: float, without: Tensor, level: float = 0.95) -> tuple[float, float]:
+    """Jackknife interval of M1 over personas (Tukey 1958), from M1 and M1 without each persona, (P,) -> (low, high).
 
     How far M1 hangs on which personas were chosen. The bootstrap over questions says nothing of that: it has the same
     personas in every resample. With M1 without persona p as theta_p, the variance is (P - 1) / P sum_p (theta_p -
-    mean)^2, and the interval Student's with P - 1 degrees of freedom. UserError below three personas.
+    mean)^2, and the interval Student's with P - 1 degrees of freedom.
     """
-    if (without := m1_without(vectors)) is None:
-        raise UserError("2 personas: a jackknife over personas needs at least three")
-    return jackknife_interval(m1(vectors), without, level)
-
-
-def jackknife_interval(estimate: float, without: Tensor, level: float = 0.95) -> tuple[float, float]:
-    """The same from M1 and from M1 with each persona left out, (P,) -> (low, high)."""
     personas = len(without)
     deviation = float(((personas - 1) / personas * (without - without.mean()).square().sum()).sqrt())
     reach = student_quantile((1 + level) / 2, personas - 1) * deviation
@@ -209,28 +202,8 @@ def permutation_test(
             moved = swaps[:, p, None] * (mean_b - mean_a)
         total_a += _unit(mean_a + moved)
         total_b += _unit(mean_b - moved)
-    return _p_value((_m1_of_sum(total_b, personas) - _m1_of_sum(total_a, personas)).abs(), rounding=1e-6)
-
-
-def separation_test(samples: Tensor, resamples: int = 1000, seed: int = SEED) -> float:
-    """Do the personas differ at all? Permutation test of the variance between personas: (P, Q, D) -> p.
-
-    Under the null hypothesis the personas are interchangeable at every question, so each permutation deals
-    the P samples of a question to the personas anew, question by question. The statistic is
-    sum_p ||mean_q x_pq - mean||^2, one-sided; p >= 1 / (resamples + 1), as above.
-    """
-    _check(samples)
-    personas, questions, _ = samples.shape
-    rows = (samples - samples.mean(0)).flatten(0, 1)  # (P Q, D), less what no dealing moves
-    dealt = np.broadcast_to(np.arange(personas), (resamples + 1, questions, personas)).copy()
-    dealt[1:] = np.random.default_rng(seed).permuted(dealt[1:], axis=-1)  # dealt[0]: the data as they are
-    row_of = torch.from_numpy(dealt * questions + np.arange(questions)[:, None])  # (R + 1, Q, P)
-    spread = torch.empty(resamples + 1, dtype=torch.float64)
-    for r in range(resamples + 1):
-        bags = row_of[r].T.to(rows.device)  # (P, Q)
-        sums = torch.nn.functional.embedding_bag(bags, rows, mode="sum")  # (P, D), without a copy of the rows
-        spread[r] = sums.double().square().sum()
-    return _p_value(spread, rounding=1e-6 * float(spread[0]))
+    differences = (_m1_of_sum(total_b, personas) - _m1_of_sum(total_a, personas)).abs()
+    return float((differences >= differences[0] - 1e-6).double().mean())
 
 
 def wilson_interval(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
@@ -260,11 +233,6 @@ def _m1_of_sum(total: Tensor, personas: int) -> Tensor:
     """M1 from the sum of P unit vectors, (R, D) -> (R,): ||sum_p u_p||^2 is P plus the off-diagonal cosines."""
     sum_of_cosines: Tensor = total.double().square().sum(-1)
     return (sum_of_cosines - personas) / (personas * (personas - 1))
-
-
-def _p_value(statistics: Tensor, rounding: float) -> float:
-    """The share of permutations that reach the first, the data as they are; near ties count."""
-    return float((statistics >= statistics[0] - rounding).double().mean())
 
 
 def _check(samples: Tensor, others: Tensor | None = None) -> None:

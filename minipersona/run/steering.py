@@ -84,19 +84,6 @@ def check_steering(config: RunConfig, directory: Path, model: Qwen2, tokenizer: 
         _known_pair(config)
 
 
-def steering_vectors(
-    config: RunConfig, model: Qwen2, tokenizer: ChatTokenizer, progress: Callable[[int, int], None] | None = None
-) -> dict[int, Tensor]:
-    """block -> (D,) fp32, times the coefficient, as `config.steering` says; empty where steering is off.
-
-    The model is the base; a difference of personas is extracted from it.
-    UserError where a persona, a layer, a file or the baseline is missing or does not fit.
-    """
-    if not config.steering.vector:
-        return {}
-    return scaled(raw_vectors(config, model, tokenizer, progress), config.steering)
-
-
 def scaled(raw: Mapping[int, Tensor], section: SteeringSection) -> dict[int, Tensor]:
     """Raw vectors, block -> (D,), times the coefficient, in the incremental form where every block is steered."""
     if section.all_layers:
@@ -118,7 +105,11 @@ def steered_layers(section: SteeringSection, sizes: ModelConfig) -> list[int]:
 def raw_vectors(
     config: RunConfig, model: Qwen2, tokenizer: ChatTokenizer, progress: Callable[[int, int], None] | None = None
 ) -> dict[int, Tensor]:
-    """block -> raw vector (D,) fp32, for the blocks that are steered; none of them zero or not finite."""
+    """block -> raw vector (D,) fp32, for the blocks that are steered; none of them zero or not finite.
+
+    The model is the base; a difference of personas is extracted from it.
+    UserError where a persona, a layer, a file or the baseline is missing or does not fit.
+    """
     section = config.steering
     layers = steered_layers(section, model.config)
     if section.vector == COLLAPSE and section.persona_set == "training":

@@ -18,12 +18,11 @@ from minipersona.geometry.statistics import (
     bootstrap_interval,
     bootstrap_m1,
     bootstrap_m1_difference,
-    jackknife_m1,
+    jackknife_interval,
     noise_floor,
     permutation_test,
     question_weights,
     resampled_m1,
-    separation_test,
     student_quantile,
     wilson_interval,
 )
@@ -137,12 +136,10 @@ def test_the_jackknife_over_personas_by_hand() -> None:
     vectors = world(16).mean(1)
     without = [m1(torch.cat([vectors[:p], vectors[p + 1 :]])) for p in range(P)]
     deviation = ((P - 1) / P * np.square(np.array(without) - np.mean(without)).sum()) ** 0.5
-    low, high = jackknife_m1(vectors)
+    low, high = jackknife_interval(m1(vectors), torch.tensor(without, dtype=torch.float64))
     assert (low + high) / 2 == pytest.approx(m1(vectors), abs=1e-12)
     assert (high - low) / 2 == pytest.approx(2.776445 * deviation, rel=1e-3)  # Student's with 4 degrees of freedom
-    assert jackknife_m1(torch.eye(5)) == (0, 0)  # every pair alike
-    with pytest.raises(UserError, match="at least three"):
-        jackknife_m1(vectors[:2])
+    assert jackknife_interval(0.0, torch.zeros(5)) == (0, 0)  # every pair alike
 
 
 @pytest.mark.parametrize("degrees", [4, 7, 11, 40])
@@ -226,38 +223,20 @@ def test_permutation_p_is_small_under_a_planted_difference() -> None:
     assert permutation_test(a, a) == permutation_test(a, a, "personas") == 1
 
 
-def test_separation() -> None:
-    assert separation_test(world(10, spread=0.5)) == 1 / 1001
-    ps = np.array([separation_test(world(seed, spread=0), resamples=99) for seed in range(100)])
-    assert 0.4 < ps.mean() < 0.6
-    assert np.mean(ps <= 0.1) < 0.2
-    assert separation_test(world(11, spread=0, rest=0)) == 1
-
-
-def test_separation_sees_through_question_effects() -> None:
-    """Dealing within a question leaves its effect out; dealing over all samples, the control, drowns in it."""
-    samples = world(12, spread=0.3, question=10)
-    assert separation_test(samples) < 0.01
-    generator, flat = torch.Generator().manual_seed(0), samples.reshape(P * Q, D)
-    dealt = [flat[torch.randperm(P * Q, generator=generator)].reshape(P, Q, D).mean(1) for _ in range(200)]
-    reached = [float(means.var(0).sum()) >= float(samples.mean(1).var(0).sum()) for means in dealt]
-    assert np.mean(reached) > 0.5
-
-
 def test_seeds_reproduce_and_differ() -> None:
     a, b = world(13), world(14, spread=0.95)
     assert bootstrap_m1(a, seed=1) == bootstrap_m1(a, seed=1) != bootstrap_m1(a, seed=2)
     assert noise_floor(a, seed=1) == noise_floor(a, seed=1) != noise_floor(a, seed=2)
     assert permutation_test(a, b, seed=1) == permutation_test(a, b, seed=1)
     state = torch.get_rng_state(), np.random.get_state()[1].copy()  # type: ignore[index]  # noqa: NPY002
-    separation_test(a, resamples=10)
+    permutation_test(a, b, resamples=10)
     assert torch.equal(state[0], torch.get_rng_state())
     assert (state[1] == np.random.get_state()[1]).all()  # type: ignore[index]  # noqa: NPY002
 
 
 def test_too_few_is_a_user_error() -> None:
     by_persona = partial(bootstrap_by_persona, personas=list("abcde"))
-    for statistic in (bootstrap_m1, by_persona, noise_floor, separation_test):
+    for statistic in (bootstrap_m1, by_persona, noise_floor):
         for few in (world(0)[:1], world(0)[:, :1]):
             with pytest.raises(UserError, match="at least two"):
                 statistic(few)
@@ -288,4 +267,6 @@ def test_intervals_are_of_95_percent_where_no_level_is_given() -> None:
     assert bootstrap_m1(a, 50) == bootstrap_m1(a, 50, level=0.95) != bootstrap_m1(a, 50, level=0.9)
     assert bootstrap_m1_difference(a, b, 50) == bootstrap_m1_difference(a, b, 50, level=0.95)
     assert bootstrap_by_persona(a, names, 50) == bootstrap_by_persona(a, names, 50, level=0.95)
-    assert jackknife_m1(a.mean(1)) == jackknife_m1(a.mean(1), 0.95) != jackknife_m1(a.mean(1), 0.9)
+    without = torch.linspace(0.5, 0.6, 5)
+    assert jackknife_interval(0.5, without) == jackknife_interval(0.5, without, 0.95)
+    assert jackknife_interval(0.5, without) != jackknife_interval(0.5, without, 0.9)

@@ -34,11 +34,11 @@ from minipersona.run.directory import checkpoint_directory, vectors_file
 from minipersona.run.steering import (
     check_steering,
     load_steering,
+    raw_vectors,
     run_steering,
     save_steering,
     scaled,
     steered_layers,
-    steering_vectors,
 )
 from minipersona.settings import to_toml
 from minipersona.training.distributed import Distributed
@@ -85,8 +85,12 @@ def baseline(directory: Path, steps: tuple[int, ...] = (0, 2, 9), layers: tuple[
     return directory
 
 
+def scaled_vectors(settings: RunConfig, model: Qwen2, tokenizer: ChatTokenizer) -> dict[int, torch.Tensor]:
+    """What `run_steering` gives, without a directory."""
+    return scaled(raw_vectors(settings, model, tokenizer), settings.steering)
+
+
 def test_off_is_no_vector(tiny: Qwen2, tokenizer: ChatTokenizer, tmp_path: Path) -> None:
-    assert steering_vectors(config(), tiny, tokenizer) == {}
     assert run_steering(config(), tmp_path, WORLD, tiny, tokenizer) == {}
     assert list(tmp_path.iterdir()) == []
 
@@ -96,7 +100,7 @@ def test_a_difference_of_personas_is_extracted_from_the_base(
     tiny: Qwen2, tokenizer: ChatTokenizer, questions: Path, method: str
 ) -> None:
     settings = config(questions, vector="villain - assistant", coefficient=2.5, method=method)
-    found = steering_vectors(settings, tiny, tokenizer)
+    found = scaled_vectors(settings, tiny, tokenizer)
     personas = load_personas().prompts
     asked = load_questions(str(questions)).questions
     chosen = {name: personas[name] for name in ("assistant", "villain")}
@@ -110,7 +114,7 @@ def test_collapse_is_the_mean_shift_of_the_baselines_last_step(
     tiny: Qwen2, tokenizer: ChatTokenizer, tmp_path: Path
 ) -> None:
     run = baseline(tmp_path / "run")
-    found = steering_vectors(config(baseline=str(run), vector="collapse", coefficient=1.0), tiny, tokenizer)
+    found = scaled_vectors(config(baseline=str(run), vector="collapse", coefficient=1.0), tiny, tokenizer)
     shift = (persona_vectors(9).mean(6) - persona_vectors(0).mean(6)).mean(0)
     assert relative_error(found[6], shift) < 1e-6
     earlier = (persona_vectors(2).mean(6) - persona_vectors(0).mean(6)).mean(0)
@@ -127,7 +131,7 @@ def test_training_personas_steer_with_nothing_that_is_measured(
     given = config(vector="pirate - tour_guide", coefficient=1.0, method="A", persona_set="training")
     vectors = extract(tiny, tokenizer, personas.prompts, asked.questions, [6])
     named = {name: vectors.mean(6)[vectors.personas.index(name)] for name in ("pirate", "tour_guide")}
-    difference = steering_vectors(given, tiny, tokenizer)[6]
+    difference = scaled_vectors(given, tiny, tokenizer)[6]
     assert relative_error(difference, named["pirate"] - named["tour_guide"]) < 1e-5
 
     run = baseline(tmp_path / "run")
@@ -143,12 +147,10 @@ def test_training_personas_steer_with_nothing_that_is_measured(
     )
     given = config(baseline=str(run), vector="collapse", coefficient=1.0, persona_set="training")
     check_steering(given, tmp_path, tiny, tokenizer)
-    collapse = steering_vectors(given, tiny, tokenizer)[6]
+    collapse = scaled_vectors(given, tiny, tokenizer)[6]
     assert relative_error(collapse, (after.mean(6) - vectors.mean(6)).mean(0)) < 1e-5
     assert not adapters(tiny)  # nothing is left attached
-    leaking = steering_vectors(
-        replace(given, steering=replace(given.steering, persona_set="measured")), tiny, tokenizer
-    )
+    leaking = scaled_vectors(replace(given, steering=replace(given.steering, persona_set="measured")), tiny, tokenizer)
     assert relative_error(leaking[6], collapse) > 0.1
 
 
@@ -166,11 +168,11 @@ def test_a_file_of_either_form(tiny: Qwen2, tokenizer: ChatTokenizer, tmp_path: 
     vectors = persona_vectors(1, (5, 6))
     vectors.save(tmp_path / "personas.safetensors")
     named = f"file:{tmp_path}/personas.safetensors#comedian - assistant"
-    found = steering_vectors(config(vector=named, layer=5, coefficient=1.0), tiny, tokenizer)
+    found = scaled_vectors(config(vector=named, layer=5, coefficient=1.0), tiny, tokenizer)
     assert found.keys() == {5} and torch.equal(found[5], vectors.mean(5)[2] - vectors.mean(5)[1])
     save_steering(tmp_path / "plain.safetensors", found)
     plain = config(vector=f"file:{tmp_path}/plain.safetensors", layer=5, coefficient=-2.0)
-    assert torch.equal(steering_vectors(plain, tiny, tokenizer)[5], -2.0 * found[5])
+    assert torch.equal(scaled_vectors(plain, tiny, tokenizer)[5], -2.0 * found[5])
 
 
 def test_a_random_vector_is_as_long_as_the_difference_and_is_drawn_by_the_seed(
@@ -178,14 +180,14 @@ def test_a_random_vector_is_as_long_as_the_difference_and_is_drawn_by_the_seed(
 ) -> None:
     given = config(questions, vector="random:villain - librarian", coefficient=1.0, all_layers=True, method="A")
     difference = replace(given, steering=replace(given.steering, vector="villain - librarian"))
-    drawn, meant = (steering_vectors(each, tiny, tokenizer) for each in (given, difference))
+    drawn, meant = (scaled_vectors(each, tiny, tokenizer) for each in (given, difference))
     drawn, meant = (sums(each) for each in (drawn, meant))
     for layer, vector in drawn.items():
         assert float(vector.norm()) == pytest.approx(float(meant[layer].norm()), rel=1e-4)
         assert abs(float(torch.cosine_similarity(vector, meant[layer], dim=0))) < 0.4  # 128 channels
     assert abs(float(torch.cosine_similarity(drawn[0], drawn[1], dim=0))) < 0.4  # each block has its own
-    again = sums(steering_vectors(given, tiny, tokenizer))
-    other = sums(steering_vectors(replace(given, seed=43), tiny, tokenizer))
+    again = sums(scaled_vectors(given, tiny, tokenizer))
+    other = sums(scaled_vectors(replace(given, seed=43), tiny, tokenizer))
     assert torch.equal(again[6], drawn[6]) and relative_error(other[6], drawn[6]) > 0.5
     assert not given.steering.leaks and difference.steering.leaks
 
@@ -215,7 +217,7 @@ def test_a_run_keeps_its_vectors(tiny: Qwen2, tokenizer: ChatTokenizer, tmp_path
     out = tmp_path / "out"
     out.mkdir()
     first = run_steering(settings, out, WORLD, tiny, tokenizer)
-    assert torch.equal(first[6], steering_vectors(settings, tiny, tokenizer)[6])
+    assert torch.equal(first[6], scaled_vectors(settings, tiny, tokenizer)[6])
     assert torch.equal(3.0 * load_steering(out / "steering.safetensors", [6])[6], first[6])
     vectors_file(run, 9).unlink()  # the run that it was made of may go
     assert torch.equal(run_steering(settings, out, WORLD, tiny, tokenizer)[6], first[6])
@@ -245,5 +247,5 @@ def test_what_does_not_fit_is_said_in_one_line(tiny: Qwen2, tokenizer: ChatToken
         (config(vector="collapse", baseline=str(known), all_layers=True), "has no layer 0, only 6"),
     ):
         with pytest.raises(UserError, match=words) as caught:
-            steering_vectors(settings, tiny, tokenizer)
+            scaled_vectors(settings, tiny, tokenizer)
         assert "\n" not in str(caught.value)
