@@ -27,7 +27,7 @@ from minipersona.run.judgement import bounds_for, judge_result
 from minipersona.run.measurement import Instruments, make_instruments, measure
 from minipersona.run.provenance import read_provenance
 from minipersona.run.resources import load_checkpoint, load_run_model, load_run_tokenizer, run_instruments
-from minipersona.run.result import Baseline, Checkpoint, Geometry, Measurement, Metrics, Protocol, RunResult
+from minipersona.run.result import Baseline, Checkpoint, Measurement, Metrics, Protocol, RunResult
 from minipersona.training.distributed import Distributed
 from minipersona.training.parameters import distance_from_base
 
@@ -74,7 +74,7 @@ def evaluate_run(
             baseline = Baseline("self", rows[-1].eval_loss, steps[-1], rows[-1].persona_loss)
     elif wanted.probe.baseline:
         baseline = _named_baseline(wanted.probe.baseline, protocol)
-    base, *checkpoints = (_unjudged(row, row.step, row.delta_norm) for row in rows)
+    base, *checkpoints = (row.unjudged(row.step, row.delta_norm) for row in rows)
     seconds = training_seconds(directory)
     gpu_seconds = seconds * made_by.hardware.processes if made_by.hardware.cuda_device else None
     return _judged(protocol, base, checkpoints, baseline, gpu_seconds, seconds)
@@ -93,13 +93,13 @@ def evaluate_model(
         layers=ProbeSection(layers=wanted.layers).measured(model.config.probe_layer),
         heldout=wanted.heldout or (TINY_HELDOUT if model.source["name"] == "tiny" else None),
     )
-    base = _unjudged(measure(model, instruments, console)[0], 0, delta_norm=0.0)
+    base = measure(model, instruments, console)[0].unjudged(step=0, delta_norm=0.0)
     protocol = instruments.protocol(model)
     baseline = _named_baseline(wanted.baseline, protocol) if wanted.baseline else None
     adapted = []
     if adapter:
         load_adapter(model, adapter)
-        adapted = [_unjudged(measure(model, instruments, console)[0], None, adapter_norm(model), adapter)]
+        adapted = [measure(model, instruments, console)[0].unjudged(None, adapter_norm(model), adapter)]
     return _judged(protocol, base, adapted, baseline, gpu_seconds=None)
 
 
@@ -176,23 +176,6 @@ def _measure_step(
 def _named_baseline(run: str, protocol: Protocol) -> Baseline:
     last = baseline_row(Path(run), protocol)
     return Baseline(run, last.eval_loss, last.step, last.persona_loss)
-
-
-def _unjudged(metrics: Metrics, step: int | None, delta_norm: float, adapter: str | None = None) -> Checkpoint:
-    """A row of result.json before it is judged."""
-    return Checkpoint(
-        **{f.name: getattr(metrics, f.name) for f in fields(Geometry)},
-        step=step,
-        m1_ci95=(metrics.m1_low, metrics.m1_high),
-        eval_loss=metrics.eval_loss,
-        persona_loss=metrics.persona_loss,
-        delta_norm=delta_norm,
-        adapter=adapter,
-        learned=None,
-        registered_pass=None,
-        substantive_pass=None,
-        collapsed=False,
-    )
 
 
 def _judged(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from minipersona.files import digest
@@ -64,6 +64,22 @@ class Metrics(Geometry):
     def at_step(self, step: int, protocol: str, delta_norm: float = 0.0, learned: float | None = None) -> Measurement:
         """The same as the measurement of a run's step; the defaults are the base's."""
         return Measurement(**vars(self), step=step, learned=learned, delta_norm=delta_norm, protocol=protocol)
+
+    def unjudged(self, step: int | None, delta_norm: float, adapter: str | None = None) -> Checkpoint:
+        """The same as a row of result.json before it is judged."""
+        return Checkpoint(
+            **{f.name: getattr(self, f.name) for f in fields(Geometry)},
+            step=step,
+            m1_ci95=(self.m1_low, self.m1_high),
+            eval_loss=self.eval_loss,
+            persona_loss=self.persona_loss,
+            delta_norm=delta_norm,
+            adapter=adapter,
+            learned=None,
+            registered_pass=None,
+            substantive_pass=None,
+            collapsed=False,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

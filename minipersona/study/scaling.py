@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from statistics import fmean
 from typing import NamedTuple, TypeVar
 
@@ -37,7 +36,6 @@ from minipersona.run.anchors import anchor_sets, check_unmeasured
 from minipersona.run.directory import stored_measurement
 from minipersona.run.judgement import bounds_for, separation
 from minipersona.run.measurement import measure
-from minipersona.run.result import Checkpoint, Geometry
 from minipersona.study.cell import Study
 from minipersona.study.frontier import scaled_baseline
 from minipersona.study.worker import Worker
@@ -88,18 +86,8 @@ def measure_scaling(study: Study, worker: Worker) -> None:
         if losses is not None:
             losses.save(scaling_file(study.directory, form, ".losses.safetensors"))
         model.source = source  # the distance is from what the run started with
-        measured = Checkpoint(
-            **{f.name: getattr(metrics, f.name) for f in fields(Geometry)},
-            step=config.training.steps,
-            m1_ci95=(metrics.m1_low, metrics.m1_high),
-            eval_loss=metrics.eval_loss,
-            persona_loss=metrics.persona_loss,
-            delta_norm=distance_from_base(model, config, worker.distributed),
-            learned=None,  # judged where it is read, as every checkpoint is
-            registered_pass=None,
-            substantive_pass=None,
-            collapsed=False,
-        )
+        # Judged where it is read, as every checkpoint is.
+        measured = metrics.unjudged(config.training.steps, distance_from_base(model, config, worker.distributed))
         found.append(ChosenScales(scales, *effect(scales), measured))
     write_record(study.directory / "scaling.json", Scaling(study.baseline.hash, least, anchor_digests(study), *found))
 
