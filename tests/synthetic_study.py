@@ -18,7 +18,7 @@ from minipersona.geometry.vectors import PersonaVectors
 from minipersona.records import write_record
 from minipersona.run.directory import losses_file, vectors_file
 from minipersona.run.losses import HeldoutLosses
-from minipersona.run.result import Checkpoint, Protocol, RunResult
+from minipersona.run.result import Checkpoint, MeasurementProtocol, RunResult
 from minipersona.settings import load_config, override, to_toml
 from minipersona.study_config import StudyConfig
 from minipersona.verdict import ledger
@@ -48,7 +48,7 @@ SETS = ("plain", "narrow_like")
 NAMES = tuple(f"p{i}" for i in range(PERSONAS))
 FRESH = (101, 102, 103)  # seeds
 HASH = "0" * 12  # of the first cell, which is the baseline where a study begins with it
-PROTOCOL = Protocol(
+PROTOCOL = MeasurementProtocol(
     model="some/model", revision="r", compute_dtype="float32", layer=LAYER, layers=(LAYER,),
     layer_convention="residual stream leaving decoder block, counted from 0 (hidden_states[layer + 1])", method="A",
     persona_set="shipped", persona_digest="p", question_set="shipped", question_digest="q", heldout="h",

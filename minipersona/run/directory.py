@@ -26,7 +26,7 @@ from minipersona.console import command_line
 from minipersona.errors import UserError
 from minipersona.files import read_jsonl
 from minipersona.records import append_record, read_records
-from minipersona.run.result import Checkpoint, Measurement, Protocol, read_result
+from minipersona.run.result import Checkpoint, Measurement, MeasurementProtocol, read_result
 from minipersona.settings import difference, load_config
 from minipersona.training.checkpoint import stored_position
 
@@ -112,7 +112,7 @@ def read_measurements(directory: Path) -> list[Measurement]:
     return read_records(directory / PROBES, Measurement, "delete that line, and its step is measured again")
 
 
-def stored_measurement(directory: Path, step: int, protocol: Protocol) -> Measurement | None:
+def stored_measurement(directory: Path, step: int, protocol: MeasurementProtocol) -> Measurement | None:
     """The measurement of a step by this protocol, if there is one."""
     digest = protocol.digest
     return next((row for row in read_measurements(directory) if (row.step, row.protocol) == (step, digest)), None)
@@ -147,7 +147,7 @@ def training_seconds(directory: Path) -> float:
 # ---------------------------------------------------------------- another run as the baseline
 
 
-def baseline_row(directory: Path, protocol: Protocol) -> Checkpoint:
+def baseline_row(directory: Path, protocol: MeasurementProtocol) -> Checkpoint:
     """The last step of another run, which a run with this protocol is held against.
 
     UserError where that step is not judged yet, or was measured on other rows or another model than `protocol` says.

@@ -27,7 +27,7 @@ from minipersona.run.judgement import bounds_for, judge_result
 from minipersona.run.measurement import Instruments, make_instruments, measure
 from minipersona.run.provenance import read_provenance
 from minipersona.run.resources import load_checkpoint, load_run_model, load_run_tokenizer, run_instruments
-from minipersona.run.result import Baseline, Checkpoint, Measurement, Metrics, Protocol, RunResult
+from minipersona.run.result import Baseline, Checkpoint, Measurement, MeasurementProtocol, Metrics, RunResult
 from minipersona.training.distributed import Distributed
 from minipersona.training.parameters import distance_from_base
 
@@ -110,7 +110,7 @@ def check_side_by_side(results: Mapping[str, RunResult]) -> None:
         if not result.checkpoints:
             raise UserError(f"--run {run}: has no checkpoint yet; let train.py write one")
     for run, result in others:
-        for f in fields(Protocol):
+        for f in fields(MeasurementProtocol):
             if getattr(one.protocol, f.name) != getattr(result.protocol, f.name):
                 raise UserError(
                     f"--run {first} {run}: the {f.name} of their measurements is not the same; of one model, --layer, "
@@ -136,8 +136,13 @@ def _same_instruments(wanted: RunConfig, config: RunConfig) -> bool:
 
 
 def _measure_steps(
-    directory: Path, config: RunConfig, steps: Sequence[int], own: Protocol, device: torch.device, console: Console
-) -> tuple[list[Measurement], Protocol]:
+    directory: Path,
+    config: RunConfig,
+    steps: Sequence[int],
+    own: MeasurementProtocol,
+    device: torch.device,
+    console: Console,
+) -> tuple[list[Measurement], MeasurementProtocol]:
     """Measure the base and every checkpoint with the instruments that `config` names, unless they are stored already.
 
     Measurements by the run's `own` protocol are stored.
@@ -173,13 +178,13 @@ def _measure_step(
 # ---------------------------------------------------------------- judged
 
 
-def _named_baseline(run: str, protocol: Protocol) -> Baseline:
+def _named_baseline(run: str, protocol: MeasurementProtocol) -> Baseline:
     last = baseline_row(Path(run), protocol)
     return Baseline(run, last.eval_loss, last.step, last.persona_loss)
 
 
 def _judged(
-    protocol: Protocol,
+    protocol: MeasurementProtocol,
     base: Checkpoint,
     checkpoints: Sequence[Checkpoint],
     baseline: Baseline | None,

@@ -27,7 +27,7 @@ from minipersona.geometry.measures import discriminability, none_if_nan, spread
 from minipersona.geometry.prompts import REGISTERED
 from minipersona.geometry.statistics import jackknife_interval
 from minipersona.hub import PINNED
-from minipersona.run.result import Baseline, Checkpoint, Interval, Protocol, RunResult
+from minipersona.run.result import Baseline, Checkpoint, Interval, MeasurementProtocol, RunResult
 
 PASS_M1 = 0.95
 COLLAPSED_M1 = 0.97
@@ -67,7 +67,7 @@ def relative_bounds(base_m1: float) -> Bounds:
     return Bounds(1 - PASS_SEPARATION * apart, 1 - COLLAPSED_SEPARATION * apart, relative=True)
 
 
-def bounds_for(protocol: Protocol, base_m1: float, choice: Choice = "auto") -> Bounds:
+def bounds_for(protocol: MeasurementProtocol, base_m1: float, choice: Choice = "auto") -> Bounds:
     """The bounds for what was measured by `protocol`; "auto" is absolute on the registered model, sets and layer."""
     if choice == "auto":
         registered = is_registered(protocol) and protocol.layer == REGISTERED_LAYER
@@ -75,7 +75,7 @@ def bounds_for(protocol: Protocol, base_m1: float, choice: Choice = "auto") -> B
     return ABSOLUTE if choice == "absolute" else relative_bounds(base_m1)
 
 
-def is_registered(protocol: Protocol) -> bool:
+def is_registered(protocol: MeasurementProtocol) -> bool:
     """Whether this is what the predecessor measured: the pinned 7B and the registered sets by Method A, at a layer."""
     return (
         (protocol.model, protocol.revision) == (DEFAULT_MODEL, PINNED[DEFAULT_MODEL])

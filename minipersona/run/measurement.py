@@ -26,7 +26,7 @@ from minipersona.geometry.statistics import bootstrap_m1, noise_floor
 from minipersona.geometry.vectors import PersonaVectors
 from minipersona.model.network import Qwen2
 from minipersona.run.losses import HeldoutLosses
-from minipersona.run.result import LayerMeasures, Metrics, Protocol
+from minipersona.run.result import LayerMeasures, MeasurementProtocol, Metrics
 from minipersona.training.heldout import document_losses
 
 
@@ -49,10 +49,10 @@ class Instruments:
         """Those of all personas at all questions. A measurement of a small model would take longer to render them."""
         return render_prompts(self.tokenizer, self.personas.prompts, self.questions.questions)
 
-    def protocol(self, model: Qwen2) -> Protocol:
+    def protocol(self, model: Qwen2) -> MeasurementProtocol:
         """The record of a measurement of this model, or of what is trained from it, with these instruments."""
         rows = self.heldout_rows
-        return Protocol(
+        return MeasurementProtocol(
             model=model.source.get("name"),
             revision=model.source.get("revision"),
             compute_dtype=str(model.compute_dtype).removeprefix("torch."),

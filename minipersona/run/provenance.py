@@ -20,7 +20,7 @@ from minipersona.records import from_dict, may_be_missing, read_record, write_re
 from minipersona.run.anchors import anchor_sets
 from minipersona.run.directory import PROVENANCE
 from minipersona.run.measurement import Instruments
-from minipersona.run.result import Protocol
+from minipersona.run.result import MeasurementProtocol
 from minipersona.settings import to_toml
 
 
@@ -60,7 +60,7 @@ class DataSource:
 class Provenance(Environment):
     """provenance.json. `protocol` is what every measurement of the run is made with."""
 
-    protocol: Protocol
+    protocol: MeasurementProtocol
     config_digest: str
     model: dict[str, str | None]
     data: tuple[DataSource, ...]

@@ -13,7 +13,7 @@ Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
-class Protocol:
+class MeasurementProtocol:
     """What a measurement was made with: two of them are comparable where these are equal."""
 
     model: str | None
@@ -89,7 +89,7 @@ class Measurement(Metrics):
     step: int
     learned: float | None  # by what was known when it was measured
     delta_norm: float  # ||theta - theta_base||_2
-    protocol: str  # `Protocol.digest`
+    protocol: str  # `MeasurementProtocol.digest`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +148,7 @@ class Baseline:
 class RunResult:
     """result.json."""
 
-    protocol: Protocol
+    protocol: MeasurementProtocol
     base: Checkpoint
     baseline: Baseline | None
     checkpoints: tuple[Checkpoint, ...]

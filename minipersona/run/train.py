@@ -46,7 +46,7 @@ from minipersona.run.measurement import Instruments, measure
 from minipersona.run.null_space import check_null_space, run_null_space
 from minipersona.run.provenance import provenance, write_provenance
 from minipersona.run.resources import Resources, compiles, resolve
-from minipersona.run.result import Protocol
+from minipersona.run.result import MeasurementProtocol
 from minipersona.run.steering import check_steering, run_steering
 from minipersona.settings import to_toml
 from minipersona.training.checkpoint import drop_tensors, stored_position
@@ -279,7 +279,7 @@ def make_deterministic(wanted: bool) -> None:
         torch.use_deterministic_algorithms(True)
 
 
-def check_baseline(config: RunConfig, protocol: Protocol) -> None:
+def check_baseline(config: RunConfig, protocol: MeasurementProtocol) -> None:
     """UserError where the run that `probe.baseline` names is not there or cannot be compared with."""
     if config.probe.baseline not in ("", "self"):
         baseline_row(Path(config.probe.baseline), protocol)

@@ -13,7 +13,7 @@ from minipersona.config import DEFAULT_MODEL
 from minipersona.errors import UserError
 from minipersona.geometry.prompts import REGISTERED
 from minipersona.run.judgement import is_registered
-from minipersona.run.result import Protocol
+from minipersona.run.result import MeasurementProtocol
 from minipersona.study_config import StudyConfig
 from minipersona.verdict.cells import CellResult
 
@@ -51,7 +51,7 @@ class Calibration:
     baseline: str
 
 
-def calibrate(protocol: Protocol, m1_by_layer: dict[str, float], baseline: str) -> Calibration:
+def calibrate(protocol: MeasurementProtocol, m1_by_layer: dict[str, float], baseline: str) -> Calibration:
     """Compare the base's M1 at each layer with the predecessor's; `baseline` is the hash that the record carries."""
     if not is_registered(protocol):
         reason = "not due: the predecessor measured only the pinned 7B with the registered sets"

@@ -30,7 +30,7 @@ from minipersona.run.judgement import (
     learned_share,
     registered_pass,
 )
-from minipersona.run.result import Checkpoint, Protocol
+from minipersona.run.result import Checkpoint, MeasurementProtocol
 from minipersona.settings import load_config
 from minipersona.study_config import PHASES, STAGES, StudyConfig
 from minipersona.verdict.calibration import Calibration
@@ -84,7 +84,7 @@ class StudyResults:
     skipped_phases: tuple[str, ...]
 
     @property
-    def protocol(self) -> Protocol | None:
+    def protocol(self) -> MeasurementProtocol | None:
         """What was measured and with what; None while nothing has been measured."""
         return next((cell.result.protocol for cell in self.cells if cell.result is not None), None)
 
@@ -189,13 +189,13 @@ def read_study(directory: Path) -> StudyResults:
 
 def _check_protocols(cells: Iterable[CellResult], config: StudyConfig) -> None:
     """M1 and losses are comparable only where they were measured in the same way; harmful cells have their own rows."""
-    firsts: dict[bool, tuple[CellResult, Protocol]] = {}  # by whether its held-out rows are the harmful ones
+    firsts: dict[bool, tuple[CellResult, MeasurementProtocol]] = {}  # by whether its held-out rows are the harmful ones
     for cell in cells:
         if cell.result is None:
             continue
         protocol, harmful = cell.result.protocol, is_harmful(cell, config)
         own = firsts.setdefault(harmful, (cell, protocol))
-        for name in sorted(field.name for field in fields(Protocol) if field.name != "layers"):
+        for name in sorted(field.name for field in fields(MeasurementProtocol) if field.name != "layers"):
             first, reference = own if name.startswith("heldout") else next(iter(firsts.values()))
             mine, theirs = getattr(protocol, name), getattr(reference, name)
             if mine != theirs:

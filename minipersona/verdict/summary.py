@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from minipersona.config import SHIPPED
 from minipersona.geometry.prompts import REGISTERED
 from minipersona.run.judgement import LEAST_LEARNED, is_registered
-from minipersona.run.result import Protocol
+from minipersona.run.result import MeasurementProtocol
 from minipersona.verdict.consistency import behaviour_against
 from minipersona.verdict.deviations import without_folders
 from minipersona.verdict.doing_less import DoingLess, better_than_less
@@ -254,7 +254,7 @@ def _setting(results: StudyResults) -> str:
     )
 
 
-def _sets(protocol: Protocol) -> str:
+def _sets(protocol: MeasurementProtocol) -> str:
     personas, questions = protocol.persona_set, protocol.question_set
     if personas == questions and personas in (SHIPPED, REGISTERED):
         return f"the {personas} personas and questions"

@@ -20,7 +20,7 @@ from minipersona.errors import DiskFull, UserError
 from minipersona.records import from_dict, to_dict
 from minipersona.report import write, write_report
 from minipersona.report.passer_tables import layer_table
-from minipersona.run.result import Protocol
+from minipersona.run.result import MeasurementProtocol
 from minipersona.verdict.calibration import calibrate
 from minipersona.verdict.results import read_study
 from minipersona.verdict.verdict import VERDICTS, Verdict, judge_study
@@ -259,7 +259,7 @@ def test_a_directory_that_is_no_study_is_refused(tmp_path: Path) -> None:
 
 def test_a_calibration_that_is_not_due_says_so_once(new_study: Callable[..., Any], undrawn: None) -> None:
     study = new_study(recipes=SMALL, with_vectors=False).write()
-    not_due = calibrate(from_dict(Protocol, {**PROTOCOL, "model": "tiny"}), {}, "")
+    not_due = calibrate(from_dict(MeasurementProtocol, {**PROTOCOL, "model": "tiny"}), {}, "")
     (study / "calibration.json").write_text(json.dumps(to_dict(not_due)))
     write_report(study)
     text = (study / "report.md").read_text()

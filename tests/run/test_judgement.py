@@ -20,7 +20,7 @@ from minipersona.run.judgement import (
     registered_pass,
     relative_bounds,
 )
-from minipersona.run.result import Baseline, Checkpoint, Protocol
+from minipersona.run.result import Baseline, Checkpoint, MeasurementProtocol
 
 BASELINE = Baseline("self", eval_loss=1.0, step=375, persona_loss=1.0)
 NAMES = ("assistant", "pirate", "poet")
@@ -208,7 +208,7 @@ def test_the_interval_over_personas_is_the_jackknife_s() -> None:
     assert judged(0.943, 1.05, m1_without=None).m1_ci95_personas is None
 
 
-PROTOCOL = Protocol(
+PROTOCOL = MeasurementProtocol(
     model=DEFAULT_MODEL, revision=PINNED[DEFAULT_MODEL], compute_dtype="bfloat16", layer=20, layers=(20,),
     layer_convention="", method="A", persona_set="registered", persona_digest="p", question_set="registered",
     question_digest="q", heldout="h", heldout_digest="h", max_tokens=2048, tokenizer_digest="t",

@@ -22,10 +22,10 @@ from minipersona.run.directory import (
 )
 from minipersona.run.judgement import ABSOLUTE, judge_result
 from minipersona.run.provenance import DataSource, Environment, Hardware, Provenance, read_provenance, write_provenance
-from minipersona.run.result import Baseline, Checkpoint, Metrics, Protocol, RunResult, read_result
+from minipersona.run.result import Baseline, Checkpoint, MeasurementProtocol, Metrics, RunResult, read_result
 from minipersona.run.tables import result_table
 
-PROTOCOL = Protocol(
+PROTOCOL = MeasurementProtocol(
     model="tiny",
     revision=None,
     compute_dtype="float32",
