@@ -1,6 +1,6 @@
 """How long a run takes, computed before it starts, part by part: its passes (`work.py`) and what comes on top of them.
 
-The constants were fitted to one run of SmolLM2-135M-Instruct on an H200, as those of `work.py` were.
+The constants were fitted to one run of SmolLM2-135M-Instruct on an H200.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ def train(
     for step in range(position.step + 1, recipe.steps + 1):
         # 0. At steps that leave a checkpoint: the penalty's share of the gradient, for the record alone.
         ratio = None
-        if step in recipe.checkpoints and trainer.objective.weight:  # which may lie on the device
+        if step in recipe.checkpoints and trainer.objective.weight:  # a weight on the device makes the host wait here
             record.settle()  # so that what this takes counts to no step
             ratio = trainer.penalty_ratio(step, batch.packs)
             record.start_clock()

@@ -236,7 +236,9 @@ class RecipeResult:
 
 
 def recipe_results(results: StudyResults) -> list[RecipeResult]:
-    """Every registered recipe all of whose seeds are done, in the order of the phases."""
+    """Every recipe, in whatever role, all of whose seeds are done, in the order of the phases; one for each checkpoint
+    of phase 1. The unmixed cell is only what others are judged against, and fresh seeds are part of what they confirm.
+    """
     cells_of: dict[tuple[str, str], list[CellResult]] = {}
     fresh_of: dict[tuple[str, str], list[CellResult]] = {}
     for cell in results.cells:
