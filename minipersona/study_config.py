@@ -25,6 +25,7 @@ from minipersona.errors import require
 from minipersona.settings import dotted, flatten
 
 BEYOND = "6"
+SCALED = "6D"  # the baseline's update, scaled: measured beside the recipes, of which none has this letter
 STAGES = {
     "1": ("1",),
     "2": ("2A", "2B"),
@@ -162,6 +163,11 @@ class RecipeSection:
 
     def __post_init__(self) -> None:
         where = f"recipe {self.phase} {self.name!r}"
+        require(
+            self.phase != SCALED,
+            f"{where}: {SCALED} is the baseline's update, scaled, which a study measures beside its recipes; take "
+            "another letter",
+        )
         require(
             self.phase in STAGES[BEYOND],
             f"{where}: phase must be {BEYOND} and a capital letter, such as {BEYOND}A; the other phases are the "

@@ -27,7 +27,7 @@ class Pack:
     boundaries  (S+1,) int32  document s is ids[boundaries[s]:boundaries[s+1]]
     documents   (S,) int64    each document's identity in its corpus; dropout masks hang on it
     longest     tokens of the longest document
-    together    of every so many consecutive documents none is separated from the others where a pack is cut
+    together    this many consecutive documents are a group; where memory runs out, a pack is cut between groups only
     """
 
     ids: Tensor

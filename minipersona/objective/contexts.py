@@ -8,8 +8,8 @@ the contexts do not count among, so a step's loss is the mean cross-entropy plus
 into packs and dealt to ranks. Contexts have no dropout and are not steered: it is the model as it is used afterwards
 that is held.
 
-P = personas, Q = questions, C = contexts of a step, S = contexts of a pack, T = their tokens, N = supervised tokens of
-the step, D = width
+P = personas, Q = questions, C = contexts of a step, S = contexts of a pack, T = their tokens, n = those of T at which
+predictions are held, N = supervised tokens of the step's rows, D = width
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class ContextPack(Pack):
 class PredictingStates:
     """The base's states, after the final norm, at the tokens of contexts at which an anchor holds predictions.
 
-    states  (n, D) in the stream's precision
+    states  (M, D) in the stream's precision: M such tokens of all contexts that a run takes
     first   (P * Q,) int64: of context c's token at position t it is states[first[c] + t]
     """
 
@@ -66,7 +66,7 @@ class PredictingStates:
     first: Tensor
 
     def at(self, pack: Pack, rows: Tensor) -> Tensor:
-        """rows (N,) of a pack's stream -> (N, D). Rows of padding get other rows' states."""
+        """rows (n,) of a pack's stream -> (n, D). Rows of padding get other rows' states."""
         document = torch.searchsorted(pack.boundaries[1:].long(), rows, right=True)
         found = self.first[pack.documents[document]] + pack.positions[rows]
         return self.states[found.clamp(0, len(self.states) - 1)]
@@ -141,7 +141,7 @@ class Contexts:
         return replace(batch, packs=[*batch.packs, *packs], context_tokens=tokens)
 
     def held(self, pack: Pack) -> Tensor:
-        """(N,) the rows of its stream at which predictions are held: those that predict a response, or all."""
+        """(n,) the rows of its stream at which predictions are held: those that predict a response, or all."""
         return pack.supervised if self.responses else torch.arange(pack.tokens, device=pack.ids.device)
 
     def pack(self, contexts: Sequence[int]) -> Pack:

@@ -11,7 +11,8 @@ The scale s_l(c) is ||h0_l(c)||^2, or the spread of the base's states over all c
 So a change that is small beside the state may be large beside what tells prompts apart. Relative to the spread, it is
 as large in every block.
 
-C = contexts of a step, L = anchored layers, S = contexts of a pack, P = personas, Q = questions, D = width
+C = contexts of a step, N = supervised tokens of its rows, L = anchored layers, S = contexts of a pack, P = personas,
+Q = questions, D = width
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ The terms are those of `feature_anchor.py`, at each prompt's last token, and of 
 responses to these prompts, or over the prompts where there are none. The first acts where persona vectors are measured,
 and it does not hold the words that follow. The second acts on these.
 
-C = contexts of a step, S = contexts of a pack, D = width
+C = contexts of a step, N = supervised tokens of its rows, S = contexts of a pack, D = width
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ from minipersona.objective.kl_on_prompts import KLOnPrompts
 
 @dataclass(frozen=True, eq=False)
 class FeatureAndKL(KLOnPrompts):
-    """An `Objective`: the passes of `KLOnPrompts`; the states are recorded in the one that has gradients."""
+    """An `Objective`: the passes of `KLOnPrompts`; the states are recorded in the one through the contexts."""
 
     kl_factor: float | Tensor = 1.0  # r
 
     def anchor(self, model: Qwen2, pack: ContextPack, forward: ForwardPass) -> Tensor:
         """N times this pack's part of a."""
-        ends = at_end = pack.last  # (S,) each prompt's last token: in the stream, and among what leaves the last block
+        ends = pack.last  # (S,) each prompt's last token, as a row of the stream
+        at_end = ends  # (S,) the same, as a row of what leaves the last block
         begin = pack.boundaries[:-1].long()
         if self.contexts.responses:  # the first row that predicts a response; rows of padding lie behind all others
             at_end = torch.searchsorted(pack.supervised, begin).clamp(max=pack.supervised.numel() - 1)

@@ -7,7 +7,7 @@ i and j go over all P personas at one question q of the step; h_i is the stream 
 persona i's prompt, and G0 the base's matrix, a constant. Similarities of states are preserved, as in
 similarity-preserving distillation (Tung & Mori 2019, arXiv:1907.09682): the states may rotate and scale together.
 
-Q = questions of a step, L = anchored layers, P = personas, D = width
+Q = questions of a step, N = supervised tokens of its rows, L = anchored layers, P = personas, D = width
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ q is the base's distribution of the next token, a constant, and p = softmax(z) t
 tokens of the step's contexts. Where these end in responses, t goes only over the tokens at which a token of a response,
 or its end, is predicted. This is `reverse` of `kl_to_base.py`, on prompts that no row contains.
 
-T = those tokens, of all contexts of a step, N = those of a pack, C = tokens of a chunk, D = width, V = vocabulary
+T = those tokens of all contexts of a step, n = those of a pack, N = supervised tokens of the step's rows, C = tokens of
+a chunk, D = width, V = vocabulary
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class KLOnPrompts(Anchored):
         """N times this pack's part of mean_t KL(q_t || p_t). The model that learns is applied with `taps`."""
         assert self.contexts.predicting is not None, "the base's states are computed before the run"
         rows = self.contexts.held(pack)
-        states = model(pack, taps=taps, checkpoint_activations=forward.checkpoint_activations, last_rows=rows)  # (N, D)
+        states = model(pack, taps=taps, checkpoint_activations=forward.checkpoint_activations, last_rows=rows)  # (n, D)
         learned = model.lm_head.weight
         base = Reference(self.contexts.predicting.at(pack, rows), learned if self.head is None else self.head)
         divergence, _ = through_head(

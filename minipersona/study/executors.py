@@ -26,6 +26,8 @@ from minipersona.study.worker import Job, Outcome, Worker
 from minipersona.training.distributed import Distributed, join_process_group
 from minipersona.training.interruption import Stop, handle_signals
 
+PATIENCE = 300.0  # seconds that a worker has to end its step; one that hangs would keep the driver from ending
+
 
 class Device(Protocol):
     """A place for one job at a time."""
@@ -192,10 +194,12 @@ def _attempt(job: Job) -> Outcome:
 
 
 def _obey(link: Connection) -> None:
-    """Stop when the driver says so, and end at once when the driver has ended."""
+    """Stop when the driver says so, and end at once when the driver has ended, or where stopping takes too long."""
+    patience: float | None = None  # until the driver says so
     with contextlib.suppress(EOFError, OSError):
-        while link.recv_bytes():
+        while link.poll(patience) and link.recv_bytes():
             os.kill(os.getpid(), signal.SIGTERM)
+            patience = PATIENCE
     os._exit(os.EX_TEMPFAIL)
 
 

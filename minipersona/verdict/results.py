@@ -32,7 +32,7 @@ from minipersona.run.judgement import (
 )
 from minipersona.run.result import Checkpoint, MeasurementProtocol
 from minipersona.settings import load_config
-from minipersona.study_config import PHASES, STAGES, StudyConfig
+from minipersona.study_config import PHASES, SCALED, STAGES, StudyConfig
 from minipersona.verdict.calibration import Calibration
 from minipersona.verdict.cells import CellResult, bare_name, read_cells
 from minipersona.verdict.files import (
@@ -128,7 +128,7 @@ class StudyResults:
     def chosen_scales(self) -> dict[str, ChosenScales]:
         """The recipes of phase 6D by their ids."""
         found = self.scaling
-        return {} if found is None else {"6D one scale": found.one, "6D a scale a block": found.per_block}
+        return {} if found is None else {f"{SCALED} one scale": found.one, f"{SCALED} a scale a block": found.per_block}
 
     @property
     def chosen_points(self) -> list[JudgedPoint]:

@@ -103,6 +103,7 @@ def test_marks_are_roles_and_every_seed_has_the_recipe(tmp_path: Path) -> None:
         ({"set": {"objective": {"kind": "kl_to_base", "weight": 0.01}}}, "is the same as 2A beta=0.01; remove one"),
         ({"phase": "3"}, "phase must be 6 and a capital letter, such as 6A"),
         ({"phase": "6"}, "phase must be 6 and a capital letter, such as 6A"),
+        ({"phase": "6D"}, "6D is the baseline's update, scaled, which a study measures beside its recipes"),
         ({"name": " "}, "give it a name"),
         ({"name": "mine seed=43"}, "must not end like one of several seeds"),
         ({"reference": True, "control": True}, "is a reference or a control, not both"),

@@ -196,6 +196,28 @@ def test_a_defect_in_a_process_ends_the_study_with_its_traceback_and_stops_the_o
     assert ("defect", "failed", 1) in events(study) and ("long", "failed", 1) not in events(study)
 
 
+@pytest.mark.parametrize("stops", [True, False])
+def test_a_worker_that_hangs_when_it_is_asked_to_stop_is_ended(stops: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As seen from the thread that obeys; one whose driver says nothing waits for as long as it takes."""
+    done: list[str] = []
+    monkeypatch.setattr(executors, "PATIENCE", 0.05)
+    monkeypatch.setattr(os, "kill", lambda pid, number: done.append(f"{number.name} {pid == os.getpid()}"))
+    monkeypatch.setattr(os, "_exit", lambda status: done.append(f"ended with {status}"))
+    ours, theirs = multiprocessing.Pipe()
+    thread = threading.Thread(target=executors._obey, args=(theirs,))
+    thread.start()
+    if stops:
+        ours.send_bytes(b"stop")
+        thread.join(10)
+        assert done == ["SIGTERM True", f"ended with {os.EX_TEMPFAIL}"]
+    else:
+        thread.join(0.5)
+        assert thread.is_alive() and done == []
+        ours.close()  # the driver has ended
+        thread.join(10)
+        assert done == [f"ended with {os.EX_TEMPFAIL}"]
+
+
 def test_a_signal_to_the_driver_stops_the_jobs_of_its_processes(study: Study) -> None:
     jobs = [FileJob(study, name, study_jobs.last_long) for name in ("left", "right")]
     stop = Stop()

@@ -36,6 +36,10 @@ FUNCTORCH: dict[str, Any] = {
 INDUCTOR: dict[str, Any] = {
     # A fusion that pays from 4,096 tokens on: packs on both sides of that would be compiled twice.
     "triton.mix_order_reduction": False,
+    # After a minute without work, torch would end the processes that compile kernels, and fork new ones for the next
+    # kernel from a process that has threads. A lock that one of these holds then stays locked in the new process, and
+    # who waits for the kernel waits forever.
+    "quiesce_async_compile_pool": False,
 }
 
 
@@ -69,8 +73,10 @@ def _compile(function: Callable[P, R]) -> Callable[P, R]:
 def _under_settings(function: Callable[P, R]) -> Callable[P, R]:
     from torch._dynamo import config as dynamo  # late: importing the compiler takes more than a second
     from torch._functorch import config as functorch
+    from torch._inductor import config as inductor
 
-    return dynamo.patch(**DYNAMO)(functorch.patch(**FUNCTORCH)(function))
+    # Inductor's for the processes that it starts when it is first called, before it reads the options.
+    return dynamo.patch(**DYNAMO)(functorch.patch(**FUNCTORCH)(inductor.patch(INDUCTOR)(function)))
 
 
 def _block_call(block: nn.Module) -> Callable[..., Tensor]:
