@@ -260,12 +260,31 @@ def test_the_base_responds_once_a_run(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(anchors, "base_states", counted(base_states))
     monkeypatch.setattr(anchors, "predicting_states", counted(predicting_states))
     both = replace(settings, objective=replace(settings.objective, kind="feature_and_kl"))
-    runs = ("one", 42, "", 3), ("two", 42, "", 3), ("three", 43, "", 6), ("four", 43, "v2", 9)
-    for name, seed, revision, times in runs:
-        (tmp_path / name).mkdir()
-        given = tmp_path / name, SINGLE_PROCESS, model, tokenizer, Console(), resources.keep
-        run_contexts(replace(both, seed=seed, model=replace(both.model, revision=revision)), *given)
-        assert ((tmp_path / name / ANCHOR_RESPONSES).read_bytes() == content) == (seed == 42) and len(asked) == times
+    others = question_file(tmp_path / "others.jsonl", "What is snow?", "Why do people cry?")  # as many
+    runs = (
+        ("one", 42, "", questions, 3), ("two", 42, "", questions, 3), ("three", 43, "", questions, 6),
+        ("four", 43, "v2", questions, 9), ("five", 43, "v2", others, 12),
+    )  # fmt: skip
+
+    def run_both(name: str, seed: int, revision: str, anchor_questions: str) -> Contexts | None:
+        given = replace(both, seed=seed, model=replace(both.model, revision=revision))
+        given = replace(given, objective=replace(given.objective, anchor_questions=anchor_questions))
+        directory = tmp_path / name
+        return run_contexts(given, directory, SINGLE_PROCESS, model, tokenizer, Console(), resources.keep)
+
+    for *run, times in runs:
+        (tmp_path / run[0]).mkdir()
+        run_both(*run)
+        responses = (tmp_path / run[0] / ANCHOR_RESPONSES).read_bytes()
+        assert (responses == content) == (run[1] == 42) and len(asked) == times
+    # A run that continues with responses of its own has states of its own at them, and shares those at the prompts.
+    (tmp_path / "five" / ANCHOR_RESPONSES).write_bytes(
+        re.sub(rb'"tokens": \[\d+, ', b'"tokens": [', responses, count=1)
+    )
+    found = run_both(*runs[-1][:-1])
+    assert len(asked) == 13 and asked[-1] is predicting_states
+    assert found is not None and found.predicting is not None
+    assert len(found.predicting.states) == sum(int(response.sum()) for response in found.responses)
     file.unlink()
     of_run()
     assert file.read_bytes() == content  # generated again, they are the same
