@@ -221,9 +221,7 @@ def _with_responses(
 def _taken(config: RunConfig, contexts: Contexts) -> tuple[Any, ...]:
     """Equal for runs that take the same contexts of the same base, with the same responses if they have some."""
     taken = contexts.taken(config.training.steps)
-    prompts = [contexts.ids[c].tobytes() for c in taken]
-    responses = [contexts.responses[c].tobytes() for c in taken] if contexts.responses else []
-    return config.model, taken, prompts, responses
+    return config.model, taken, [contexts.ids[c].tobytes() for c in taken]
 
 
 def make_contexts(config: RunConfig, tokenizer: ChatTokenizer) -> Contexts:
