@@ -65,7 +65,7 @@ OPTIONS = {"cases": ",".join(CASES), "steps": 30, "seconds": 340, "worker": "", 
 TIMED: tuple[tuple[object, str, str], ...] = (
     (train, "training_set", "reading"),
     (resources.Resources, "instruments", "reading"),
-    (resources.Resources, "model", "loading"),
+    (resources.Resources, "base", "loading"),
     (train, "measure", "measuring"),
     (train, "distance_from_base", "measuring"),
     (train, "save_checkpoint", "writing"),

@@ -41,15 +41,17 @@ class Resources:
         """The config's tokenizer."""
         return self.keep("tokenizer", config.model, lambda: load_run_tokenizer(config.model))
 
-    def model(self, config: RunConfig) -> Qwen2:
-        """The config's model as it was loaded: without adapters, compiled where the config asks for it."""
+    def base(self, config: RunConfig) -> Qwen2:
+        """The config's model as it was loaded, compiled where the config asks for it. It is one object, on which runs
+        train: adapters that are attached to it are detached.
+        """
         settings = config.model, config.execution.fused, compiles(config, self.device)
         model = self.keep("model", settings, lambda: self._load(config))
         return remove_lora(model)
 
     def graphs(self, config: RunConfig) -> Graphs | None:
         """The graphs of the model's training passes, where the config trains by them."""
-        model = self.model(config)
+        model = self.base(config)
         wanted = uses_graphs(config, model.device, model.config)
         return self.keep("graphs", model, lambda: Graphs(model)) if wanted else None
 
@@ -59,7 +61,7 @@ class Resources:
             config.model, replace(config.probe, baseline=""), config.data.heldout, config.data.max_tokens,
             config.data.supervise, config.execution.measuring_tokens,
         )  # fmt: skip
-        model, tokenizer = self.model(config), self.tokenizer(config)
+        model, tokenizer = self.base(config), self.tokenizer(config)
         return self.keep("instruments", settings, lambda: run_instruments(config, model, tokenizer))
 
     def discard_model(self) -> None:

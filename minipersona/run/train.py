@@ -105,7 +105,7 @@ def carry_out(
     for line in filter(None, [*training.report(), check_overlap(config.data.train, config.data.heldout)]):
         console.say(line)
     console.say(f"loading {config.model.name}")
-    model, instruments = resources.model(config), resources.instruments(config)
+    model, instruments = resources.base(config), resources.instruments(config)
     graphs = resources.graphs(config)
     check_learnable(training.documents)
     check_disjoint(config, instruments)

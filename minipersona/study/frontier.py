@@ -31,7 +31,7 @@ def measure_frontier(study: Study, worker: Worker) -> None:
     """Write frontier.json, its points' vectors and losses. The two ends are the baseline's own measurements."""
     config, directory = study.placed_config(study.baseline), study.cell_directory(study.baseline)
     instruments = worker.resources.instruments(config)
-    protocol = instruments.protocol(worker.resources.model(config))
+    protocol = instruments.protocol(worker.resources.base(config))
     last = config.training.steps
     base, baseline = (stored_measurement(directory, step, protocol) for step in (0, last))
     assert base is not None and baseline is not None, "the baseline is published"
@@ -63,7 +63,7 @@ def scaled_baseline(study: Study, baseline: Cell, scale: float | Sequence[float]
     """
     config = study.placed_config(baseline)
     model = worker.trained_model(config, study.cell_directory(baseline), config.training.steps)
-    scale_update(model, None if config.training.method == "lora" else worker.resources.model(config), scale)
+    scale_update(model, None if config.training.method == "lora" else worker.resources.base(config), scale)
     return model
 
 

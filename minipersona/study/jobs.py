@@ -156,7 +156,7 @@ class WriteResponses(Job):
         if config.data.responses == RESPONSES_PLACEHOLDER:
             write = functools.partial(write_roleplay, personas=training_personas())
         report = write(
-            worker.resources.model(config),
+            worker.resources.base(config),
             worker.resources.tokenizer(config),
             read_source(config.data.train),
             path=self.file,
@@ -205,7 +205,7 @@ class MeasureBase(StudyFile):
 
     def carry_out(self, worker: Worker) -> None:
         config, directory = self.study.baseline.recipe.config, self.study.base
-        instruments, model = worker.resources.instruments(config), worker.resources.model(config)
+        instruments, model = worker.resources.instruments(config), worker.resources.base(config)
         protocol = instruments.protocol(model)
         metrics, vectors, losses = measure(model, instruments, worker.console)
         vectors.save(vectors_file(directory, 0))

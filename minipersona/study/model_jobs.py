@@ -63,7 +63,7 @@ class AskModel(Job):
     def model(self, worker: Worker) -> Qwen2:
         """The model that is asked."""
         if self.cell is None:
-            return worker.resources.model(self.config)
+            return worker.resources.base(self.config)
         return worker.trained_model(self.config, self.directory, self.at)
 
 
@@ -101,7 +101,7 @@ class AskSuite(AskModel):
         model, tokenizer = self.model(worker), worker.resources.tokenizer(config)
         if self.suite == "behaviour":
             # An adapter is attached to the base, and to ask for the base would detach it.
-            base = None if config.training.method == "lora" else worker.resources.model(config)
+            base = None if config.training.method == "lora" else worker.resources.base(config)
             behaviour_suite(model, tokenizer, self.directory, study.behaviour, worker.console, base=base)
         else:
             instruction_suite(
@@ -139,7 +139,7 @@ class AskVoice(AskModel):
         config, study = self.study.baseline.recipe.config, self.study
         instruments = worker.resources.instruments(config)
         responses = base_responses(
-            worker.resources.model(config),
+            worker.resources.base(config),
             instruments.tokenizer,
             instruments.personas.prompts,
             asked(instruments.questions.questions),

@@ -68,7 +68,7 @@ def measure_scaling(study: Study, worker: Worker) -> None:
     """Choose both forms, measure each, and write their vectors, their losses and, last, scaling.json."""
     config, directory = study.placed_config(study.baseline), study.cell_directory(study.baseline)
     instruments = worker.resources.instruments(config)
-    untrained = worker.resources.model(config)
+    untrained = worker.resources.base(config)
     source, blocks = untrained.source, untrained.config.num_hidden_layers
     protocol = instruments.protocol(untrained)
     base = stored_measurement(directory, 0, protocol)
@@ -176,7 +176,7 @@ def _measure_of(study: Study, worker: Worker) -> Measure:
         )
         return m1(vectors.mean(layer))
 
-    base = m1_of(worker.resources.model(config))
+    base = m1_of(worker.resources.base(config))
 
     @functools.cache
     def effect(scales: Scales) -> Effect:

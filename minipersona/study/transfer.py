@@ -56,7 +56,7 @@ def measure_transfer(study: Study, cell: Cell, step: int, worker: Worker) -> Tra
         """Of a model beside which this process measures several cells."""
         return worker.resources.keep(f"{of} on other personas", (config, sets), lambda: on_sets(model()))
 
-    base = once("base", lambda: worker.resources.model(config))
+    base = once("base", lambda: worker.resources.base(config))
     ours = once(baseline.hash, lambda: trained(baseline, steps))
     recipe = on_sets(trained(cell, step))
     return Transfer(

@@ -112,7 +112,7 @@ class Worker:
 
     def trained_model(self, config: RunConfig, directory: Path, step: int) -> Qwen2:
         """The model that a run left at a step."""
-        return load_checkpoint(self.resources.model(config), config, directory, step)
+        return load_checkpoint(self.resources.base(config), config, directory, step)
 
 
 @contextlib.contextmanager

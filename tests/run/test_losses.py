@@ -149,7 +149,7 @@ def test_the_losses_of_the_base_are_taken_over_with_its_vectors(tmp_path: Path) 
     config = standard_config(study, seed=42)
     config = resolve(replace(config, probe=replace(config.probe, baseline="self")), CPU.device)
     resources = Resources(CPU.device)
-    model, tokens, with_these = resources.model(config), resources.tokenizer(config), resources.instruments(config)
+    model, tokens, with_these = resources.base(config), resources.tokenizer(config), resources.instruments(config)
 
     def evaluator(name: str) -> Evaluator:
         (tmp_path / name).mkdir()

@@ -16,8 +16,8 @@ PLAIN = replace(FUSED, execution=ExecutionSection(fused=False))
 
 def test_the_plain_path_is_chosen_by_the_config_and_is_not_compiled() -> None:
     resources = Resources(CPU)
-    fused, plain = resources.model(FUSED), resources.model(PLAIN)
+    fused, plain = resources.base(FUSED), resources.base(PLAIN)
     assert fused.fused and not plain.fused and fused is not plain
-    assert resources.model(PLAIN) is plain  # the control: one with the same settings is kept
+    assert resources.base(PLAIN) is plain  # the control: one with the same settings is kept
     assert compiles(FUSED, torch.device("cuda")) and not compiles(FUSED, CPU)
     assert not compiles(PLAIN, torch.device("cuda"))

@@ -51,7 +51,7 @@ def test_a_cell_s_model_answers_and_the_base_judges_however_each_is_trained(
     cell, worker = study.cells[-1], Worker(CPU, QUIET)
     config = study.placed_config(cell)
 
-    model = worker.resources.model(config)
+    model = worker.resources.base(config)
     base = weights_digest(model)
     learned = make_trainable(model, config, CPU)
     with torch.no_grad():
@@ -91,7 +91,7 @@ def test_the_base_s_voice_is_measured_anew_where_cells_are_made_anew(
     study = study_of(tmp_path, "lora", "full")
     monkeypatch.setattr(model_jobs, "measure_voice", lambda *of, **by: VOICE)
     monkeypatch.setattr(model_jobs, "base_responses", lambda *of, **by: None)
-    monkeypatch.setattr(Worker, "trained_model", lambda worker, config, *at: worker.resources.model(config))
+    monkeypatch.setattr(Worker, "trained_model", lambda worker, config, *at: worker.resources.base(config))
     worker = Worker(CPU, QUIET)
     for job in (AskVoice(study), AskVoice(study, study.cells[1], 1)):
         write_record(job.directory / "voice.json", replace(VOICE, step=job.at))

@@ -30,7 +30,7 @@ def test_a_set_that_is_new_or_has_changed_is_measured_in_a_finished_study(
     study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transfer, "on_set", lambda *of: ModelOnSet({"6": 0.9}, 1.0, 1.0))
-    monkeypatch.setattr(Worker, "trained_model", lambda worker, config, *at: worker.resources.model(config))
+    monkeypatch.setattr(Worker, "trained_model", lambda worker, config, *at: worker.resources.base(config))
     worker, more = Worker(CPU, QUIET), tmp_path / "more.json"
 
     def measured(study: Study) -> list[str]:
