@@ -19,7 +19,7 @@ def nothing(job: FileJob) -> None:
 
 @dataclass(frozen=True)
 class FileJob(Job):
-    """Leaves an empty file, once `work` has been called with the job."""
+    """Leaves an empty file, once `work` has been called with the job; another one where it is interrupted."""
 
     file: str
     work: Callable[[FileJob], None] = nothing
@@ -36,10 +36,14 @@ class FileJob(Job):
         return self.path.exists()
 
     def carry_out(self, worker: Worker) -> None:
-        with open(self.path.with_suffix(".log"), "a") as log:
-            print(os.getpid(), file=log)
-        worker.console.say(f"{self.file} is at work")
-        self.work(self)
+        try:
+            with open(self.path.with_suffix(".log"), "a") as log:
+                print(os.getpid(), file=log)
+            worker.console.say(f"{self.file} is at work")
+            self.work(self)
+        except Interrupted:
+            self.path.with_suffix(".interrupted").touch()
+            raise
         self.path.touch()
 
     def attempts(self) -> list[int]:
@@ -81,9 +85,5 @@ def divide(job: FileJob) -> None:
 
 
 def last_long(job: FileJob) -> None:
-    """Take a minute, and say so where it is ended before."""
-    try:
-        time.sleep(60)
-    except Interrupted:
-        job.path.with_suffix(".interrupted").touch()
-        raise
+    """Take a minute."""
+    time.sleep(60)

@@ -139,6 +139,8 @@ class Engine:
     def _stop(self) -> None:
         """Have the jobs at work stop after their step, and record those that came to their end."""
         self.executor.stop()
+        if self._running:
+            self.console.say(f"waiting until the jobs at work have ended their step: {self._at_work()}")
         for future in wait(self._running).done:
             job, _, began = self._running.pop(future)
             if future.exception() is None and future.result().event in ("done", "failed"):
@@ -165,5 +167,8 @@ class Engine:
             seconds = sum(self._seconds) / len(self._seconds) * left / min(left, len(self.executor.devices))
             parts.append(f"{left} left, about {duration(seconds)}")
         if self._running:
-            parts.append("at work: " + ", ".join(f"{one.job} on {one.device.label}" for one in self._running.values()))
+            parts.append(f"at work: {self._at_work()}")
         return ", ".join(parts)
+
+    def _at_work(self) -> str:
+        return ", ".join(f"{running.job} on {running.device.label}" for running in self._running.values())

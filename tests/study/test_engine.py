@@ -226,12 +226,13 @@ def test_a_signal_to_the_driver_stops_the_jobs_of_its_processes(study: Study) ->
         until(lambda: all(job.attempts() for job in jobs))
         os.kill(os.getpid(), signal.SIGTERM)
 
-    sender = threading.Thread(target=signalled)
+    sender, said = threading.Thread(target=signalled), io.StringIO()
     with two_processes() as executor, handle_signals(stop):
         sender.start()
         with pytest.raises(Interrupted, match="SIGTERM"), stop.at_once():
-            engine_of(study, executor).complete(jobs)
+            engine_of(study, executor, Console(stream=said)).complete(jobs)
     sender.join()
+    assert "waiting until the jobs at work have ended their step: " in said.getvalue()
     assert all(job.path.with_suffix(".interrupted").exists() for job in jobs)
     assert {event for _, event, _ in events(study)} == {"started"}
 
