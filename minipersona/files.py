@@ -305,7 +305,7 @@ def _whole_lines(file: io.FileIO) -> int:
     return size
 
 
-def read_jsonl(path: str | Path, torn: bool = True) -> list[dict[str, Any]]:
+def read_jsonl(path: str | Path, torn: bool = True, mend: str = "mend or delete that line") -> list[dict[str, Any]]:
     """The rows of a log of ours; a torn last line (a kill in mid-write) is left out. Missing file: no rows.
 
     With `torn` false, for a file that a user wrote, that line is a line like any other, and the file may not be
@@ -331,7 +331,7 @@ def read_jsonl(path: str | Path, torn: bool = True) -> list[dict[str, Any]]:
             try:
                 rows.append(parse_json(line.decode("utf-8-sig" if number == 1 else "utf-8")))
             except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}: line {number} is not JSON ({error}); mend or delete that line") from None
+                raise UserError(f"{path}: line {number} is not JSON ({error}); {mend}") from None
     return rows
 
 

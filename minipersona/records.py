@@ -162,7 +162,7 @@ def read_record(path: Path, kind: type[Record], mend: str) -> Record:
 
 def read_records(path: Path, kind: type[Record], mend: str) -> list[Record]:
     """The records in a file of JSON lines; an empty list if the file does not exist. UserError as in `read_record`."""
-    rows = enumerate(read_jsonl(path), 1)
+    rows = enumerate(read_jsonl(path, mend=mend), 1)
     return [_read(row, kind, f"{path}: line {number}", path.name, mend) for number, row in rows]
 
 

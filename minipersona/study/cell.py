@@ -15,10 +15,8 @@ from typing import Any
 
 from minipersona.chat.vocabulary import FILES
 from minipersona.config import ModelSection, RunConfig
-from minipersona.corpus.mixtures import TRAINING_PERSONAS
 from minipersona.corpus.sources import source_identity
-from minipersona.errors import require
-from minipersona.files import data_dir, digest, sha256
+from minipersona.files import digest, sha256
 from minipersona.geometry.prompts import load_personas, load_questions
 from minipersona.hub import locate, resolved_revision
 from minipersona.model.load import RANDOM
@@ -27,10 +25,10 @@ from minipersona.run.anchors import anchor_sets
 from minipersona.study.code_digest import code_digest
 from minipersona.study.recipes import (
     BASELINE_PLACEHOLDER,
-    RESPONSES_PLACEHOLDER,
     UNMIXED_PLACEHOLDER,
     WRITTEN,
     Recipe,
+    named_files,
 )
 from minipersona.study_config import STAGES, StudyConfig
 
@@ -158,7 +156,7 @@ def _contents(recipe: Recipe) -> dict[str, Any]:
         "personas": load_personas(probe.personas).digest,
         "questions": load_questions(probe.questions).digest,
         "anchors": _anchor_digests(config),
-        "files": [sha256(file) for file in _named_files(config)],
+        "files": [sha256(file) for file in named_files(config)],
         "model": _model_contents(config.model),
         "code": code_digest(),
     }
@@ -169,20 +167,6 @@ def _anchor_digests(config: RunConfig) -> list[str]:
     if not (config.objective.anchored or config.lora.null_space or steering):
         return []
     return [anchors.digest for anchors in anchor_sets(config.objective)]
-
-
-def _named_files(config: RunConfig) -> list[Path]:
-    """Other files by whose contents a config trains. UserError where one of the user's is missing."""
-    data, named = config.data, []
-    if data.responses not in ("", *WRITTEN):
-        named.append(("data.responses", Path(data.responses).expanduser()))
-    if config.steering.file is not None:
-        named.append(("steering.vector", config.steering.file))
-    if data.system_prompts or data.responses == RESPONSES_PLACEHOLDER:
-        named.append(("data.system_prompts", data_dir() / TRAINING_PERSONAS))
-    for key, file in named:
-        require(file.is_file(), f"{key}: {file}: no such file; check its path")
-    return [file for _, file in named]
 
 
 def _model_contents(section: ModelSection) -> list[Any]:

@@ -24,12 +24,15 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from minipersona.behaviour.instructions.dataset import load_instructions
 from minipersona.behaviour.questions import load_questions
 from minipersona.config import COLLAPSE, STEERING_RANDOM, ObjectiveSection, RunConfig, SteeringSection
-from minipersona.errors import Unreachable, UserError
+from minipersona.corpus.mixtures import TRAINING_PERSONAS
+from minipersona.errors import Unreachable, UserError, require
+from minipersona.files import data_dir
 from minipersona.geometry.prompts import load_personas
 from minipersona.model.load import architecture_offline
 from minipersona.records import unknown_key
@@ -132,6 +135,22 @@ def standard_config(study: StudyConfig, seed: int) -> RunConfig:
     )
 
 
+def named_files(config: RunConfig) -> list[Path]:
+    """Files besides those of rows, personas and questions by whose contents a config trains. UserError where one of the
+    user's is missing.
+    """
+    data, named = config.data, []
+    if data.responses not in ("", *WRITTEN):
+        named.append(("data.responses", Path(data.responses).expanduser()))
+    if config.steering.file is not None:
+        named.append(("steering.vector", config.steering.file))
+    if data.system_prompts or data.responses == RESPONSES_PLACEHOLDER:
+        named.append(("data.system_prompts", data_dir() / TRAINING_PERSONAS))
+    for key, file in named:
+        require(file.is_file(), f"{key}: {file}: no such file; check its path")
+    return [file for _, file in named]
+
+
 def check_planned(study: StudyConfig) -> None:
     """UserError where a cell of the search, or the calibration, would fail for a layer that is not measured, or where
     the files of a suite of answers cannot be read.
@@ -141,10 +160,14 @@ def check_planned(study: StudyConfig) -> None:
     check_layers_measured(study)
     for file in study.transfer.personas:
         load_personas(file)
-    names = {f"{recipe.phase} {recipe.name}" for recipe in planned(study)}
+    recipes = [recipe for recipe in planned(study) if not (recipe.is_baseline or recipe.is_unmixed)]
+    names = {f"{recipe.phase} {recipe.bare_name}" for recipe in recipes}
     for name in study.transfer.recipes:
         if name not in names:
-            raise UserError(f"transfer.recipes: {name!r} is not a recipe of this study; --plan lists them")
+            raise UserError(
+                f"transfer.recipes: {name!r} is not a recipe of this study; --plan lists them. Leave out the seed, and "
+                "what recipes are judged against, which is measured beside them"
+            )
     if "behaviour" in study.suites:
         load_questions(study.behaviour.questions)
     if "instructions" in study.suites:
@@ -160,6 +183,7 @@ def check_planned(study: StudyConfig) -> None:
             )
         try:
             recipe.config.lora.adapted_blocks(blocks)
+            named_files(recipe.config)
             check_anchors(recipe.config, sizes)
         except Unreachable:
             pass  # the measured sets are not here yet; the cell checks this again before it trains

@@ -77,7 +77,7 @@ def run_study(
     check_planned(config)
     with lock(Path(config.out)):
         study = open_study(config, executor.device_type, console)
-        due = [cell for cell in study.cells if cell == study.baseline or confirms(cell) or stage_of(cell) in stages]
+        due = [cell for cell in study.cells if confirms(cell) or stage_of(cell) in ("1", *stages)]
         engine = Engine(study, executor, console, due)
         search(engine, stages)
         verdict = conclude(engine)
@@ -120,7 +120,9 @@ def open_study(config: StudyConfig, device_type: str, console: Console) -> Study
         stale = [entry.cell for entry in earlier.cells if (entry.phase, entry.name) in names and entry.cell not in ids]
         made = [name for name in stale if (directory / "cells" / name).is_dir()]
         if made:
-            console.say(f"{len(made)} cells are of another version of the code or the data, and will be made again")
+            console.say(
+                f"{len(made)} of the cells there are of another version of the code or the data, and will be made again"
+            )
     sweep_temporaries(directory)
     write_text(file, to_toml(config))
     _write_plan(study)

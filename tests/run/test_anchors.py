@@ -295,6 +295,7 @@ def test_the_base_responds_once_a_run(tmp_path: Path, monkeypatch: pytest.Monkey
     for damaged, said in (
         (content[: content[:-1].rfind(b"\n") + 1], "has the responses to other contexts than the run takes; delete"),
         (content.replace(b'"context"', b'"c"', 1), "line 1: unknown anchor_responses.jsonl key c"),
+        (content.replace(b"{", b"?", 1), "line 1 is not JSON .*; delete the file, and the responses are"),
         *((re.sub(rb'"tokens": \[[^]]*\]', b'"tokens": ' + tokens, content, count=1), said) for tokens, said in (
             (b"[]", "the response to context .* is not 1 to 36 tokens of 0 to "),
             (b"[1000000]", "the response to context .* is not 1 to 36 tokens of 0 to "),

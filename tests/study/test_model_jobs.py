@@ -100,6 +100,8 @@ def test_the_base_s_voice_is_measured_anew_where_cells_are_made_anew(
         assert job.done()
     assert AskVoice(study).done() and not AskVoice(of_another_version(study)).done()
     assert not AskVoice(study, study.cells[1], 3).done()
+    write_record(study.base / "voice.json", replace(VOICE, cell=study.baseline.hash, step=0, responses="others"))
+    assert AskVoice(study).done() and not AskVoice(study, study.cells[1], 1).done()  # voices of other responses
 
 
 @pytest.mark.parametrize("suite, file", [("behaviour", "asked.jsonl"), ("instructions", "instructions.jsonl")])

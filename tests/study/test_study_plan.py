@@ -29,7 +29,7 @@ from minipersona.study import recipes as recipes_module
 from minipersona.study.estimate import Comparison, Cost, Estimate
 from minipersona.study.plan import compared, passer, wall_seconds
 from minipersona.study.recipes import BASELINE_PLACEHOLDER, RESPONSES_PLACEHOLDER, Recipe, check_planned, planned
-from minipersona.study_config import STAGES, StudyConfig, TransferSection, changes
+from minipersona.study_config import STAGES, RecipeSection, StudyConfig, TransferSection, changes
 
 # The registered search, typed from the protocol: phase, name, rank, alpha, learning rate, and what else is varied.
 REGISTERED = """
@@ -477,6 +477,17 @@ def test_a_study_config_file_reads_back_equal(shipped: StudyConfig, tmp_path: Pa
     assert load_config(str(tmp_path / "study.toml"), StudyConfig) == shipped
 
 
+@pytest.mark.parametrize("key", ["data.responses", "steering.vector"])
+def test_a_file_that_a_recipe_names_is_looked_for_before_the_first_cell(tmp_path: Path, key: str) -> None:
+    file = tmp_path / "named"
+    study = load_config("tiny_study", StudyConfig)
+    recipe = RecipeSection("6Z", "mine", {key: str(file) if key == "data.responses" else f"file:{file}"})
+    with pytest.raises(UserError, match=f"phase 6Z mine: {key}: {file}: no such file; check its path"):
+        check_planned(replace(study, recipe=(recipe,)))
+    file.touch()
+    check_planned(replace(study, recipe=(recipe,)))
+
+
 def test_what_is_measured_on_other_personas_is_checked_before_the_first_cell(tmp_path: Path) -> None:
     more = tmp_path / "more.json"
     more.write_text('{"eval_personas": {"a": "You are a.", "b": "You are b."}}')
@@ -484,6 +495,10 @@ def test_what_is_measured_on_other_personas_is_checked_before_the_first_cell(tmp
     check_planned(replace(study, transfer=TransferSection((str(more),), ("2A beta=0.1", "3 r=4 lr=0.001"))))
     with pytest.raises(UserError, match=r"transfer.recipes: '2A beta=0.5' is not a recipe of this study; --plan lists"):
         check_planned(replace(study, transfer=TransferSection(recipes=("2A beta=0.5",))))
+    # What recipes are judged against is measured beside them, and a recipe is measured with all of its seeds.
+    for name in ("1 baseline", "2A beta=0.1 seed=43"):
+        with pytest.raises(UserError, match=f"transfer.recipes: '{name}' is not a recipe of this study; .* the seed,"):
+            check_planned(replace(study, seeds=(42, 43), transfer=TransferSection(recipes=(name,))))
     with pytest.raises(UserError, match=r"transfer.personas: two sets would be called 'more'; rename a file"):
         TransferSection(("a/more.json", "b/more.json"))
     with pytest.raises(UserError, match=r"none\.json"):
