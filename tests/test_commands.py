@@ -611,6 +611,8 @@ def test_runs_that_cannot_be_compared_are_not_shown_side_by_side(
     refused(capsys, both, "each has another baseline; name one with --baseline")
     assert main([*both, "--baseline", str(finished)]) == 0  # the control
     capsys.readouterr()
+    assert main(["evaluate", "--run", str(anchored)]) == 0
+    capsys.readouterr()
     result = read_result(anchored / "result.json", "")
     other = replace(result, protocol=replace(result.protocol, layer=3))
     with pytest.raises(UserError, match="--run a b: the layer of their measurements is not the same; of one model, --"):
