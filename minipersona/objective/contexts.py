@@ -26,7 +26,7 @@ from torch import Tensor
 
 from minipersona.corpus.batch import Batch, RowOrder, assign_to_packs, balance
 from minipersona.model.network import Qwen2, Tap
-from minipersona.model.pack import IGNORE, Pack, make_pack, split
+from minipersona.model.pack import IGNORE, Pack, make_pack, send, split
 from minipersona.objective.cross_entropy import CrossEntropy
 from minipersona.objective.head import ForwardPass
 
@@ -127,7 +127,7 @@ class Contexts:
         groups = self.groups(step)
         lengths = [sum(len(self.ids[c]) for c in group) for group in groups]
         count, tokens = sum(map(len, groups)), sum(lengths)
-        held = sum(int(self.responses[c].sum()) for group in groups for c in group) if self.responses else tokens
+        held = self.count_held(c for group in groups for c in group)
         # The loop also makes the batch after the last step, for whose contexts there may be no responses.
         parts = [batch.supervised / count, batch.supervised / max(1, held)]
         per_context, per_token = torch.tensor(parts, dtype=torch.float64)
@@ -139,6 +139,10 @@ class Contexts:
             pack = replace(pack, targets=targets, together=self.together)
             packs.append(ContextPack(**vars(pack), per_context=per_context, per_token=per_token))
         return replace(batch, packs=[*batch.packs, *packs], context_tokens=tokens)
+
+    def count_held(self, contexts: Iterable[int]) -> int:
+        """How many tokens of these contexts have predictions that are held."""
+        return sum(int(self.responses[c].sum()) if self.responses else len(self.ids[c]) for c in contexts)
 
     def held(self, pack: Pack) -> Tensor:
         """(n,) the rows of its stream at which predictions are held: those that predict a response, or all."""
@@ -223,16 +227,15 @@ def predicting_states(
 
     The arguments are those of `base_states`. For the 7B, 6,000 responses of 64 tokens are 2.8 GB.
     """
-    held = contexts.responses or [np.ones(len(ids), dtype=bool) for ids in contexts.ids]
-    total = sum(int(held[c].sum()) for c in contexts.taken(steps))
-    states = torch.empty(total, model.config.hidden_size, dtype=model.compute_dtype, device=model.device)
+    shape = contexts.count_held(contexts.taken(steps)), model.config.hidden_size
+    states = torch.empty(shape, dtype=model.compute_dtype, device=model.device)
     first, done = torch.zeros(len(contexts.ids), dtype=torch.int64), 0
     for pack in _packs(contexts, steps, pack_tokens, progress):
         rows = contexts.held(pack)
         before = torch.searchsorted(rows, pack.boundaries[:-1].long())  # of each document: the rows before it
         first[pack.documents] = done + before - pack.positions[rows[before]]
-        pack, end = pack.to(model.device), done + len(rows)
-        states[done:end] = model(pack, last_rows=contexts.held(pack))
+        end = done + len(rows)
+        states[done:end] = model(pack.to(model.device), last_rows=send(rows, model.device))
         done = end
     return PredictingStates(states, first.to(model.device))
 
