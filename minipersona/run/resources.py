@@ -103,12 +103,21 @@ def compiles(config: RunConfig, device: torch.device) -> bool:
 
 
 def uses_graphs(config: RunConfig, device: torch.device, sizes: ModelConfig) -> bool:
-    """Whether training passes are CUDA graphs. UserError where a config asks for them on a CPU."""
+    """Whether training passes are CUDA graphs. UserError where a config asks for what cannot be recorded.
+
+    The portable attention cannot, and only half precision has flash kernels (`model/attention.py`).
+    """
     wanted, cuda = config.execution.graphs, device.type == "cuda"
+    half = config.model.dtype in ("auto", "bfloat16")
     if wanted == "on" and not cuda:
         raise UserError('execution.graphs = "on": only a CUDA device has graphs; leave it out, or set it to "off"')
+    if wanted == "on" and not half:
+        raise UserError(
+            f'execution.graphs = "on", model.dtype = "{config.model.dtype}": graphs need bfloat16, whose attention has '
+            "a kernel that can be recorded; leave one of the two out"
+        )
     pays = compiles(config, device) and sizes.matmul_parameters < SMALL
-    return cuda and config.execution.fused and (wanted == "on" or (wanted == "auto" and pays))
+    return cuda and half and config.execution.fused and (wanted == "on" or (wanted == "auto" and pays))
 
 
 def load_run_model(config: RunConfig, device: torch.device) -> Qwen2:

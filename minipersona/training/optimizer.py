@@ -97,8 +97,10 @@ class Flat:
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        # Matrices come first, so that what decays is contiguous.
-        self._order = order = sorted(range(len(parameters)), key=lambda i: parameters[i].ndim < 2)
+        # Matrices come first, so that what decays is contiguous; what has the same shape is together.
+        self._order = order = sorted(
+            range(len(parameters)), key=lambda i: (parameters[i].ndim < 2, parameters[i].shape)
+        )
         self._decayed = sum(p.numel() for p in parameters if p.ndim >= 2)
         self._weights, self.weights = _flat(parameters, order)
         self._lay_out(parameters)  # frees the old weights, before three more tensors of N elements are made
@@ -125,13 +127,19 @@ class Flat:
             parameter.grad = gradient
 
     def add_gradients(self, gradients: Sequence[Tensor | None]) -> None:
-        """Add a gradient for each parameter, in any precision, or None: some kernels in all, not one a parameter."""
+        """Add a gradient for each parameter, in any precision, or None: some kernels a shape, not one a parameter.
+
+        Of one shape they are concatenated as they are: some are slices of a larger tensor, and each would be copied
+        to become contiguous.
+        """
         end = 0
-        for used, run in itertools.groupby(self._order, key=lambda i: gradients[i] is not None):
+        for (shape, used), run in itertools.groupby(
+            self._order, key=lambda i: (self.weights[i].shape, gradients[i] is not None)
+        ):
             indices = list(run)
-            start, end = end, end + sum(self.weights[i].numel() for i in indices)
+            start, end = end, end + len(indices) * shape.numel()
             if used:
-                self._gradients[start:end] += torch.cat([gradients[i].reshape(-1) for i in indices])  # type: ignore[union-attr]
+                self._gradients[start:end] += torch.cat([gradients[i] for i in indices]).flatten()  # type: ignore[misc]
 
     def copies(self, dtype: torch.dtype) -> list[Tensor]:
         """The weights in another precision, in the parameters' order; one kernel."""

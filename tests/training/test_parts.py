@@ -138,10 +138,27 @@ def test_parameters_are_views_and_gradients_accumulate_where_they_are_used() -> 
     assert all(torch.equal(w, b) for w, b in zip(weights, before, strict=True))
     for _ in range(2):
         sum((w * (i + 1)).sum() for i, w in enumerate(weights)).backward()  # type: ignore[union-attr]
-    matrices, vectors = ([*piece.gradient.tolist()] for group in layout.update_groups() for piece in group)
+    matrices, vectors = (sorted(piece.gradient.tolist()) for group in layout.update_groups() for piece in group)
     assert (matrices, vectors) == ([4.0] * 4 + [6.0] * 2, [2.0] * 3)
     optimizer.update(0.1, ALLOWED)
     assert all(bool((w < 1).all()) for w in weights)
+
+
+@given(st.lists(st.sampled_from([(2, 3), (4, 3), (3, 2), (3,), (5,)]), min_size=1, max_size=12), st.data())
+def test_gradients_are_added_to_their_own_parameters(shapes: list[tuple[int, ...]], data: st.DataObject) -> None:
+    """Whatever their order, whichever have none, and though some are slices of a larger tensor."""
+    weights = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    layout = Flat(weights)
+    larger = [torch.randn([2 * size for size in shape]) for shape in shapes]
+    given = [
+        wide[tuple(slice(size) for size in shape)] if data.draw(st.booleans()) else None
+        for shape, wide in zip(shapes, larger, strict=True)
+    ]
+    for _ in range(2):
+        layout.add_gradients(given)
+    for weight, gradient in zip(weights, given, strict=True):
+        expected = torch.zeros_like(weight) if gradient is None else 2 * gradient
+        assert weight.grad is not None and torch.equal(weight.grad, expected)
 
 
 # ---------------------------------------------------------------- packs
