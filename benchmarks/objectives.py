@@ -20,7 +20,7 @@ from minipersona.config import ObjectiveSection
 
 LAYER = 20
 MOST = {"cross-entropy": 1.0, "KL to base": 1.6, "R3F": 2.2, "steering": 1.03, "feature anchor": 1.2,
-        "Gram anchor": 1.2, "KL on prompts": 1.2, "features and KL": 1.5}  # times cross-entropy's step  # fmt: skip
+        "Gram anchor": 1.2, "KL on prompts": 1.2, "features and KL": 1.2}  # times cross-entropy's step  # fmt: skip
 
 
 OPTIONS = {"objective_steps": 20, "no_checkpointing": False, "tokenizer": "tiny", "objectives": ",".join(MOST)}
@@ -40,7 +40,7 @@ def run(sitting: Sitting) -> None:
         ("feature anchor", ObjectiveSection("feature_anchor", 1.0), None),
         ("Gram anchor", ObjectiveSection("gram_anchor", 1.0), None),
         ("KL on prompts", ObjectiveSection("kl_on_prompts", 1.0), None),
-        ("features and KL", ObjectiveSection("feature_and_kl", 1.0, contexts=16, anchor_responses=64), None),
+        ("features and KL", ObjectiveSection("feature_and_kl", 1.0, contexts=8, anchor_responses=64), None),  # phase 6K
     ):
         if name not in ("cross-entropy", *given.objectives.split(",")):
             continue

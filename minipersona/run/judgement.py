@@ -191,10 +191,10 @@ def _without_any(row: Checkpoint, base: Checkpoint) -> Condition:
     """M1 with any one persona left out, against the base's with the same one left out."""
     if row.m1_without is None or base.m1_without is None or row.m1_without.keys() != base.m1_without.keys():
         return None, "M1 with each persona left out is not known"
-    hangs = [p for p, m1 in row.m1_without.items() if m1 >= relative_bounds(base.m1_without[p]).passing]
-    if len(hangs) == len(row.m1_without):
+    needed = [p for p, m1 in row.m1_without.items() if m1 >= relative_bounds(base.m1_without[p]).passing]
+    if len(needed) == len(row.m1_without):
         return False, "M1 is not below the bound whichever persona is left out"
-    return not hangs, f"it hangs on one persona: without {', '.join(hangs)} M1 is not below the bound"
+    return not needed, f"it depends on one persona: without {' or without '.join(needed)}, M1 is not below the bound"
 
 
 def all_of(values: Iterable[bool | None]) -> bool | None:

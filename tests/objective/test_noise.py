@@ -1,4 +1,4 @@
-"""R3F's noise: its distribution, what it hangs on, and whether a model's precision carries it."""
+"""R3F's noise: its distribution, what it depends on, and whether a model's precision carries it."""
 
 from __future__ import annotations
 

@@ -329,7 +329,7 @@ def test_a_pass_that_hangs_on_one_persona_is_none(tmp_path: Path) -> None:
     study = searched(tmp_path)
     study.cell("2A", "beta=0.1", 0.94, 0.95, m1_without=without)
     found = judged(study)
-    assert found.verdict == "inconclusive" and "it hangs on one persona: without p0" in found.sentence
+    assert found.verdict == "inconclusive" and "it depends on one persona: without p0, M1" in found.sentence
     study.cell("2A", "beta=0.2", 0.94, 0.95, m1_without=without | {"p0": 0.9499})  # control
     found = judged(study)
     assert found.verdict == "unconfirmed"
