@@ -114,7 +114,7 @@ def run_times(sizes: ModelConfig, config: RunConfig, counts: Counts, machine: Ma
         measurements=measured,
         measurement=machine.seconds(each) + STATISTICS + STATISTICS_D * sizes.hidden_size + again,
         writing=written_bytes(sizes, config) / WRITTEN,
-        device=sum(map(machine.busy, steps)) + measured * machine.busy(each),
+        device=sum(map(machine.busy, steps)) + (measured - 1) * machine.busy(each),
         step=training / len(tokens),
     )
 

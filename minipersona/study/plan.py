@@ -65,11 +65,12 @@ def study_plan(study: StudyConfig, stages: Sequence[str], devices: Sequence[str]
         disk += due * sum(kept_bytes(estimate.sizes, recipe.config) for recipe in chosen)
     scaled = len(SCALES) - 2
     matched = len(asked) + len(study.seeds) * (len(study.training.checkpoints) - 2)  # not to the baseline's own end
-    measured = (scaled + matched) * asked_costs[0].times.measurement
+    one_measurement = asked_costs[0].times.measurement
+    measured = (scaled + matched) * one_measurement
     disk += matched * vectors_bytes(estimate.sizes, recipes[0].config)
     beyond = any(recipe.phase in STAGES[BEYOND] for recipe in asked)
     small = beyond * measurements(estimate.sizes.num_hidden_layers)
-    choosing = beyond * (2 + SMALL * small) * asked_costs[0].times.measurement
+    choosing = beyond * (2 + SMALL * small) * one_measurement
     comparison = estimate.comparison(study, recipes[0].config)
     comparing_line, comparing = compared(study, asked, comparison)
     answers = estimate.answers(study, asked)
@@ -77,12 +78,14 @@ def study_plan(study: StudyConfig, stages: Sequence[str], devices: Sequence[str]
     if study.exhaustive:  # no phase waits for another
         every = [cell for phase in timed for cell in phase]
         timed = [phase for phase in (every[:1], every[1:]) if phase]
-    total = wall_seconds(timed, devices) + (measured + choosing + comparing + answered) / max(1, len(set(devices)))
+    total = one_measurement + wall_seconds(timed, devices)
+    total += (measured + choosing + comparing + answered) / max(1, len(set(devices)))
     whatever = study.exhaustive or set(stages) < set(STAGES)
     after_pass = "skips no phase," if whatever else "ends the search after its phase,"
     head = [to_toml(study).rstrip(), "", *estimate.basis(), "#"]
     lines = [
         *head,
+        f"# the base, measured before all cells: {duration(one_measurement)}",
         *lines,
         f"# doing less: the baseline's update at {scaled} scales, and at the one with the loss of each of {matched} "
         f"recipes, {duration(measured)}",

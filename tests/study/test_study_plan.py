@@ -368,6 +368,18 @@ def test_a_plan_counts_what_recipes_are_compared_by(
     assert passed.startswith("# a passer: ") and passed.endswith(" more for voice and M1 on every persona set")
 
 
+def test_what_a_plan_has_in_all_is_the_sum_of_its_lines(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minipersona.study.estimate.measure_machine", lambda *given: Machine("cpu", 1e11))
+    assert main(["study", "--config", "study", "--plan", "--phases", "1", "--set", "suites=[]"]) == 0
+    text = capsys.readouterr().out
+    parts = [line_of(text, part) for part in ("the base, ", "phase 1: ", "doing less: ", "voice of ")]
+    base, *others = [float(line.split(" hours")[0].rsplit(" ", 1)[1]) for line in parts]
+    total = float(line_of(text, "in all ").split(" hours")[0].rsplit(" ", 1)[1])
+    assert base > 1 and total == pytest.approx(base + sum(others), abs=0.3)
+
+
 def test_each_model_is_compared_once() -> None:
     study = load_config("study", StudyConfig)
     each = Comparison(responding=1, voice=10, transfer=1000)
