@@ -80,7 +80,12 @@ def check_anchors(config: RunConfig, sizes: ModelConfig, ranks: int = 1, *, fetc
     sets = anchor_sets(section)
     if fetch or REGISTERED not in (probe.personas, probe.questions):
         check_unmeasured(sets, (load_personas(probe.personas), load_questions(probe.questions)))
-    personas = len(sets[0].prompts)
+    personas, questions = len(sets[0].prompts), len(sets[1].questions)
+    require(
+        section.contexts <= personas * questions,
+        f"objective.contexts = {section.contexts:,}: {personas} anchor personas and {questions} questions make "
+        f"{personas * questions:,} contexts; set fewer a step",
+    )
     if section.kind == "gram_anchor" and not 2 <= personas <= section.contexts:
         raise UserError(
             f"objective.contexts = {section.contexts}: gram_anchor compares all {personas} anchor personas at one "

@@ -134,6 +134,7 @@ def test_what_cannot_be_carried_out_is_refused_in_a_line() -> None:
     for settings, ranks, said in (
         (config("gram_anchor", contexts=29), 1, "objective.contexts = 29: gram_anchor compares all 30 anchor personas"),
         (config(anchor_layers=(3, 8)), 1, "objective.anchor_layers: 8; this model has blocks 0 to 7"),
+        (config(contexts=7201), 1, "objective.contexts = 7,201: 30 anchor personas and 240 questions make 7,200"),
         (
             config("kl_on_prompts", anchor_responses=2048),
             1,
@@ -144,6 +145,7 @@ def test_what_cannot_be_carried_out_is_refused_in_a_line() -> None:
         with pytest.raises(UserError, match=re.escape(said)):
             check_anchors(settings, TINY, ranks)
     check_anchors(config("gram_anchor", contexts=30, anchor_layers=(0, 7)), TINY, ranks=2)
+    check_anchors(config(contexts=7200), TINY)
 
 
 def test_a_plan_fetches_no_measured_set(monkeypatch: pytest.MonkeyPatch) -> None:
