@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from minipersona.errors import Unreachable, UserError, redact
-from minipersona.files import FULL, data_dir, room, sha256, sweep_temporaries, write_atomically
+from minipersona.files import FULL, data_dir, room, sha256, sweep_temporaries, user_path, write_atomically
 
 # A name without a revision means this one, so that two runs a year apart load the same weights.
 PINNED = {
@@ -45,7 +45,7 @@ def locate(name_or_path: str, files: Sequence[str], *, revision: str | None = No
     """
     if name_or_path == "tiny":
         return data_dir() / "tiny"
-    path = Path(name_or_path).expanduser()
+    path = user_path(name_or_path)
     if path.is_dir():
         return path
     if path.exists():

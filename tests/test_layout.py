@@ -120,6 +120,12 @@ def test_control_what_unpickles_is_seen(line: str) -> None:
     assert UNPICKLES.search(line)
 
 
+def test_home_directories_are_found_in_one_place() -> None:
+    """`Path.expanduser` raises RuntimeError for a user who is not there, which `user_path` explains."""
+    found = [path.name for path in (ROOT / "minipersona").rglob("*.py") if "expanduser(" in path.read_text()]
+    assert found == ["files.py"]
+
+
 # What torch may move without notice: names with an underscore, its operators, and how it calls a module.
 PRIVATE = re.compile(r"\btorch(\.\w+)*\._[a-z]|\btorch\.ops\b|\bfrom torch[\w.]* import .*\b_[a-z]|_call_impl\b")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from minipersona.cli.options import refuse
 from minipersona.console import Console, printable
 from minipersona.errors import Interrupted, UserError
 from minipersona.report import write_report
@@ -20,11 +21,14 @@ from minipersona.study_config import BEYOND, STAGES, StudyConfig
 from minipersona.training.distributed import join_process_group
 from minipersona.training.interruption import Stop, handle_signals
 
+OF_A_SEARCH = ("--config", "--out", "--set", "--exhaustive", "--phases", "--plan", "--gpus", "--workers", "--ray")
+
 
 def report(options: argparse.Namespace) -> None:
     """``study.py report DIR``."""
-    if options.report[0] != "report" or len(options.report) != 2 or options.config:
+    if options.report[0] != "report" or len(options.report) != 2:
         raise UserError(f"{' '.join(options.report)}: write study.py report DIR, or study.py --config C")
+    refuse(options, OF_A_SEARCH, "has no effect on report, which reads what DIR holds; leave it out")
     directory = Path(options.report[1])
     write_report(directory)
     print(directory / "report.html")

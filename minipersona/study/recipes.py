@@ -32,7 +32,7 @@ from minipersona.behaviour.questions import load_questions
 from minipersona.config import COLLAPSE, STEERING_RANDOM, ObjectiveSection, RunConfig, SteeringSection
 from minipersona.corpus.mixtures import TRAINING_PERSONAS
 from minipersona.errors import Unreachable, UserError, require
-from minipersona.files import data_dir
+from minipersona.files import data_dir, user_path
 from minipersona.geometry.prompts import load_personas
 from minipersona.model.load import architecture_offline
 from minipersona.records import unknown_key
@@ -141,7 +141,7 @@ def named_files(config: RunConfig) -> list[Path]:
     """
     data, named = config.data, []
     if data.responses not in ("", *WRITTEN):
-        named.append(("data.responses", Path(data.responses).expanduser()))
+        named.append(("data.responses", user_path(data.responses)))
     if config.steering.file is not None:
         named.append(("steering.vector", config.steering.file))
     if data.system_prompts or data.responses == RESPONSES_PLACEHOLDER:
