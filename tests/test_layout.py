@@ -42,6 +42,7 @@ LEAVES = {
     "locks",
     "records",
     "settings",
+    "significance",
     "study_config",
     "text_rows",
 }
