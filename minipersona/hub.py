@@ -46,9 +46,9 @@ def locate(name_or_path: str, files: Sequence[str], *, revision: str | None = No
     if name_or_path == "tiny":
         return data_dir() / "tiny"
     path = user_path(name_or_path)
-    if path.is_dir():
+    if os.path.isdir(path):  # pathlib would raise an OSError where the name is too long
         return path
-    if path.exists():
+    if os.path.exists(path):
         raise UserError(f"{name_or_path}: is a file; name the directory that holds it, with safetensors weights")
     if not re.fullmatch(HUB_ID, name_or_path):
         raise UserError(
