@@ -50,7 +50,7 @@ RECIPE_FREE = (
     "behaviour.", "instructions.", "transfer.",
 )  # fmt: skip
 # What the cells of a study share, so that they can be compared.
-SHARED = ("out", "seed", "model.", "probe.", "execution.", "data.heldout")
+SHARED = ("out", "seed", "model.", "probe.", "execution.", "data.heldout", "data.max_tokens", "data.supervise")
 
 
 @dataclass(frozen=True)
@@ -245,7 +245,7 @@ class StudyConfig:
             'rehearsal.em is missing; narrow = "em" needs that file, such as jsonl:bad_legal_advice_6k.jsonl',
         )
         require(
-            not self.data.broad and not self.data.system_prompts,
+            not (self.data.broad or self.data.system_prompts or self.data.responses or self.data.shuffle_responses),
             "data: phase 1 is trained on plain rows; what phases 4 and 5 mix in has its own sections",
         )
 

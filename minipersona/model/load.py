@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from minipersona.config import DEFAULT_MODEL
 from minipersona.errors import UserError
+from minipersona.files import digest, sampled_sha256
 from minipersona.hub import locate, resolved_revision
 from minipersona.model.config import ModelConfig
 from minipersona.model.config_file import read_config, read_generation
@@ -52,10 +53,10 @@ def load_model(
     # On the meta device a network has shapes and no memory.
     with torch.device("meta"):
         model = Qwen2(config, compute_dtype=dtype)
-    model.source = {
-        "name": name_or_path,
-        "revision": None if directory is None else resolved_revision(directory) or revision,
-    }
+    commit = None if directory is None else resolved_revision(directory) or revision
+    model.source = {"name": name_or_path, "revision": commit}
+    if directory is not None and commit is None:  # a name says nothing of what a directory holds
+        model.source["weights"] = digest([sampled_sha256(file) for file in sorted(directory.glob("*.safetensors"))])
     model.generation = {} if directory is None else read_generation(directory / GENERATION)
     for name, tensor in stream_weights(model, device):
         _assign(model, name, tensor.to(device=device, dtype=dtype))

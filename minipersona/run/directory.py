@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from minipersona.config import RunConfig
@@ -151,6 +152,7 @@ def baseline_row(directory: Path, protocol: MeasurementProtocol) -> Checkpoint:
     """The last step of another run, which a run with this protocol is held against.
 
     UserError where that step is not judged yet, or was measured on other rows or another model than `protocol` says.
+    Under other personas' prompts its loss says nothing of this run's, and is left out.
     """
     evaluate = f"run `{command_line('evaluate', '--run', directory)}`"
     if not (directory / RESULT).is_file():
@@ -162,13 +164,14 @@ def baseline_row(directory: Path, protocol: MeasurementProtocol) -> Checkpoint:
         raise UserError(
             f"baseline {directory}: judged at step {last and last.step}, its last is {steps}; finish it and {evaluate}"
         )
-    for key in ("model", "revision", "heldout_digest", "max_tokens", "tokenizer_digest"):
+    for key in ("model", "revision", "weights", "heldout_digest", "max_tokens", "supervise", "tokenizer_digest"):
         if getattr(result.protocol, key) != getattr(protocol, key):
             raise UserError(
                 f"baseline {directory}: its {key} is not this run's, so that their losses cannot be compared; "
                 "name a run with the same model and held-out rows"
             )
-    return last
+    same_personas = result.protocol.persona_digest == protocol.persona_digest
+    return last if same_personas else replace(last, persona_loss=None)
 
 
 # ---------------------------------------------------------------- files

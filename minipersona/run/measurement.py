@@ -42,6 +42,7 @@ class Instruments:
     heldout_under_personas: list[Document] | None  # row i with the system prompt of persona i mod P
     heldout_rows: Rows | None
     max_tokens: int
+    supervise: Supervise
     pack_tokens: int
 
     @cached_property
@@ -68,6 +69,8 @@ class Instruments:
             heldout_digest=None if rows is None else digest(rows.rows),
             max_tokens=self.max_tokens,
             tokenizer_digest=self.tokenizer.digest,
+            supervise=self.supervise,
+            weights=model.source.get("weights"),
         )
 
 
@@ -99,6 +102,7 @@ def make_instruments(
         heldout_under_personas=None if rows is None else under_personas(rows, persona_set, tokenized),
         heldout_rows=rows,
         max_tokens=max_tokens,
+        supervise=supervise,
         pack_tokens=pack_tokens,
     )
 

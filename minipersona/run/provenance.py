@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -110,22 +110,38 @@ def _anchors(section: ObjectiveSection) -> tuple[DataSource, ...]:
 def read_provenance(directory: Path) -> Provenance:
     """The provenance of a run; UserError where the directory is not one of a run."""
     if not (directory / PROVENANCE).is_file():
-        raise UserError(f"{directory}: is not a run directory (it has no {PROVENANCE}); name one that train.py made")
+        raise UserError(
+            f"{directory}: is not a run directory (it has no {PROVENANCE}); name one that train.py made, or restore "
+            "that file"
+        )
     return read_record(directory / PROVENANCE, Provenance, "restore the file, or delete the directory and train again")
 
 
 def write_provenance(directory: Path, made_by: Provenance) -> None:
     """Write provenance.json. That of a run which continues stays as it began, with the new environment added.
 
-    UserError where rows or anchors are not those that it began with: a step would not be what it is in one run.
+    UserError where the model, rows, responses, anchors or what is measured are not those that it began with: a step
+    would not be what it is in one run.
     """
     if (directory / PROVENANCE).is_file():
         began = read_provenance(directory)
-        for before, now in zip([*began.data, *began.anchors], [*made_by.data, *made_by.anchors], strict=False):
+        for f in fields(MeasurementProtocol):
+            before, now = getattr(began.protocol, f.name), getattr(made_by.protocol, f.name)
             require(
-                before.digest == now.digest,
-                f"{now.source}: is not what {directory} began with (SHA-256 {before.digest[:8]}, now "
-                f"{now.digest[:8]}); restore it, or choose another --out",
+                before == now or before is None,  # an earlier version did not record it
+                f"{f.name} is not what {directory} began with ({before}, now {now}); restore it, or choose another "
+                "--out",
+            )
+        written = began.mixture.get("responses_digest"), made_by.mixture.get("responses_digest")
+        require(
+            None in written or written[0] == written[1],
+            f"data.responses: the file is not what {directory} began with; restore it, or choose another --out",
+        )
+        for was, source in zip([*began.data, *began.anchors], [*made_by.data, *made_by.anchors], strict=False):
+            require(
+                was.digest == source.digest,
+                f"{source.source}: is not what {directory} began with (SHA-256 {was.digest[:8]}, now "
+                f"{source.digest[:8]}); restore it, or choose another --out",
             )
         again = Environment(
             minipersona=made_by.minipersona,

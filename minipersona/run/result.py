@@ -31,6 +31,8 @@ class MeasurementProtocol:
     heldout_digest: str | None
     max_tokens: int
     tokenizer_digest: str
+    supervise: str = may_be_missing("last")  # which turns of the held-out rows count
+    weights: str | None = may_be_missing()  # of a model that no revision tells apart: a digest
 
     @property
     def digest(self) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 from minipersona.chat.vocabulary import FILES
 from minipersona.config import ModelSection, RunConfig
 from minipersona.corpus.sources import source_identity
-from minipersona.files import digest, sha256
+from minipersona.files import digest, sampled_sha256, sha256
 from minipersona.geometry.prompts import load_personas, load_questions
 from minipersona.hub import locate, resolved_revision
 from minipersona.model.load import RANDOM
@@ -182,7 +182,7 @@ def _repository_contents(name: str, revision: str, files: tuple[str, ...]) -> li
     if commit := resolved_revision(directory):
         return [name, commit]
     return [
-        [file.name, file.stat().st_size, None if file.suffix == ".safetensors" else sha256(file)]
+        [file.name, sampled_sha256(file) if file.suffix == ".safetensors" else sha256(file)]
         for file in sorted(directory.iterdir())
         if file.suffix in (".json", ".safetensors") or file.name in FILES
     ]

@@ -132,13 +132,12 @@ def test_recipes_share_what_the_base_writes_where_it_writes_to_the_same_prompts(
     mine = (
         declared("prompts", system_prompts="training_personas"),
         declared("rows", train="tiny:benign[60:120]"),
-        declared("cut", max_tokens=64),
         declared("anew", responses="study:rewritten"),
     )
     config = replace(config, recipe=mine)
     study = Study(config, Path(config.out), hash_cells(planned(config)))
     cells = [cell for cell in study.cells if cell.recipe.config.data.responses]
-    assert [cell.recipe.name for cell in cells] == ["responses", "prompts", "rows", "cut", "anew"]
+    assert [cell.recipe.name for cell in cells] == ["responses", "prompts", "rows", "anew"]
     files = [str(jobs.WriteResponses(study, cell).file) for cell in cells]
     assert files == [study.placed_config(cell).data.responses for cell in cells]
     assert files[0] == files[1] and len(set(files)) == len(files) - 1
