@@ -64,8 +64,12 @@ class Resources:
         model, tokenizer = self.base(config), self.tokenizer(config)
         return self.keep("instruments", settings, lambda: run_instruments(config, model, tokenizer))
 
+    def clear(self) -> None:
+        """Free everything: memory has run out."""
+        self._kept.clear()
+
     def discard_model(self) -> None:
-        """Load the model again next time: its own weights have changed, or memory has run out."""
+        """Load the model again next time: its own weights have changed."""
         self._kept.pop("model", None)
         self._kept.pop("graphs", None)  # they hold it
 

@@ -19,5 +19,7 @@ def test_the_plain_path_is_chosen_by_the_config_and_is_not_compiled() -> None:
     fused, plain = resources.base(FUSED), resources.base(PLAIN)
     assert fused.fused and not plain.fused and fused is not plain
     assert resources.base(PLAIN) is plain  # the control: one with the same settings is kept
+    resources.clear()
+    assert resources.base(PLAIN) is not plain
     assert compiles(FUSED, torch.device("cuda")) and not compiles(FUSED, CPU)
     assert not compiles(PLAIN, torch.device("cuda"))
