@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -121,15 +122,15 @@ class Caller:
         return Hooks(
             checkpoint=lambda step: self._measure("checkpoint", step),
             probe=lambda step: self._measure("probe", step),
-            logged=lambda row: self._ask("logged", row["step"]),
+            logged=lambda row: self.ask("logged", row["step"]),
         )
 
-    def _ask(self, what: str, step: int) -> None:
+    def ask(self, what: str, step: int) -> None:
         if (what, step) == self.stop_at:
             self.distributed.stop.note(signal.SIGTERM)
 
     def _measure(self, what: str, step: int) -> None:
-        self._ask(what, step)
+        self.ask(what, step)
         self.distributed.check_stop()
         self.measured.append((what, step))
 
@@ -166,10 +167,15 @@ def test_stopped_anywhere_a_run_loses_no_step_and_repeats_no_measurement(
     assert [row["step"] for row in read_jsonl(tmp_path / "cut" / "metrics.jsonl")] == list(range(1, 10))
 
 
-@pytest.mark.parametrize("size, begun", [(1, 4), (2, 5)])
+@pytest.mark.parametrize(
+    "during, size, done, begun",
+    [("logged", 1, 4, 4), ("logged", 2, 4, 5),
+     ("update", 1, 4, 4), ("update", 2, 5, 6),  # after the step's flags are taken
+     ("passes", 1, 3, 4), ("passes", 2, 4, 5)],  # before they are, and before the step before is recorded
+)  # fmt: skip
 def test_one_of_several_ranks_stops_only_once_all_have_been_through_the_next_step(
     hf_model: Callable[..., Path], documents: list[Document], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    size: int, begun: int,
+    during: str, size: int, done: int, begun: int,
 ) -> None:  # fmt: skip
     """A pass through a sharded model is a sequence of collective operations, which a rank cannot leave to the others.
 
@@ -177,17 +183,23 @@ def test_one_of_several_ranks_stops_only_once_all_have_been_through_the_next_ste
     """
     monkeypatch.setattr(Distributed, "sum", lambda self, *tensors: None)
     monkeypatch.setattr(Distributed, "_max", lambda self, value: value)
-    real, steps = loop.accumulate, []
+    accumulate, learning_rate, steps = loop.accumulate, loop.learning_rate, []
+    caller = Caller(("logged", 3) if during == "logged" else (during, 4))  # in step 4, which records step 3
+    caller.distributed = replace(caller.distributed, size=size)
 
     def counted(model, objective, forward, *rest, **more) -> torch.Tensor:
         steps.append(forward.step)
-        return real(model, objective, forward, *rest, **more)
+        caller.ask("passes", forward.step)
+        return accumulate(model, objective, forward, *rest, **more)
+
+    def asking(step: int, *rest: Any) -> float:
+        caller.ask("update", step)
+        return learning_rate(step, *rest)
 
     monkeypatch.setattr(loop, "accumulate", counted)
-    caller = Caller(("logged", 3))  # which happens during step 4
-    caller.distributed = replace(caller.distributed, size=size)
+    monkeypatch.setattr(loop, "learning_rate", asking)
     settings = replace(config(), training=replace(config().training, checkpoints=(9,), probe_every=0))
-    with pytest.raises(Interrupted, match="stopped after step 4"):
+    with pytest.raises(Interrupted, match=f"stopped after step {done}"):
         train(
             load_model(str(hf_model()), device="cpu"), documents, settings, tmp_path, caller.distributed, caller.hooks()
         )
