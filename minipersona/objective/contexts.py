@@ -128,8 +128,7 @@ class Contexts:
         lengths = [sum(len(self.ids[c]) for c in group) for group in groups]
         count, tokens = sum(map(len, groups)), sum(lengths)
         held = self.count_held(c for group in groups for c in group)
-        # The loop also makes the batch after the last step, for whose contexts there may be no responses.
-        parts = [batch.supervised / count, batch.supervised / max(1, held)]
+        parts = [batch.supervised / count, batch.supervised / held]
         per_context, per_token = torch.tensor(parts, dtype=torch.float64)
         own = balance(lengths, size)[rank]
         packs: list[Pack] = []

@@ -75,10 +75,12 @@ def train(
     if position.done:
         return position
     measure_step(position.step, recipe, hooks)  # again, if the run ended between the step and its measurement
-    batch = trainer.batch(position.step + 1)
+    following: Batch | None = None  # the batch of the next step
     record = Record(config, directory, distributed, trainer.objective.terms, trainer.save, hooks.logged)
 
     for step in range(position.step + 1, recipe.steps + 1):
+        batch = following or trainer.batch(step)
+
         # 0. At steps that leave a checkpoint: the penalty's share of the gradient, for the record alone.
         ratio = None
         if step in recipe.checkpoints and trainer.objective.weight:  # a weight on the device makes the host wait here
@@ -91,7 +93,7 @@ def train(
 
         # 2. While the device computes: the record of the step before, whose weights these still are; the next batch.
         record.settle()
-        following = trainer.batch(step + 1)
+        following = trainer.batch(step + 1) if step < recipe.steps else None
 
         # 3. One reduction over ranks, one division, one update, if the numbers of every rank are finite.
         sums = torch.cat([terms, send(record.flags(halvings), model.device)])  # (K + 3,)
@@ -108,7 +110,6 @@ def train(
             record.settle()
             measure_step(step, recipe, hooks)
             record.start_clock()
-        batch = following
 
     record.settle()
     position = trainer.save(recipe.steps, done=True)

@@ -125,6 +125,20 @@ def test_a_step_is_recorded_although_the_next_one_fails(
     assert stored_position(tmp_path).step == 3
 
 
+def test_each_step_s_batch_is_made_once_and_none_after_the_last(
+    hf_model: Callable[..., Path], documents: list[Document], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, made = loop.Trainer.batch, []
+
+    def noted(trainer: loop.Trainer, step: int) -> Any:
+        made.append(step)
+        return real(trainer, step)
+
+    monkeypatch.setattr(loop.Trainer, "batch", noted)
+    run(hf_model(), documents, tmp_path, config())
+    assert made == list(range(1, config().training.steps + 1))
+
+
 def test_a_finished_run_drops_its_tensors_and_is_left_alone(
     hf_model: Callable[..., Path], documents: list[Document], tmp_path: Path
 ) -> None:
