@@ -31,7 +31,7 @@ from minipersona.training.distributed import Distributed
 from minipersona.training.graphs import OBJECTIVES, Graphs
 from minipersona.training.memory import Budget
 from minipersona.training.null_space import keep_in_null_space, projections
-from minipersona.training.optimizer import AdamW, Flat, Layout, learning_rate, scale_and_clip
+from minipersona.training.optimizer import AdamW, Flat, Layout, learning_rate, norm_and_scale
 from minipersona.training.parameters import make_trainable
 from minipersona.training.penalty import penalty_ratio
 from minipersona.training.record import Record
@@ -98,10 +98,11 @@ def train(
         # 3. One reduction over ranks, one division, one update, if the numbers of every rank are finite.
         sums = torch.cat([terms, send(record.flags(halvings), model.device)])  # (K + 3,)
         trainer.layout.reduce(distributed, sums)
-        norm = scale_and_clip(trainer.layout, distributed, max(1, batch.supervised), recipe.max_grad_norm)
+        divisor = max(1, batch.supervised)
+        norm, scale = norm_and_scale(trainer.layout, distributed, divisor, recipe.max_grad_norm)
         rate = learning_rate(step, recipe.learning_rate, recipe.steps, recipe.warmup)
         if batch.supervised:
-            trainer.optimizer.update(rate, allowed=sums.isfinite().all() & norm.isfinite())
+            trainer.optimizer.update(rate, scale, allowed=sums.isfinite().all() & norm.isfinite())
             keep_in_null_space(trainer.projections)
         record.queue(step, batch, rate, sums, norm, ratio)
 
