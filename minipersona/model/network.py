@@ -21,11 +21,10 @@ from torch.utils.checkpoint import checkpoint
 
 from minipersona.model.acceleration.fused_linear import FusedLinear, refresh
 from minipersona.model.adapter_config import AdapterConfig
-from minipersona.model.attention import Scope, Spans, WithinDocuments
+from minipersona.model.attention import Scope, Spans, WithinDocuments, rotary_angles, rotate
 from minipersona.model.config import ModelConfig
 from minipersona.model.lora import Linear
 from minipersona.model.pack import Pack, make_pack
-from minipersona.model.rotary import rotary_angles, rotate
 
 Tap = Callable[[Tensor], Tensor]
 """(T, D) -> (T, D), applied to the residual stream that leaves a block; with `last_rows`, (N, D) at the last one."""
