@@ -247,7 +247,7 @@ class Qwen2(nn.Module):
         """
         taps = taps or {}
         if not weights_unchanged:
-            self.refresh_fused_weights()
+            self.refresh_fused_weights()  # fused products equal the plain ones; skip this on a first reading
         wide = torch.float64 if self.compute_dtype == torch.float64 else torch.float32
         h = self.model.embed_tokens(pack.ids).to(self.compute_dtype)  # (T, D)
         if EMBEDDING in taps:

@@ -97,13 +97,14 @@ def train(
 
         # 3. One reduction over ranks, one division, one update, if the numbers of every rank are finite.
         sums = torch.cat([terms, send(record.flags(halvings), model.device)])  # (K + 3,)
-        trainer.layout.reduce(distributed, sums)
+        trainer.layout.reduce(distributed, sums)  # does nothing on one rank
         divisor = max(1, batch.supervised)
         norm, scale = norm_and_scale(trainer.layout, distributed, divisor, recipe.max_grad_norm)
         rate = learning_rate(step, recipe.learning_rate, recipe.steps, recipe.warmup)
         if batch.supervised:
             trainer.optimizer.update(rate, scale, allowed=sums.isfinite().all() & norm.isfinite())
-            keep_in_null_space(trainer.projections)
+            if trainer.projections:  # none unless the config sets lora.null_space
+                keep_in_null_space(trainer.projections)
         record.queue(step, batch, rate, sums, norm, ratio)
 
         # 4. The measurement, only of settled steps. A single process that was asked to stop begins no other step.
