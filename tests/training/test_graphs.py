@@ -22,7 +22,6 @@ from torch import Tensor
 
 from minipersona.chat import Document
 from minipersona.config import DataSection, ExecutionSection, LoraConfig, RunConfig, TrainingSection
-from minipersona.corpus import buckets
 from minipersona.corpus.batch import pack_documents
 from minipersona.errors import UserError
 from minipersona.model.load import load_model
@@ -38,6 +37,7 @@ from minipersona.objective.kl_to_base import KLToBase
 from minipersona.objective.r3f import R3F
 from minipersona.run.resources import Resources, uses_graphs
 from minipersona.run.train import make_deterministic
+from minipersona.training import buckets
 from minipersona.training import graphs as graphs_module
 from minipersona.training import loop as loop_module
 from minipersona.training.distributed import Distributed
