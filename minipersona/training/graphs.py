@@ -240,7 +240,8 @@ class _KeysGiven(ForwardPass):
 def _identity(objective: Objective) -> Any:
     """Equal for objectives whose passes are the same, but for what `Graphs.objective` copies.
 
-    A tensor is told by its address. None can lie where one lies that a pass reads, since the pass holds it.
+    A tensor is told by its address. A pass keeps the tensors that it reads alive, so no other tensor can have their
+    address.
     """
     if not isinstance(objective, Anchored):
         return objective
