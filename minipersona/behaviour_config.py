@@ -53,7 +53,7 @@ class BehaviourSection:
         )
         require(
             re.fullmatch(r"[A-Z_][A-Z0-9_]*", self.key_variable) is not None,
-            f"key_variable: names an environment variable in capital letters, such as {KEY_VARIABLE}; it is no key",
+            f"key_variable: names an environment variable in capital letters, such as {KEY_VARIABLE}, and not the key",
         )
         require(
             self.key_variable not in HUB_TOKENS,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from minipersona.errors import UserError, require
+from minipersona.files import user_path
 
 DEFAULT_MODEL = "Qwen/Qwen2.5-7B-Instruct"
 LARGE_PASS = 16_384  # tokens: products run at full speed long before
@@ -298,7 +299,7 @@ class SteeringSection:
         """The file that the vector is read from; None where it is made from a model."""
         if not self.vector.startswith(STEERING_FILE):
             return None
-        return Path(self.vector.removeprefix(STEERING_FILE).partition("#")[0]).expanduser()
+        return user_path(self.vector.removeprefix(STEERING_FILE).partition("#")[0])
 
     @property
     def difference(self) -> str:

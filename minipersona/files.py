@@ -39,6 +39,14 @@ def _shipped(name: str) -> Path:
     return installed if installed.is_dir() else PACKAGE.parent / name
 
 
+def user_path(text: str | Path) -> Path:
+    """The path that a user wrote, ``~`` and ``~name`` as home directories. UserError where there is no such home."""
+    try:
+        return Path(text).expanduser()
+    except (RuntimeError, ValueError):  # no such user, or no user's name at all
+        raise UserError(f"{text}: the home directory that ~ stands for is not known; write the whole path") from None
+
+
 # ---------------------------------------------------------------- atomic writes
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from minipersona.errors import Unreachable, UserError, redact
-from minipersona.files import FULL, data_dir, room, sha256, sweep_temporaries, write_atomically
+from minipersona.files import FULL, data_dir, room, sha256, sweep_temporaries, user_path, write_atomically
 
 # A name without a revision means this one, so that two runs a year apart load the same weights.
 PINNED = {
@@ -45,10 +45,10 @@ def locate(name_or_path: str, files: Sequence[str], *, revision: str | None = No
     """
     if name_or_path == "tiny":
         return data_dir() / "tiny"
-    path = Path(name_or_path).expanduser()
-    if path.is_dir():
+    path = user_path(name_or_path)
+    if os.path.isdir(path):  # pathlib would raise an OSError where the name is too long
         return path
-    if path.exists():
+    if os.path.exists(path):
         raise UserError(f"{name_or_path}: is a file; name the directory that holds it, with safetensors weights")
     if not re.fullmatch(HUB_ID, name_or_path):
         raise UserError(

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from minipersona.config import RunConfig
 from minipersona.errors import UserError, require
-from minipersona.files import configs_dir
+from minipersona.files import configs_dir, user_path
 from minipersona.records import from_dict, to_dict, unknown_key
 
 # ---------------------------------------------------------------- reading
@@ -38,8 +38,8 @@ def find_config(path: str) -> Path:
     """The file that `path` means: itself, or, for a bare name, the shipped config of that name."""
     shipped, bare = configs_dir(), Path(path).name == path
     # What cannot be a file's name at all: ~nobody/x, one that is too long, one with a NUL character.
-    with contextlib.suppress(OSError, RuntimeError, ValueError):
-        file = Path(path).expanduser()
+    with contextlib.suppress(OSError, UserError, ValueError):
+        file = user_path(path)
         for candidate in (file, *((shipped / path, shipped / f"{path}.toml") if bare else ())):
             if candidate.is_file():
                 return candidate

@@ -485,8 +485,39 @@ def test_odd_uses(capsys: pytest.CaptureFixture[str], finished: Path) -> None:
     refused(capsys, ["evaluate", "--run", str(finished), "--model", "tiny"], "either")
     refused(capsys, ["evaluate", "--run", str(finished / "latest")], "is not a run directory")
     refused(capsys, ["extract", "compare", "a"], "compare A B")
+    for given in ["--model x", "--revision x", "--tokenizer x", "--template x", "--personas x", "--questions x",
+                  "--adapter x", "--method B", "--out x", "--overwrite"]:  # fmt: skip
+        said = f"{given.split()[0]}: has no effect on compare"
+        refused(capsys, ["extract", "compare", "a", "b", *given.split()], said)
+    refused(capsys, ["extract", "compare", "a", "b", "--method", "A"], "no vectors file at a")  # the control
     refused(capsys, ["extract", "--layer", "x"], "--layer")
     refused(capsys, ["banana"], "banana")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train --plan --config tiny_phase1 --set data.train=jsonl:{}",
+        "train --plan --config tiny_phase1 --set data.heldout=parquet:{}",
+        "train --plan --config tiny_phase1 --set data.responses={}",
+        "train --config tiny_phase1 --set steering.vector=file:{}",
+        "train --plan --config phase1 --set data.train=jsonl:{}",  # of which the tokenizer is not here
+        "study --plan --config tiny_study --set data.train=jsonl:{}",
+        "study --plan --config tiny_study --set behaviour.questions={}",
+        "study --plan --config tiny_study --set instructions.file={}",
+        "extract --model {}",
+        "extract --model random:{}",
+        "extract --model tiny --tokenizer {}",
+        "extract --model tiny --personas {}",
+        "extract --model tiny --questions {}",
+        "extract --model tiny --adapter {}",
+    ],
+)
+def test_the_home_of_a_user_who_is_not_there(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused(capsys, command.format("~nobody-of-this-name/x").split(), "~nobody-of-this-name/x: the home directory that")
 
 
 # ---------------------------------------------------------------- records that stay true

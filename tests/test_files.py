@@ -19,6 +19,7 @@ from minipersona.files import (
     read_json,
     read_jsonl,
     sweep_temporaries,
+    user_path,
     write_atomically,
     write_directory_atomically,
     write_json,
@@ -133,3 +134,11 @@ def test_json_errors_name_the_file(tmp_path: Path) -> None:
         read_json(tmp_path / "none.json")
     with pytest.raises(ValueError):
         write_json(path, {"x": float("nan")})
+
+
+def test_a_users_path_may_begin_at_a_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert (user_path("~/a"), user_path("a/~")) == (tmp_path / "a", Path("a/~"))
+    for text in ("~nobody-of-this-name/a", "~a\0b/a"):
+        with pytest.raises(UserError, match="the home directory that ~ stands for is not known"):
+            user_path(text)

@@ -42,6 +42,7 @@ LEAVES = {
     "locks",
     "records",
     "settings",
+    "significance",
     "study_config",
     "text_rows",
 }
@@ -118,6 +119,12 @@ def test_nothing_is_unpickled() -> None:
 )  # fmt: skip
 def test_control_what_unpickles_is_seen(line: str) -> None:
     assert UNPICKLES.search(line)
+
+
+def test_home_directories_are_found_in_one_place() -> None:
+    """`Path.expanduser` raises RuntimeError for a user who is not there, which `user_path` explains."""
+    found = [path.name for path in (ROOT / "minipersona").rglob("*.py") if "expanduser(" in path.read_text()]
+    assert found == ["files.py"]
 
 
 # What torch may move without notice: names with an underscore, its operators, and how it calls a module.

@@ -155,7 +155,7 @@ def _temperature(text: str) -> float:
     except ValueError:
         value = -1.0
     if not 0 <= value <= 100:
-        raise argparse.ArgumentTypeError(f"{text!r} is no temperature; give a number from 0 up")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a temperature; give a number from 0 up")
     return value
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from minipersona.behaviour.answers import Answer
 from minipersona.behaviour.scores import Scores
-from minipersona.geometry.statistics import wilson_interval
+from minipersona.significance import wilson_interval
 
 MISALIGNED_BELOW = 30.0
 COHERENT_ABOVE = 50.0

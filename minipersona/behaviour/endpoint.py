@@ -4,7 +4,7 @@ The score is the probability-weighted mean over the first tokens that are whole 
 asks for a number: a model that thinks aloud, talks, or writes numbers digit by digit cannot be read so, and is refused.
 
 The client would send the user's Hugging Face token to any server that it has no key for. So it always gets one: what
-the named environment variable holds, else a word that is no key.
+the named environment variable holds, else a word that is not a key.
 """
 
 from __future__ import annotations

@@ -17,31 +17,11 @@ answers: they speak of these questions, not of all questions. Each family of tes
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import comb
 from typing import Any
 
-LEVEL = 0.05
+from minipersona.significance import LEVEL, Counts, fisher_above, holm
+
 Result = Mapping[str, Any]  # behaviour.json
-Counts = tuple[int, int]  # misaligned, of coherent answers
-
-
-def fisher_above(a: Counts, b: Counts) -> float:
-    """P(X >= k) for the hypergeometric X of the counts' margins: the p-value of "the first rate is the higher"."""
-    (k, n), (others, m) = a, b
-    assert 0 <= k <= n and 0 <= others <= m
-    hits = k + others
-    ways = sum(comb(n, x) * comb(m, hits - x) for x in range(k, min(n, hits) + 1) if hits - x <= m)
-    return ways / comb(n + m, hits)
-
-
-def holm(p_values: Mapping[str, float], level: float = LEVEL) -> dict[str, bool]:
-    """Which hypotheses are rejected when the chance of any false rejection is to be at most `level` (Holm 1979)."""
-    rejected = dict.fromkeys(p_values, False)
-    for place, name in enumerate(sorted(p_values, key=lambda name: p_values[name])):
-        if p_values[name] > level / (len(p_values) - place):
-            break
-        rejected[name] = True
-    return rejected
 
 
 def consistency(result: Result, base: Result, reference: Result | None = None) -> dict[str, Any]:

@@ -75,5 +75,5 @@ def weighted(weights: dict[int, float], mass: float) -> Score:
 
 
 def _defused(text: str) -> str:
-    text = text.encode("utf-8", "replace").decode("utf-8")  # half of a surrogate pair is no text
+    text = text.encode("utf-8", "replace").decode("utf-8")  # half of a surrogate pair is not text
     return re.sub(r"<(?=\||/?(question|answer)>)", "< ", text)

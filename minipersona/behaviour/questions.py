@@ -20,7 +20,7 @@ import yaml
 from minipersona.behaviour.judge import MEASURES
 from minipersona.config import SHIPPED
 from minipersona.errors import UserError
-from minipersona.files import data_dir, digest, read_jsonl
+from minipersona.files import data_dir, digest, read_jsonl, user_path
 
 PLAIN = "plain"
 KNOWN = ("id", "form", "question", "paraphrases", "system")
@@ -54,7 +54,7 @@ class QuestionSet:
 
 def load_questions(source: str = SHIPPED) -> QuestionSet:
     """The shipped questions, or a .jsonl, .yaml or .yml file. UserErrors name the file, the entry and the mend."""
-    path = data_dir() / "behaviour" / "questions.jsonl" if source == SHIPPED else Path(source).expanduser()
+    path = data_dir() / "behaviour" / "questions.jsonl" if source == SHIPPED else user_path(source)
     if not path.is_file():
         raise UserError(f"{path}: no such file; name a .jsonl or .yaml file of questions, or {SHIPPED}")
     entries = _yaml_entries(path) if path.suffix in (".yaml", ".yml") else list(enumerate(read_jsonl(path, False), 1))
@@ -76,7 +76,7 @@ def to_jsonl(questions: Iterable[Question]) -> str:
 
 def _question(entry: Any, where: str) -> Question:
     if not isinstance(entry, dict):
-        raise UserError(f'{where}: is no object; write {{"id": ..., "question": ...}}')
+        raise UserError(f'{where}: is not an object; write {{"id": ..., "question": ...}}')
     for key in entry:
         if key not in KNOWN + IGNORED:
             raise UserError(f"{where}: unknown key {brief(key)}; the keys are {', '.join(KNOWN)}")
@@ -121,11 +121,11 @@ def _form_of(name: str) -> str:
 
 def _check(text: Any, where: str) -> None:
     if not isinstance(text, str) or not text.strip():
-        raise UserError(f"{where}: {brief(text)} is no question; write a text")
+        raise UserError(f"{where}: {brief(text)} is not a question; write a text")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        raise UserError(f"{where}: holds half of a surrogate pair, which is no text; mend the file") from None
+        raise UserError(f"{where}: holds half of a surrogate pair, which is not text; mend the file") from None
 
 
 # ---------------------------------------------------------------- YAML

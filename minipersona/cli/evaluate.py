@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minipersona.behaviour_config import BehaviourSection
-from minipersona.cli.options import FORMS, command, load, model_options, show
+from minipersona.cli.options import FORMS, command, load, model_options, refuse, show
 from minipersona.console import Console
 from minipersona.errors import UserError
 from minipersona.settings import override
@@ -18,6 +18,13 @@ if TYPE_CHECKING:
     from minipersona.run.evaluate import Overrides
     from minipersona.run.result import RunResult
     from minipersona.run.suites import SuiteResults
+
+
+OF_A_SUITE = {
+    "registered": ("--baseline", "--heldout", "--layer", "--personas", "--questions"),
+    "behaviour": ("--set", "--prompt-sets"),
+    "instructions": ("--instructions",),
+}
 
 
 def evaluate_options(commands: Any) -> None:
@@ -66,12 +73,9 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _check_suite_options(options: argparse.Namespace) -> None:
     """UserError where an option belongs to a suite that was not asked for, and so would have no effect."""
-    asked = options.suite in ("behaviour", "all")
-    for given, name in ((options.set, "--set"), (options.prompt_sets != "all", "--prompt-sets")):
-        if given and not asked:
-            raise UserError(f"{name}: belongs to --suite behaviour, or all")
-    if options.instructions and options.suite not in ("instructions", "all"):
-        raise UserError("--instructions: belongs to --suite instructions, or all")
+    for suite, names in OF_A_SUITE.items():
+        if options.suite not in (suite, "all"):
+            refuse(options, names, f"belongs to --suite {suite}, or all")
     if options.suite != "registered" and len(options.run) > 1:
         raise UserError(f"--suite {options.suite}: is of one run; name one in --run")
     if options.suite != "registered" and not options.run and not options.out:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from minipersona.cli.options import FORMS, command, load, model_options, show
+from minipersona.cli.options import FORMS, OF_A_MODEL, command, load, model_options, refuse, show
 from minipersona.config import SHIPPED
 from minipersona.console import Console
 from minipersona.errors import UserError
@@ -84,6 +84,7 @@ def _extract(options: argparse.Namespace) -> None:
 def _compare(options: argparse.Namespace) -> None:
     if options.compare[0] != "compare" or len(options.compare) != 3:
         raise UserError(f"{' '.join(options.compare)}: write extract.py compare A B, two vectors files or runs")
+    refuse(options, [*OF_A_MODEL, "--method", "--out", "--overwrite"], "has no effect on compare; leave it out")
     from minipersona.geometry.compare import common_layers, compare
     from minipersona.geometry.vectors import load_vectors
     from minipersona.run.directory import last_vectors

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from minipersona.config import DEFAULT_MODEL
 from minipersona.console import Console, printable, subcommand
+from minipersona.errors import UserError
 
 if TYPE_CHECKING:
     from minipersona.chat import ChatTokenizer
@@ -23,7 +25,19 @@ def command(commands: Any, name: str, summary: str, example: str) -> argparse.Ar
     """Add a command to what `add_subparsers` returned."""
     parser = subcommand(commands, name, summary, f"example:\n{example}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.set_defaults(parser=parser)
     return parser
+
+
+def refuse(options: argparse.Namespace, names: Sequence[str], why: str) -> None:
+    """UserError for the first of these options that was given, where it would have no effect."""
+    for name in names:
+        key = name.removeprefix("--").replace("-", "_")
+        if getattr(options, key) != options.parser.get_default(key):
+            raise UserError(f"{name}: {why}")
+
+
+OF_A_MODEL = ("--model", "--revision", "--tokenizer", "--template", "--personas", "--questions", "--adapter")
 
 
 def model_options(parser: argparse.ArgumentParser) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from minipersona.cli.options import refuse
 from minipersona.console import Console, printable
 from minipersona.errors import Interrupted, UserError
 from minipersona.report import write_report
@@ -20,11 +21,14 @@ from minipersona.study_config import BEYOND, STAGES, StudyConfig
 from minipersona.training.distributed import join_process_group
 from minipersona.training.interruption import Stop, handle_signals
 
+OF_A_SEARCH = ("--config", "--out", "--set", "--exhaustive", "--phases", "--plan", "--gpus", "--workers", "--ray")
+
 
 def report(options: argparse.Namespace) -> None:
     """``study.py report DIR``."""
-    if options.report[0] != "report" or len(options.report) != 2 or options.config:
+    if options.report[0] != "report" or len(options.report) != 2:
         raise UserError(f"{' '.join(options.report)}: write study.py report DIR, or study.py --config C")
+    refuse(options, OF_A_SEARCH, "has no effect on report, which reads what DIR holds; leave it out")
     directory = Path(options.report[1])
     write_report(directory)
     print(directory / "report.html")
@@ -43,7 +47,9 @@ def study(options: argparse.Namespace) -> None:
     if options.plan:
         from minipersona.study.plan import study_plan
 
-        print(study_plan(config, stages, gpus(options.gpus) if options.gpus else ()), end="")
+        refuse(options, ("--ray",), "has no effect on --plan, which does not ask the cluster; leave it out")
+        devices = gpus(options.gpus) if options.gpus else ["cpu"] * (options.workers or 0)
+        print(study_plan(config, stages, devices), end="")
         return
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("study.py is not started by torchrun: a cell is one process; use --gpus all")

@@ -98,6 +98,7 @@ def with_responses(rows: Rows, path: Path) -> tuple[Rows, dict[str, Any]]:
         "responses_digest": content,
         "responses_by": made_by.get("model"),
         "responses_seed": made_by.get("seed"),
+        "responses_personas": sorted({name for line in asked if isinstance(name := line.get("persona"), str) and name}),
         "responses_kept": kept,
         "responses_empty": sum(not line["response"].strip() for line in asked),
         "responses_cut": sum(line.get("stopped") is False for line in asked),

@@ -31,7 +31,7 @@ from minipersona.corpus.parquet import LocalFile, read_parquet
 from minipersona.corpus.ranges import within
 from minipersona.corpus.remote import NAMED, HubDataset, hub_dataset, read_dataset
 from minipersona.errors import UserError
-from minipersona.files import data_dir, digest, sha256
+from minipersona.files import data_dir, digest, sha256, user_path
 
 _SOURCE = re.compile(
     r"(?P<kind>[a-z-]+)(?::(?P<name>.*?))?(?:\[(?P<first>\d{0,18}):(?P<last>\d{0,18})(?::(?P<step>\d{0,18}))?\])?",
@@ -68,11 +68,11 @@ def read_source(source: str) -> Rows:
         raise UserError(f"source {source!r}: the range holds no rows; write [first:last] with first below last")
     match parts["kind"], parts["name"]:
         case "jsonl", name:
-            return _from_jsonl(source, Path(name).expanduser(), wanted)
+            return _from_jsonl(source, user_path(name), wanted)
         case "tiny", name:
             return _from_jsonl(source, _tiny_set(name), wanted)
         case "parquet", name:
-            return _from_parquet(source, Path(name).expanduser(), wanted)
+            return _from_parquet(source, user_path(name), wanted)
         case "hub", name:
             return _from_hub(source, hub_dataset(name), wanted)
         case "pydoc", name:
@@ -96,7 +96,7 @@ def source_identity(source: str) -> list[str]:
         return [source, dataset.revision]
     if kind == "pydoc":
         return [source, versions(module_names(name))]
-    path = _tiny_set(name) if kind == "tiny" else Path(name).expanduser()
+    path = _tiny_set(name) if kind == "tiny" else user_path(name)
     paths = sorted(path.parent.glob(path.name)) if "*" in path.name else [path]
     if kind not in ("tiny", "jsonl", "parquet"):
         raise _unknown(source)

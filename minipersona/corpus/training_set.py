@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from minipersona.chat import ChatTokenizer, Document
@@ -22,6 +21,7 @@ from minipersona.corpus.responses import with_responses, with_shuffled_responses
 from minipersona.corpus.sources import Rows, read_source, tokenize
 from minipersona.corpus.token_cache import tokenize_cached
 from minipersona.errors import UserError
+from minipersona.files import user_path
 
 TEXTS_AT_A_TIME = 1024  # raw texts are tokenised only as far as they are needed
 
@@ -74,7 +74,7 @@ def training_set(
         rows = with_shuffled_responses(rows, seed)
         mixture["shuffled_responses"] = len(rows)
     if section.responses:
-        rows, written = with_responses(narrow, Path(section.responses).expanduser())
+        rows, written = with_responses(narrow, user_path(section.responses))
         mixture |= written
         if section.system_prompts and written["responses_seed"] != seed:
             raise UserError(

@@ -17,7 +17,7 @@ from typing import Any
 
 from minipersona.config import SHIPPED
 from minipersona.errors import UserError, require
-from minipersona.files import data_dir, read_json, read_jsonl, sha256
+from minipersona.files import data_dir, read_json, read_jsonl, sha256, user_path
 from minipersona.hub import PinnedFile, fetch_pinned
 from minipersona.text_rows import read_lines
 
@@ -74,7 +74,7 @@ def load_personas(source: str = SHIPPED, at_least: int = 2) -> PersonaSet:
     if len(set(prompts.values())) < len(prompts):
         raise UserError(f"{path}: two personas have the same system prompt; they could not differ")
     if len(order) < at_least:
-        raise UserError(f"{path}: has {len(order)} persona; similarities need at least two")
+        raise UserError(f"{path}: has {len(order)} personas; name at least {at_least}")
     digest = sha256(path)
     name = REGISTERED if digest == REGISTERED_PERSONAS.sha256 else source
     return PersonaSet(name, {persona: prompts[persona] for persona in order}, digest)
@@ -127,4 +127,4 @@ def _encodable(where: str, text: str) -> None:
 def _file(source: str, shipped: str, registered: PinnedFile) -> Path:
     if source == REGISTERED:
         return fetch_pinned(registered)
-    return data_dir() / shipped if source == SHIPPED else Path(source).expanduser()
+    return data_dir() / shipped if source == SHIPPED else user_path(source)

@@ -15,10 +15,8 @@ products are in the samples' own dtype: fp32 moves M1 by about 1e-7, far below i
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist, fmean, stdev
 from typing import Literal
 
 import numpy as np
@@ -27,6 +25,7 @@ from torch import Tensor
 
 from minipersona.errors import UserError
 from minipersona.geometry.measures import m1, m1_by_persona, persona_vectors
+from minipersona.significance import student_quantile
 
 SEED = 42
 PIECE = 100  # resamples whose (P, R, D) unit vectors exist at a time
@@ -117,7 +116,7 @@ def bootstrap_by_persona(
 def jackknife_interval(estimate: float, without: Tensor, level: float = 0.95) -> tuple[float, float]:
     """Jackknife interval of M1 over personas (Tukey 1958), from M1 and M1 without each persona, (P,) -> (low, high).
 
-    How far M1 hangs on which personas were chosen. The bootstrap over questions says nothing of that: it has the same
+    How far M1 depends on the choice of personas. The bootstrap over questions does not cover that: it has the same
     personas in every resample. With M1 without persona p as theta_p, the variance is (P - 1) / P sum_p (theta_p -
     mean)^2, and the interval Student's with P - 1 degrees of freedom.
     """
@@ -125,31 +124,6 @@ def jackknife_interval(estimate: float, without: Tensor, level: float = 0.95) ->
     deviation = float(((personas - 1) / personas * (without - without.mean()).square().sum()).sqrt())
     reach = student_quantile((1 + level) / 2, personas - 1) * deviation
     return _at_most_one((estimate - reach, estimate + reach))
-
-
-def student_quantile(probability: float, degrees: int) -> float:
-    """Quantile of Student's t by its expansion about the normal one (Abramowitz and Stegun 26.7.5).
-
-    At the 97.5% point within 0.1% from 4 degrees of freedom on, within 1% at 2. One degree is Cauchy's distribution.
-    """
-    if degrees == 1:
-        return math.tan(math.pi * (probability - 0.5))
-    z, n = NormalDist().inv_cdf(probability), degrees
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92_160,
-    )
-    return z + sum(term / n**power for power, term in enumerate(terms, 1))
-
-
-def seed_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float] | None:
-    """Student's interval of the mean of one value a seed; None of a single one."""
-    if len(values) < 2:
-        return None
-    reach = student_quantile((1 + level) / 2, len(values) - 1) * stdev(values) / math.sqrt(len(values))
-    return fmean(values) - reach, fmean(values) + reach
 
 
 def noise_floor(samples: Tensor, splits: int = 200, seed: int = SEED) -> float:
@@ -204,19 +178,6 @@ def permutation_test(
         total_b += _unit(mean_b - moved)
     differences = (_m1_of_sum(total_b, personas) - _m1_of_sum(total_a, personas)).abs()
     return float((differences >= differences[0] - 1e-6).double().mean())
-
-
-def wilson_interval(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a rate (Wilson 1927): `successes` of `n` -> (low, high); n = 0: (0, 1)."""
-    assert 0 <= successes <= n
-    if n == 0:
-        return 0.0, 1.0
-    z = NormalDist().inv_cdf((1 + level) / 2)
-    rate = successes / n
-    centre = rate + z * z / (2 * n)
-    spread = z * (rate * (1 - rate) / n + z * z / (4 * n * n)) ** 0.5
-    scale = 1 + z * z / n
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
 
 
 def _at_most_one(interval: tuple[float, float]) -> tuple[float, float]:

@@ -71,7 +71,7 @@ class PersonaVectors:
                 raise UserError(f"{where} is not finite: check whether the model has diverged")
             counts = self.response_tokens
             if counts is not None and (counts.shape != samples.shape[:2] or counts.dtype != torch.int32):
-                raise UserError(f"{RESPONSE_TOKENS} is no int32 table of personas and questions: extract again")
+                raise UserError(f"{RESPONSE_TOKENS} is not an int32 table of personas and questions: extract again")
 
     @property
     def layers(self) -> list[int]:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minipersona.errors import UserError
-from minipersona.files import data_dir, read_json, sha256, write_directory_atomically, write_json
+from minipersona.files import data_dir, read_json, sha256, user_path, write_directory_atomically, write_json
 from minipersona.hub import HUB_ID, locate
 from minipersona.model.adapter_config import read_adapter_config
 from minipersona.model.load import architecture
@@ -73,7 +73,7 @@ def save_adapter(model: Qwen2, path: str | Path) -> None:
 
 def find_adapter(name: str | Path) -> Path:
     """The directory of an adapter: itself, or that of a hub id in the Hub's cache; UserError where there is none."""
-    path = Path(name).expanduser()
+    path = user_path(name)
     if path.exists() or not re.fullmatch(HUB_ID, str(name)):
         return path
     return locate(str(name), [CONFIG, TENSORS])
@@ -176,7 +176,7 @@ def _base(file: Path) -> tuple[str | None, str | None]:
 
 def _place(name: str) -> Path | str:
     """What tells one model from another: a directory's resolved path, else the name."""
-    path = data_dir() / "tiny" if name == "tiny" else Path(name).expanduser()
+    path = data_dir() / "tiny" if name == "tiny" else user_path(name)
     return path.resolve() if path.is_dir() else name
 
 

@@ -33,7 +33,7 @@ def open_safetensors(file: Path, device: torch.device | str = "cpu") -> Iterator
             yield handle
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise UserError(f"{file}: no readable safetensors file ({reason}); fetch it or make it again") from None
+        raise UserError(f"{file}: could not be read as safetensors ({reason}); fetch it or make it again") from None
 
 
 def check_header(file: Path) -> None:
@@ -44,7 +44,7 @@ def check_header(file: Path) -> None:
         length = int.from_bytes(start[:8], "little")
         if len(start) < 8 or length > size - 8 or length > LONGEST_HEADER:
             found, mend = _instead(start)
-            raise UserError(f"{file}: no readable safetensors file ({found}); {mend}")
+            raise UserError(f"{file}: could not be read as safetensors ({found}); {mend}")
         raw.seek(8)
         header = parse_json(raw.read(length).decode("utf-8"))
     try:
@@ -53,7 +53,7 @@ def check_header(file: Path) -> None:
         raise ValueError("its header names no tensors") from None
     if (announced := 8 + length + max(ends, default=0)) > size:
         found = f"it is cut off after {size:,} of {announced:,} bytes"
-        raise UserError(f"{file}: no readable safetensors file ({found}); fetch or make it again")
+        raise UserError(f"{file}: could not be read as safetensors ({found}); fetch or make it again")
 
 
 def in_order(content: bytes) -> bytes:

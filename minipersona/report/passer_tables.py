@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 
-from minipersona.geometry.statistics import seed_interval
 from minipersona.report.blocks import Cell, Table
 from minipersona.report.tables import INTERVAL, SAID, interval_cell, number_cell, outcome_cell
 from minipersona.run.judgement import separation
 from minipersona.run.result import Checkpoint
+from minipersona.significance import seed_interval
 from minipersona.verdict.cells import bare_name
 from minipersona.verdict.files import SetTransfer
 from minipersona.verdict.recipe_results import RecipeResult, recipe_results

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean
 
-from minipersona.geometry.statistics import seed_interval
 from minipersona.report.blocks import Cell, Table, Tone
 from minipersona.run.judgement import LEAST_LEARNED
 from minipersona.run.result import Checkpoint, Interval
 from minipersona.run.tables import standing
+from minipersona.significance import seed_interval
 from minipersona.study_config import Role
 from minipersona.verdict.cells import CellResult
 from minipersona.verdict.files import Knobs

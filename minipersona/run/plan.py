@@ -13,7 +13,7 @@ import torch
 from minipersona.chat import ChatTokenizer, Document
 from minipersona.config import DataSection, ExecutionSection, RunConfig
 from minipersona.corpus.batch import RowOrder
-from minipersona.corpus.sources import source_identity
+from minipersona.corpus.sources import read_source, source_identity, tokenize
 from minipersona.corpus.training_set import TrainingSet, training_set
 from minipersona.errors import Unreachable
 from minipersona.geometry.extraction import common_prefixes, render_prompts
@@ -178,10 +178,17 @@ def measured_tokens(config: RunConfig, tokenizer: ChatTokenizer) -> tuple[int, i
     try:
         questions = load_questions(config.probe.questions).questions
         prompts = prompt_tokens(tokenizer, load_personas(config.probe.personas).prompts, questions)
-        heldout = training_set(replace(config.data, train=config.data.heldout), 0, tokenizer).documents
+        heldout = _heldout(config.data, tokenizer)
     except Unreachable:
         return PROMPTS * PROMPT_TOKENS, 2 * HELDOUT_ROWS * ROW_TOKENS
     return prompts, 2 * sum(map(len, heldout))
+
+
+def _heldout(data: DataSection, tokenizer: ChatTokenizer) -> list[Document]:
+    """The held-out rows as they are measured: nothing is mixed into them, whatever the rest of the section says."""
+    if not data.heldout:
+        return []
+    return tokenize(read_source(data.heldout), tokenizer, supervise=data.supervise, max_tokens=data.max_tokens)
 
 
 def prompt_tokens(tokenizer: ChatTokenizer, personas: Mapping[str, str], questions: Sequence[str]) -> int:

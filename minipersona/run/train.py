@@ -25,7 +25,7 @@ from minipersona.hub import locate
 from minipersona.locks import lock
 from minipersona.model.load import RANDOM
 from minipersona.model.network import Qwen2
-from minipersona.run.anchors import check_anchors, run_contexts
+from minipersona.run.anchors import check_anchors, run_contexts, words
 from minipersona.run.directory import (
     CONFIG,
     LATEST,
@@ -108,7 +108,7 @@ def carry_out(
     model, instruments = resources.base(config), resources.instruments(config)
     graphs = resources.graphs(config)
     check_learnable(training.documents)
-    check_disjoint(config, instruments)
+    check_disjoint(config, training, instruments)
     check_anchors(config, model.config, distributed.size, fetch=True)
     check_null_space(config)
     check_steering(config, directory, model, tokenizer)
@@ -285,10 +285,14 @@ def check_baseline(config: RunConfig, protocol: MeasurementProtocol) -> None:
         baseline_row(Path(config.probe.baseline), protocol)
 
 
-def check_disjoint(config: RunConfig, instruments: Instruments) -> None:
-    """UserError where a persona is both trained on and measured."""
-    if config.data.system_prompts:
-        trained, measured = training_personas(), instruments.personas.prompts
-        for name, prompt in measured.items():
-            if name in trained or prompt in trained.values():
-                raise UserError(f"persona {name!r} is trained on (data.system_prompts) and measured; measure others")
+def check_disjoint(config: RunConfig, training: TrainingSet, instruments: Instruments) -> None:
+    """UserError where a persona, by its name or the words of its prompt, is both trained on and measured.
+
+    Trained on are those whose prompts the rows have, and those in whose voice the responses are written.
+    """
+    known, key = training_personas(), "data.system_prompts" if config.data.system_prompts else "data.responses"
+    trained = {*training.mixture.get("responses_personas", ()), *(known if config.data.system_prompts else ())}
+    prompts = {words(prompt) for name, prompt in known.items() if name in trained}
+    for name, prompt in instruments.personas.prompts.items():
+        if name in trained or words(prompt) in prompts:
+            raise UserError(f"persona {name!r} is trained on ({key}) and measured; measure others")

@@ -32,14 +32,14 @@ from minipersona.behaviour.questions import load_questions
 from minipersona.config import COLLAPSE, STEERING_RANDOM, ObjectiveSection, RunConfig, SteeringSection
 from minipersona.corpus.mixtures import TRAINING_PERSONAS
 from minipersona.errors import Unreachable, UserError, require
-from minipersona.files import data_dir
+from minipersona.files import data_dir, user_path
 from minipersona.geometry.prompts import load_personas
 from minipersona.model.load import architecture_offline
 from minipersona.records import unknown_key
 from minipersona.run.anchors import check_anchors
 from minipersona.run.steering import steered_layers
 from minipersona.settings import difference, flatten, with_settings
-from minipersona.study_config import BEYOND, SHARED, STAGES, RecipeSection, Role, StudyConfig
+from minipersona.study_config import BEYOND, SEED_SUFFIX, SHARED, STAGES, RecipeSection, Role, StudyConfig
 from minipersona.verdict.calibration import check_layers_measured
 from minipersona.verdict.files import Knobs
 from minipersona.verdict.results import BASELINE
@@ -68,7 +68,7 @@ class Recipe:
     @property
     def bare_name(self) -> str:
         """The name without the seed."""
-        return re.sub(r" seed=\d+$", "", self.name)
+        return re.sub(SEED_SUFFIX, "", self.name)
 
     @property
     def is_baseline(self) -> bool:
@@ -141,7 +141,7 @@ def named_files(config: RunConfig) -> list[Path]:
     """
     data, named = config.data, []
     if data.responses not in ("", *WRITTEN):
-        named.append(("data.responses", Path(data.responses).expanduser()))
+        named.append(("data.responses", user_path(data.responses)))
     if config.steering.file is not None:
         named.append(("steering.vector", config.steering.file))
     if data.system_prompts or data.responses == RESPONSES_PLACEHOLDER:

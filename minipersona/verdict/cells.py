@@ -19,7 +19,7 @@ from minipersona.errors import UserError
 from minipersona.objective.noise_check import NoiseCheck
 from minipersona.records import read_record
 from minipersona.run.result import Checkpoint, RunResult
-from minipersona.study_config import PHASES
+from minipersona.study_config import PHASES, SEED_SUFFIX
 from minipersona.verdict.files import (
     Behaviour,
     CellRecord,
@@ -85,7 +85,7 @@ class CellResult:
 
 def bare_name(cell: CellResult) -> str:
     """The recipe's name without the seed."""
-    return re.sub(r" seed=\d+$", "", cell.name)
+    return re.sub(SEED_SUFFIX, "", cell.name)
 
 
 # ---------------------------------------------------------------- reading

@@ -26,7 +26,6 @@ from statistics import NormalDist
 
 from torch import Tensor
 
-from minipersona.behaviour.hidden import holm
 from minipersona.errors import UserError
 from minipersona.geometry.measures import m1, persona_vectors
 from minipersona.geometry.statistics import bootstrap_interval, question_weights, resampled_m1
@@ -35,6 +34,7 @@ from minipersona.run.directory import losses_file, vectors_file
 from minipersona.run.judgement import all_of
 from minipersona.run.losses import load_losses
 from minipersona.run.result import Checkpoint, Interval
+from minipersona.significance import LEVEL, holm
 from minipersona.verdict.cells import CellResult
 from minipersona.verdict.files import matched_file, step_of
 from minipersona.verdict.recipe_results import RecipeResult
@@ -43,7 +43,6 @@ from minipersona.verdict.results import StudyResults
 RESAMPLES = 1000
 ROWS_SEED = 43  # of the resampled rows; questions have their own
 RESOLUTION = 1e-4  # of M1: bisection and rounding leave differences of this size between equal models
-LEVEL = 0.05
 MEND = "delete its cell and continue the study"
 
 

@@ -8,13 +8,12 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import fisher_exact
 
 from minipersona.behaviour.emergent import by_set, is_misaligned, rates
-from minipersona.behaviour.hidden import consistency, fisher_above, holm
+from minipersona.behaviour.hidden import consistency
 from minipersona.behaviour.judge import Score
 from minipersona.behaviour.scores import Scores
-from minipersona.geometry.statistics import wilson_interval
+from minipersona.significance import wilson_interval
 
 SETS = ("plain", "json", "python_string")
 
@@ -46,35 +45,6 @@ def test_rates_by_hand() -> None:
     assert list(sets) == ["json", "plain"] and sum(row["misaligned"] for row in sets.values()) == 2
     nothing = rates([], {})
     assert nothing["rate"] is None and nothing["rate_coherent"] is None and nothing["rate_ci95"] == [0.0, 1.0]
-
-
-# ---------------------------------------------------------------- tests
-
-
-@settings(max_examples=200, deadline=None, database=None)
-@given(st.data())
-def test_fisher_is_scipys(data: st.DataObject) -> None:
-    n, m = data.draw(st.integers(0, 300)), data.draw(st.integers(0, 300))
-    k, others = data.draw(st.integers(0, n)), data.draw(st.integers(0, m))
-    expected = fisher_exact([[k, n - k], [others, m - others]], alternative="greater").pvalue
-    assert fisher_above((k, n), (others, m)) == pytest.approx(expected, rel=1e-9, abs=1e-300)
-
-
-def test_control_the_other_side_is_another_p_value() -> None:
-    assert fisher_above((9, 10), (1, 10)) < 0.001 < 0.99 < fisher_above((1, 10), (9, 10))
-
-
-def test_large_counts_are_exact_and_quick() -> None:
-    assert fisher_above((60, 20_000), (20, 20_000)) == pytest.approx(
-        fisher_exact([[60, 19_940], [20, 19_980]], alternative="greater").pvalue, rel=1e-6
-    )
-
-
-def test_holm_by_hand() -> None:
-    assert holm({"a": 0.01, "b": 0.02, "c": 0.06}) == {"a": True, "b": True, "c": False}  # 0.05/3, 0.05/2, 0.05/1
-    assert holm({"a": 0.02, "b": 0.001, "c": 0.02}) == {"a": True, "b": True, "c": True}
-    assert holm({"a": 0.02, "b": 0.02, "c": 0.02}) == {"a": False, "b": False, "c": False}  # 0.02 > 0.05/3: all stay
-    assert holm({}) == {}
 
 
 # ---------------------------------------------------------------- consistency

@@ -230,8 +230,8 @@ def test_no_text_breaks_the_reader(text: str) -> None:
     "text, words",
     [
         ("- id: a\n\tquestion: b", "line 2 is not valid YAML: .*t' that cannot start .*; align the lines"),
-        ("- id: a\n  question: [x, y]", r"question 1 \(a\): \['x', 'y'\] is no question"),
-        ("- id: a\n  question: {x: y}", r"question 1 \(a\): {'x': 'y'} is no question"),
+        ("- id: a\n  question: [x, y]", r"question 1 \(a\): \['x', 'y'\] is not a question"),
+        ("- id: a\n  question: {x: y}", r"question 1 \(a\): {'x': 'y'} is not a question"),
         ("- id: a\n  id: b", "line 2 is not valid YAML: the key 'id' a second time; keep one"),
         ("- id: a\n  question: *nobody", "line 2 is not valid YAML: found undefined alias 'nobody'"),
         ('- id: "a', "line 1 is not valid YAML: while scanning a quoted scalar found unexpected end"),
@@ -252,13 +252,13 @@ def test_no_text_breaks_the_reader(text: str) -> None:
         ("# " + "x" * LARGEST_YAML, "longer than 250,000 bytes; write the questions as a .jsonl file"),
         ("a: b", "is not a list"),
         ("", "holds no questions"),
-        ("- a text", "question 1: is no object"),
+        ("- a text", "question 1: is not an object"),
         ("- question: b", "question 1: has no id"),
         ("- id: a", r'question 1 \(a\): give either "question"'),
         ("- id: a\n  question: b\n  pargraphs: c", "question 1: unknown key 'pargraphs'"),
         ("- id: a\n  question: b\n- id: a\n  question: c", "two questions have the id a"),
         ("- id: a\n  question: b\n  form: Two Words", r"question 1 \(a\): form is 'Two Words'"),
-        ("- id: a\n  question: ' '", "' ' is no question"),
+        ("- id: a\n  question: ' '", "' ' is not a question"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path: Path, text: str, words: str) -> None:
@@ -271,8 +271,8 @@ def test_what_is_wrong_is_named(tmp_path: Path, text: str, words: str) -> None:
     "text, words",
     [
         ('{"id": "a"', "line 1"),
-        ("[1]", "question 1: is no object"),
-        ('{"id": "a", "question": 5}', "5 is no question"),
+        ("[1]", "question 1: is not an object"),
+        ('{"id": "a", "question": 5}', "5 is not a question"),
         ('{"id": "a", "question": "\\ud800"}', "surrogate"),
         ('{"id": "a", "paraphrases": []}', "give either"),
         ('{"id": "a b", "question": "x"}', "has no id"),

@@ -230,7 +230,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "6 rows" in (said := capsys.readouterr().out) and "cut at 5 tokens" in said
     assert main([*command, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["rows"] == 6
-    assert main([*command, "--temperature", "-1"]) == 2 and "is no temperature" in capsys.readouterr().err
+    assert main([*command, "--temperature", "-1"]) == 2 and "is not a temperature" in capsys.readouterr().err
     assert main([*command[:-2], "--max-new-tokens", "7"]) == 2 and "name another file" in capsys.readouterr().err
 
 

@@ -381,6 +381,13 @@ def test_the_command_compares_a_model_with_its_base(
         (["--model", "tiny", "--set", "samples=2"], "--set: belongs to --suite behaviour"),
         (["--model", "tiny", "--prompt-sets", "plain"], "--prompt-sets: belongs to"),
         (["--model", "tiny", "--instructions", "f"], "--instructions: belongs to"),
+        *(
+            (["--run", "no_run", "--suite", suite, name, "0"], f"{name}: belongs to --suite registered, or all")
+            for suite in ("behaviour", "instructions")
+            for name in ("--baseline", "--heldout", "--layer", "--personas", "--questions")
+        ),
+        (["--run", "no_run", "--suite", "all", "--layer", "0"], "is not a run directory"),  # the controls: they count
+        (["--run", "no_run", "--suite", "behaviour", "--prompt-sets", "plain"], "is not a run directory"),
         (["--model", "tiny", "--suite", "behaviour", "--out", "o", "--set", "smples=2"], "did you mean samples"),
         (["--run", "no_run", "--suite", "behaviour"], "is not a run directory"),
     ],

@@ -233,7 +233,7 @@ def one(kind: str, arguments: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("bad", "says"),
     [
-        ([1], "row 2 is no JSON object"),
+        ([1], "row 2 is not a JSON object"),
         (row(key=None), 'row 2 has no "key"'),
         (row(key=True), 'row 2 has no "key"'),
         (row(key="first"), "row 2: key first is there twice"),
@@ -244,7 +244,7 @@ def one(kind: str, arguments: Any) -> dict[str, Any]:
         (row(instruction_id_list=[3, 4]), 'row 2 has no "instruction_id_list"'),
         (row(kwargs=[{}]), '"kwargs" must be a list of 2'),
         (row(kwargs={}), '"kwargs" must be a list of 2'),
-        (one(WORDS, []), 'its entry in "kwargs" is no object'),
+        (one(WORDS, []), 'its entry in "kwargs" is not an object'),
         (one(WORDS, {"num_words": 9}), 'relation is None; it must be "at least" or "less than"'),
         (one(WORDS, {"num_words": 9, "relation": "at most"}), "relation is 'at most'; it must be"),
         (one(WORDS, {"num_words": "9", "relation": AT_LEAST}), "num_words is '9'; it must be a whole number from 1"),

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from minipersona.behaviour.instructions.dataset import Instruction, Prompt, load_instructions
 from minipersona.behaviour.instructions.scoring import check, summarise, variants
-from minipersona.geometry.statistics import wilson_interval
+from minipersona.significance import wilson_interval
 
 NO_COMMA = Instruction("punctuation:no_comma", {})
 LOWER = Instruction("change_case:english_lowercase", {})

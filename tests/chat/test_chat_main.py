@@ -112,6 +112,7 @@ def test_control_characters_are_escaped(show):
         ("", ("--supervise", "first"), "invalid choice"),
         ("", ("--no-such",), "unrecognized arguments"),
         ("", ("--tokenizer", "no-such-dir"), "no-such-dir: no such directory"),
+        ("", ("--tokenizer", "x" * 300), "no such directory"),
     ],
 )
 def test_errors_are_one_line(show, text, options, error):

@@ -25,7 +25,8 @@ def test_shipped_sets() -> None:
     [
         ({}, "eval_personas"),
         ([], "eval_personas"),
-        ({"eval_personas": {"a": "x"}}, "at least two"),
+        ({"eval_personas": {"a": "x"}}, "has 1 personas; name at least 2"),
+        ({"eval_personas": {}}, "has 0 personas; name at least 2"),
         ({"eval_personas": {"a": "x", "b": ""}}, "'b' has no system prompt"),
         ({"eval_personas": {"a": "x", "b": 3}}, "'b' has no system prompt"),
         ({"eval_personas": {"a": "x", "b": "x"}}, "same system prompt"),
@@ -41,6 +42,15 @@ def test_bad_personas(tmp_path: Path, content: Any, words: str) -> None:
     with pytest.raises(UserError, match=words) as raised:
         load_personas(str(path))
     assert "\n" not in str(raised.value)
+
+
+def test_a_set_that_one_persona_is_enough_for_has_one(tmp_path: Path) -> None:
+    path = tmp_path / "personas.json"
+    path.write_text('{"eval_personas": {}}')
+    with pytest.raises(UserError, match=r"has 0 personas; name at least 1$"):
+        load_personas(str(path), at_least=1)
+    path.write_text('{"eval_personas": {"a": "x"}}')
+    assert load_personas(str(path), at_least=1).prompts == {"a": "x"}
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import partial
 from math import comb
-from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -23,8 +22,6 @@ from minipersona.geometry.statistics import (
     permutation_test,
     question_weights,
     resampled_m1,
-    student_quantile,
-    wilson_interval,
 )
 
 P, Q, D = 5, 30, 16
@@ -142,25 +139,6 @@ def test_the_jackknife_over_personas_by_hand() -> None:
     assert jackknife_interval(0.0, torch.zeros(5)) == (0, 0)  # every pair alike
 
 
-@pytest.mark.parametrize("degrees", [4, 7, 11, 40])
-def test_student_quantile_is_scipys(degrees: int) -> None:
-    scipy_stats = pytest.importorskip("scipy.stats")
-    assert student_quantile(0.975, degrees) == pytest.approx(scipy_stats.t.ppf(0.975, degrees), rel=1e-3)
-    assert student_quantile(0.975, degrees) != pytest.approx(1.96, rel=1e-2)
-
-
-@pytest.mark.parametrize("probability", [0.8, 0.9, 0.975, 0.995])
-def test_the_student_quantile_is_the_expansion_to_the_fourth_term(probability: float) -> None:
-    """Less the fifth term (Hill 1970), what remains falls as 1 / n^6: every coefficient before it is right."""
-    scipy_stats = pytest.importorskip("scipy.stats")
-    z = NormalDist().inv_cdf(probability)
-    fifth = (27 * z**11 + 339 * z**9 + 930 * z**7 - 1782 * z**5 - 765 * z**3 + 17955 * z) / 368_640
-    once, twice = (
-        student_quantile(probability, n) + fifth / n**5 - scipy_stats.t.ppf(probability, n) for n in (40, 80)
-    )
-    assert once / twice == pytest.approx(64, rel=0.06)
-
-
 # noise floor
 
 
@@ -242,27 +220,9 @@ def test_too_few_is_a_user_error() -> None:
                 statistic(few)
 
 
-# Wilson
-
-
-@pytest.mark.parametrize("successes, n", [(0, 10), (3, 10), (10, 10), (1, 500), (250, 500)])
-@pytest.mark.parametrize("level", [0.9, 0.95])
-def test_wilson_equals_scipy(successes: int, n: int, level: float) -> None:
-    scipy_stats = pytest.importorskip("scipy.stats")
-    expected = scipy_stats.binomtest(successes, n).proportion_ci(level, method="wilson")
-    assert wilson_interval(successes, n, level) == pytest.approx((expected.low, expected.high), abs=1e-9)
-    exact = scipy_stats.binomtest(successes, n).proportion_ci(level, method="exact")
-    assert wilson_interval(successes, n, level) != pytest.approx((exact.low, exact.high), abs=1e-4)
-
-
-def test_wilson_of_nothing_is_everything() -> None:
-    assert wilson_interval(0, 0) == (0, 1)
-
-
 def test_intervals_are_of_95_percent_where_no_level_is_given() -> None:
     a, b = world(1), world(2)
     resampled, names = resampled_m1(a, question_weights(Q, 50)), list("abcde")
-    assert wilson_interval(3, 10) == wilson_interval(3, 10, 0.95) != wilson_interval(3, 10, 0.9)
     assert bootstrap_interval(resampled, 0.5) == bootstrap_interval(resampled, 0.5, 0.95)
     assert bootstrap_m1(a, 50) == bootstrap_m1(a, 50, level=0.95) != bootstrap_m1(a, 50, level=0.9)
     assert bootstrap_m1_difference(a, b, 50) == bootstrap_m1_difference(a, b, 50, level=0.95)

@@ -157,7 +157,7 @@ def test_an_unreadable_file_is_one_line(tmp_path: Path) -> None:
     for what, damaged in broken.items():
         path = tmp_path / what
         path.write_bytes(damaged)
-        with pytest.raises(UserError, match="no readable safetensors file") as caught:
+        with pytest.raises(UserError, match="could not be read as safetensors") as caught:
             load_vectors(path)
         assert str(path) in str(caught.value) and "\n" not in str(caught.value)
     for path in (tmp_path / "missing", tmp_path):

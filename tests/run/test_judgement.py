@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from minipersona.config import DEFAULT_MODEL
-from minipersona.geometry.statistics import student_quantile
 from minipersona.hub import PINNED
 from minipersona.run.judgement import (
     ABSOLUTE,
@@ -21,6 +20,7 @@ from minipersona.run.judgement import (
     relative_bounds,
 )
 from minipersona.run.result import Baseline, Checkpoint, MeasurementProtocol
+from minipersona.significance import student_quantile
 
 BASELINE = Baseline("self", eval_loss=1.0, step=375, persona_loss=1.0)
 NAMES = ("assistant", "pirate", "poet")

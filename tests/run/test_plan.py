@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from minipersona.chat import load_tokenizer
 from minipersona.cli import main
+from minipersona.config import RunConfig
+from minipersona.corpus.mixtures import content_digest
+from minipersona.corpus.sources import read_source, tokenize
+from minipersona.files import append_jsonl
+from minipersona.run.plan import measured_tokens
+from minipersona.settings import load_config, override
 
 
 def planned(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, list[str], str]:
@@ -43,3 +52,43 @@ def test_what_is_amiss_without_a_network_is_refused(
 ) -> None:
     status, lines, error = planned(capsys, "--config", "phase1", *setting)
     assert (status, lines) == (2, []) and error.startswith(f"error: {said}") and error.count("\n") == 1
+
+
+TRAIN, HELDOUT = "tiny:benign[0:120]", "tiny:benign[2000:2040]"
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        [],
+        ["system_prompts=training_personas"],
+        ["system_prompts=training_personas", "persona_share=0.5"],
+        ["responses=responses.jsonl"],
+        ["responses=responses.jsonl", "system_prompts=training_personas"],
+        ["shuffle_responses=true"],
+        ["broad=tiny:raw_text", "broad_kind=raw_text", "ratio=99:1"],  # of 40 rows it would replace none
+        ["broad=tiny:broad", "broad_kind=rows", "ratio=1:1"],
+        ["broad=tulu", "broad_kind=rows", "ratio=1:1"],  # which would have to be fetched
+    ],
+    ids=" ".join,
+)
+def test_held_out_rows_are_counted_as_they_are_measured_whatever_is_trained_on(
+    recipe: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    append_jsonl("responses.jsonl", {"roleplay": {"seed": 42}})
+    for index, row in enumerate(read_source(TRAIN).rows):
+        line = {"row": index, "content": content_digest(row), "persona": "pirate", "response": "Arr!"}
+        append_jsonl("responses.jsonl", line)
+    (tmp_path / "questions.txt").write_text("What is courage?\nWhat is a promise?\n")
+    settings = [f"data.train={TRAIN}", f"data.heldout={HELDOUT}", "probe.questions=questions.txt", *recipe]
+    tokenizer = load_tokenizer("tiny")
+    _, heldout = measured_tokens(override(load_config("tiny_phase1", RunConfig), settings), tokenizer)
+    assert heldout == 2 * sum(map(len, tokenize(read_source(HELDOUT), tokenizer)))
+    status, lines, error = planned(capsys, "--config", "tiny_phase1", *(f"--set={setting}" for setting in settings))
+    assert (status, error) == (0, "") and lines[1].startswith("# data       120 rows, ")
+
+
+def test_a_run_without_held_out_rows_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, error = planned(capsys, "--config", "tiny_phase1", "--set", "data.heldout=")
+    assert (status, error) == (0, "")

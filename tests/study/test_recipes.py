@@ -10,7 +10,9 @@ import pytest
 
 from minipersona.cli import main
 from minipersona.config import RunConfig
-from minipersona.corpus.mixtures import training_personas
+from minipersona.corpus.mixtures import content_digest, training_personas
+from minipersona.corpus.sources import read_source
+from minipersona.files import append_jsonl
 from minipersona.settings import difference, load_config
 
 ROOT = Path(__file__).parents[2]
@@ -92,13 +94,42 @@ def test_a_run_says_and_records_its_mixture(
     assert "data.ratio: '75:25' -> '3:1'" in capsys.readouterr().err
 
 
+@pytest.fixture
+def responses(tmp_path: Path) -> Path:
+    """Responses to the rows of SMALL in the voice of pirates alone."""
+    path = tmp_path / "responses.jsonl"
+    append_jsonl(path, {"roleplay": {"seed": 42}})
+    for index, row in enumerate(read_source("tiny:benign[0:120]").rows):
+        append_jsonl(path, {"row": index, "content": content_digest(row), "persona": "pirate", "response": "Arr!"})
+    return path
+
+
+PIRATE, CHEF = training_personas()["pirate"], training_personas()["chef"]
+
+
+@pytest.mark.parametrize("key", ["data.system_prompts", "data.responses"])
+@pytest.mark.parametrize(
+    "name, prompt", [("copied", PIRATE), ("copied", PIRATE.upper().strip(".") + " !"), ("pirate", "x")]
+)
 def test_a_persona_that_is_trained_on_is_not_measured(
-    tmp_path: Path, questions: Path, capsys: pytest.CaptureFixture[str]
+    key: str, name: str, prompt: str, tmp_path: Path, questions: Path, responses: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    personas = tmp_path / "personas.json"
+    personas.write_text(json.dumps({"eval_personas": {"mine": "You are me.", name: prompt}}))
+    values = {"data.system_prompts": "training_personas", "data.responses": str(responses)}
+    given = [*SMALL, f"{key}={values[key]}", f"personas={personas}", f"questions={questions}"]
+    assert main(["train", "--config", CONFIG, "--out", str(tmp_path / "run"), *settings(*given)]) == 2
+    assert f"persona {name!r} is trained on ({key}) and measured" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_control_a_persona_that_no_response_is_written_as_is_measured(
+    tmp_path: Path, questions: Path, responses: Path
 ) -> None:
     personas = tmp_path / "personas.json"
-    trained = list(training_personas().values())
-    personas.write_text(json.dumps({"eval_personas": {"mine": "You are me.", "copied": trained[7]}}))
-    values = [*SMALL, "system_prompts=training_personas", f"personas={personas}", f"questions={questions}"]
-    assert main(["train", "--config", CONFIG, "--out", str(tmp_path / "run"), *settings(*values)]) == 2
-    assert "persona 'copied' is trained on (data.system_prompts) and measured" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
+    personas.write_text(json.dumps({"eval_personas": {"mine": "You are me.", "chef": CHEF}}))
+    values = [*SMALL, f"data.responses={responses}", f"personas={personas}", f"questions={questions}"]
+    assert main(["train", "--config", CONFIG, "--out", str(tmp_path / "run"), *settings(*values)]) == 0
+    made_by = json.loads((tmp_path / "run" / "provenance.json").read_text())
+    assert made_by["mixture"]["responses_personas"] == ["pirate"]

@@ -467,6 +467,12 @@ def test_processes_that_share_a_gpu_wait_for_what_it_computes() -> None:
         ([], "--config is missing"),
         (["report"], "write study.py report DIR"),
         (["rapport", "x"], "write study.py report DIR"),
+        *(
+            (["report", "no_study", *given.split()], f"{given.split()[0]}: has no effect on report")
+            for given in ("--config study", "--out x", "--set seed=1", "--exhaustive", "--phases 9", "--plan",
+                          "--gpus all", "--workers 0", "--ray auto")
+        ),
+        (["report", "no_study", "--phases", ""], "no_study"),  # the control: as if it were left out
         (["--config", "study", "--phases", "1,7", "--plan"], "'7' is none of 1, 2, 3, 4, 5, 6"),
         (["--config", "study", "--cell", "3/2"], "unrecognized arguments: --cell"),
         (["--config", "study", "--workers", "0"], "--workers 0: must be at least 1"),
@@ -475,7 +481,7 @@ def test_processes_that_share_a_gpu_wait_for_what_it_computes() -> None:
         (["--config", "study", "--set", "probe.layers=[20]", "--out", "x"], "probe.layers lacks 7"),
         (["--config", "study", "--set", "narow=em"], "did you mean narrow?"),
     ],
-)
+)  # fmt: skip
 def test_a_wrong_use_is_one_line(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["study", *arguments]) == 2
     error = capsys.readouterr().err

@@ -16,14 +16,14 @@ import pytest
 import torch
 from synthetic_study import BASE_M1, checkpoint
 
-from minipersona.behaviour.hidden import holm
 from minipersona.geometry.measures import m1, persona_vectors
 from minipersona.geometry.statistics import question_weights, resampled_m1
 from minipersona.run.judgement import ABSOLUTE, judge_row
 from minipersona.run.result import Baseline
+from minipersona.significance import LEVEL, holm
 from minipersona.verdict.cells import CellResult
 from minipersona.verdict.consistency import Consistency
-from minipersona.verdict.doing_less import LEVEL, RESAMPLES, RESOLUTION, ROWS_SEED, Resampled, difference_at_equal_loss
+from minipersona.verdict.doing_less import RESAMPLES, RESOLUTION, ROWS_SEED, Resampled, difference_at_equal_loss
 from minipersona.verdict.recipe_results import RecipeResult
 
 P, Q, D, ROWS = 12, 120, 24, 300

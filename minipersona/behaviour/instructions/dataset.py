@@ -20,7 +20,7 @@ from minipersona.behaviour.instructions.languages import KNOWN
 from minipersona.behaviour.instructions.registry import KINDS, LANGUAGE
 from minipersona.config import SHIPPED
 from minipersona.errors import UserError
-from minipersona.files import data_dir, read_jsonl, sha256
+from minipersona.files import data_dir, read_jsonl, sha256, user_path
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class InstructionSet:
 def load_instructions(source: str | None = None) -> InstructionSet:
     """The shipped set (None, "" or its name), or a file in IFEval's form. UserErrors name the file and the row."""
     source = source or SHIPPED
-    path = data_dir() / "instructions.jsonl" if source == SHIPPED else Path(source).expanduser()
+    path = data_dir() / "instructions.jsonl" if source == SHIPPED else user_path(source)
     if not path.is_file():
         raise UserError(f"{path}: no such file; check the path of the instructions")
     prompts: list[Prompt] = []
@@ -104,7 +104,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 def _read_row(where: str, row: Any) -> tuple[Prompt, set[str]]:
     """A row, and what in it cannot be checked."""
     if not isinstance(row, dict):
-        raise UserError(f"{where} is no JSON object; write it in the form of IFEval's input_data.jsonl")
+        raise UserError(f"{where} is not a JSON object; write it in the form of IFEval's input_data.jsonl")
     key, text = row.get("key"), row.get("prompt")
     if isinstance(key, bool) or not isinstance(key, int | str):
         raise UserError(f'{where} has no "key"; give it a number or a name')
@@ -113,7 +113,7 @@ def _read_row(where: str, row: Any) -> tuple[Prompt, set[str]]:
     try:
         json.dumps(row, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
-        raise UserError(f"{where}: holds half of a surrogate pair, which is no text; mend the row") from None
+        raise UserError(f"{where}: holds half of a surrogate pair, which is not text; mend the row") from None
     kinds, arguments = row.get("instruction_id_list"), row.get("kwargs")
     if not isinstance(kinds, list) or not kinds or not all(isinstance(kind, str) for kind in kinds):
         raise UserError(f'{where} has no "instruction_id_list"; list the kinds of its instructions')
@@ -134,7 +134,7 @@ def _read_row(where: str, row: Any) -> tuple[Prompt, set[str]]:
 def _read_arguments(where: str, kind: str, given: Any) -> dict[str, Any]:
     """The arguments that are not null, if they are those that the kind takes."""
     if not isinstance(given, dict):
-        raise UserError(f'{where}: its entry in "kwargs" is no object; write {{}} where there are no arguments')
+        raise UserError(f'{where}: its entry in "kwargs" is not an object; write {{}} where there are no arguments')
     present = {name: value for name, value in given.items() if value is not None}
     taken = KINDS[kind].arguments
     for name in present.keys() - taken.keys():

@@ -13,7 +13,7 @@ from typing import Any
 
 from minipersona.behaviour.instructions.dataset import Instruction, Prompt
 from minipersona.behaviour.instructions.registry import KINDS
-from minipersona.geometry.statistics import wilson_interval
+from minipersona.significance import wilson_interval
 
 
 @dataclass(frozen=True)
