@@ -49,34 +49,20 @@ class Hooks:
     logged: Callable[[dict[str, Any]], None] = lambda row: None  # with the log line of each step (`record.py`)
 
 
-def train(
-    model: Qwen2, documents: Sequence[Document], config: RunConfig, directory: Path, distributed: Distributed,
-    hooks: Hooks | None = None, *, compiled: bool = False, steering: Mapping[int, Tensor] | None = None,
-    contexts: Contexts | None = None, null_space: Mapping[str, Tensor] | None = None, graphs: Graphs | None = None,
-) -> Position:  # fmt: skip
-    """Fine-tune `model` in place on `documents`, from the last checkpoint in `directory` to the last step.
+def train(trainer: Trainer, hooks: Hooks | None = None) -> Position:
+    """Fine-tune the trainer's model in place, from the last checkpoint in its directory to the last step.
 
-    steering    block -> (D,), added to the stream that leaves that block at every token; it contains its coefficient
-    contexts    what an anchored objective passes beside the rows
-    null_space  name of a layer -> U (I, k): directions of its input that adapters are kept off (`null_space.py`)
-    graphs      run the passes as CUDA graphs; they are kept there for later runs of this model. Several ranks run
-                without
-
-    Writes metrics.jsonl and latest/ into `directory`; `hooks.checkpoint` writes the model of a named step. UserError if
-    no row can be learned from, or if the loss stays non-finite. Interrupted, on every rank, after the step in which any
-    rank was asked to stop and once its rolling checkpoint is written.
+    Writes metrics.jsonl and latest/ into the directory; `hooks.checkpoint` writes the model of a named step. UserError
+    if the loss stays non-finite. Interrupted, on every rank, after the step in which any rank was asked to stop and
+    once its rolling checkpoint is written.
     """
-    check_learnable(documents)
-    hooks, recipe = hooks or Hooks(), config.training
-    trainer = Trainer(
-        model, documents, config, directory, distributed, compiled, steering or {}, contexts, null_space or {}, graphs
-    )
+    hooks, recipe, distributed = hooks or Hooks(), trainer.config.training, trainer.distributed
     position = trainer.resume()
     if position.done:
         return position
     measure_step(position.step, recipe, hooks)  # again, if the run ended between the step and its measurement
     following: Batch | None = None  # the batch of the next step
-    record = Record(config, directory, distributed, trainer.objective.terms, trainer.save, hooks.logged)
+    record = Record(trainer.config, trainer.directory, distributed, trainer.objective.terms, trainer.save, hooks.logged)
 
     for step in range(position.step + 1, recipe.steps + 1):
         batch = following or trainer.batch(step)
@@ -96,7 +82,7 @@ def train(
         following = trainer.batch(step + 1) if step < recipe.steps else None
 
         # 3. One reduction over ranks, one division, one update, if the numbers of every rank are finite.
-        sums = torch.cat([terms, send(record.flags(halvings), model.device)])  # (K + 3,)
+        sums = torch.cat([terms, send(record.flags(halvings), trainer.model.device)])  # (K + 3,)
         trainer.layout.reduce(distributed, sums)  # does nothing on one rank
         divisor = max(1, batch.supervised)
         norm, scale = norm_and_scale(trainer.layout, distributed, divisor, recipe.max_grad_norm)
@@ -120,13 +106,24 @@ def train(
 
 
 class Trainer:
-    """What the steps of a run use: the model with its objective and optimizer, the data, the directory."""
+    """What the steps of a run use: the model with its objective and optimizer, the data, the directory.
+
+    compiled    the losses and the update are compiled; whether the model's blocks are is the model's own matter
+    steering    block -> (D,), added to the stream that leaves that block at every token; it contains its coefficient
+    contexts    what an anchored objective passes beside the rows
+    null_space  name of a layer -> U (I, k): directions of its input that adapters are kept off (`null_space.py`)
+    graphs      run the passes as CUDA graphs; they are kept there for later runs of this model. Several ranks run
+                without
+
+    UserError if no row can be learned from.
+    """
 
     def __init__(
         self, model: Qwen2, documents: Sequence[Document], config: RunConfig, directory: Path,
-        distributed: Distributed, compiled: bool, steering: Mapping[int, Tensor], contexts: Contexts | None,
-        null_space: Mapping[str, Tensor], graphs: Graphs | None,
+        distributed: Distributed, *, compiled: bool = False, steering: Mapping[int, Tensor] | None = None,
+        contexts: Contexts | None = None, null_space: Mapping[str, Tensor] | None = None, graphs: Graphs | None = None,
     ) -> None:  # fmt: skip
+        check_learnable(documents)
         self.model, self.config, self.directory, self.distributed = model, config, directory, distributed
         recipe = config.training
         if distributed.first:
@@ -148,7 +145,7 @@ class Trainer:
         self.projections = projections(model, null_space) if null_space else ()
         keep_in_null_space(self.projections)
         self.forward = functools.partial(
-            ForwardPass, config.seed, taps=steering_taps(steering, model), compiled=compiled,
+            ForwardPass, config.seed, taps=steering_taps(steering or {}, model), compiled=compiled,
             checkpoint_activations=config.execution.checkpoint_activations,
         )  # fmt: skip
         self.budget = Budget(config.training_tokens // self.objective.copies)

@@ -24,7 +24,7 @@ from minipersona.training import loop
 from minipersona.training.checkpoint import Position, load_state, save_state, stored_position
 from minipersona.training.distributed import Distributed
 from minipersona.training.interruption import SIGNALS, Stop, handle_signals
-from minipersona.training.loop import Hooks, train
+from minipersona.training.loop import Hooks, Trainer, train
 from minipersona.training.optimizer import AdamW, Flat
 
 
@@ -137,7 +137,7 @@ class Caller:
 
 def trained(directory: Path, documents: list[Document], out: Path, caller: Caller) -> dict[str, torch.Tensor]:
     model = load_model(str(directory), device="cpu")
-    train(model, documents, config(), out, caller.distributed, caller.hooks())
+    train(Trainer(model, documents, config(), out, caller.distributed), caller.hooks())
     return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
@@ -200,9 +200,8 @@ def test_one_of_several_ranks_stops_only_once_all_have_been_through_the_next_ste
     monkeypatch.setattr(loop, "learning_rate", asking)
     settings = replace(config(), training=replace(config().training, checkpoints=(9,), probe_every=0))
     with pytest.raises(Interrupted, match=f"stopped after step {done}"):
-        train(
-            load_model(str(hf_model()), device="cpu"), documents, settings, tmp_path, caller.distributed, caller.hooks()
-        )
+        model = load_model(str(hf_model()), device="cpu")
+        train(Trainer(model, documents, settings, tmp_path, caller.distributed), caller.hooks())
     assert steps == list(range(1, begun + 1))
 
 
@@ -220,9 +219,9 @@ def test_the_number_of_non_finite_steps_that_fail_a_run_is_the_configs(
     distributed = Distributed(0, 1, torch.device("cpu"))
     if most:
         with pytest.raises(UserError, match=f"step {most}: loss or gradient non-finite {most} steps in a row"):
-            train(model, documents, settings, tmp_path, distributed)
+            train(Trainer(model, documents, settings, tmp_path, distributed))
     else:
-        assert train(model, documents, settings, tmp_path, distributed).updates == 0
+        assert train(Trainer(model, documents, settings, tmp_path, distributed)).updates == 0
     assert len(read_jsonl(tmp_path / "metrics.jsonl")) == steps
 
 
