@@ -38,7 +38,7 @@ from minipersona.objective.head import ForwardPass
 from minipersona.run.anchors import run_contexts
 from minipersona.training.distributed import Distributed
 from minipersona.training.graphs import Graphs
-from minipersona.training.loop import Hooks, train
+from minipersona.training.loop import Hooks, Trainer, train
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic products, with the memory they have anyway
 MODELS = {"smollm2": "random:HuggingFaceTB/SmolLM2-135M-Instruct", "qwen": "random:Qwen/Qwen2.5-0.5B-Instruct"}
@@ -101,10 +101,11 @@ def run(
     distributed = Distributed(0, 1, model.device)
     with tempfile.TemporaryDirectory() as scratch:
         contexts = run_contexts(config, Path(scratch), distributed, model, load_tokenizer(tokenizer), Console())
-        train(
-            model, docs, config, Path(scratch), distributed, Hooks(logged=logged), compiled=True, steering=steering,
-            contexts=contexts, graphs=graphs,
+        trainer = Trainer(
+            model, docs, config, Path(scratch), distributed, compiled=True, steering=steering, contexts=contexts,
+            graphs=graphs,
         )  # fmt: skip
+        train(trainer, Hooks(logged=logged))
     seconds = time.perf_counter() - started
     weights = torch.cat([p.detach().flatten().cpu() for p in model.parameters() if p.requires_grad])
     remove_lora(model)

@@ -50,7 +50,7 @@ from minipersona.run.resources import uses_graphs
 from minipersona.training.distributed import Distributed
 from minipersona.training.graphs import Graphs
 from minipersona.training.heldout import document_losses as our_document_losses
-from minipersona.training.loop import Hooks, train
+from minipersona.training.loop import Hooks, Trainer, train
 
 SIZES = {
     "7b": MODEL,
@@ -105,10 +105,11 @@ def ours(
         contexts = run_contexts(config, Path(scratch), distributed, model, tokenizer, Console()) if tokenizer else None
         free()
         started = time.perf_counter()
-        train(
-            model, docs, config, Path(scratch), distributed, Hooks(logged=logged), compiled=True, steering=steering,
-            contexts=contexts, graphs=graphs,
+        trainer = Trainer(
+            model, docs, config, Path(scratch), distributed, compiled=True, steering=steering, contexts=contexts,
+            graphs=graphs,
         )  # fmt: skip
+        train(trainer, Hooks(logged=logged))
     shares = measured.stop()
     trained = hashlib.sha256()
     for parameter in model.parameters():

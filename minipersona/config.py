@@ -180,7 +180,12 @@ class ObjectiveSection:
     @property
     def anchored(self) -> bool:
         """Whether a step passes contexts beside its rows."""
-        return self.anchors_features or self.anchors_predictions or self.kind == "gram_anchor"
+        return self.anchors_states or self.anchors_predictions
+
+    @property
+    def anchors_states(self) -> bool:
+        """Whether the states at contexts, or their cosines, are held."""
+        return self.anchors_features or self.kind == "gram_anchor"
 
     @property
     def anchors_features(self) -> bool:
@@ -213,7 +218,7 @@ class ObjectiveSection:
             f"objective.anchor_layers = {list(self.anchor_layers)}: list each block once, counted from 0",
         )
         require(
-            not self.anchor_layers or self.anchors_features or self.kind == "gram_anchor",
+            not self.anchor_layers or self.anchors_states,
             'objective.anchor_layers: is a choice of kind = "feature_anchor", "feature_and_kl" or "gram_anchor" only',
         )
         require(

@@ -17,7 +17,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class RotaryScaling:
-    """The `llama3` scaling of rotary frequencies, under Hugging Face's names; see `rotary.frequencies`."""
+    """The `llama3` scaling of rotary frequencies, under Hugging Face's names; see `attention.frequencies`."""
 
     factor: float
     low_freq_factor: float

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from minipersona.errors import UserError, require
+from minipersona.model.attention import frequencies, scaled
 from minipersona.model.config import FAMILIES, ModelConfig, RotaryScaling
 from minipersona.model.config_file import parse_config
 from minipersona.model.gguf_tokenizer import write_tokenizer
 from minipersona.model.network import Qwen2
-from minipersona.model.rotary import frequencies, scaled
 from minipersona.model.save import save_model
 from minipersona.model.turn_ends import turn_ends
 from minipersona.model.weights import expected_shapes

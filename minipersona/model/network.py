@@ -21,11 +21,10 @@ from torch.utils.checkpoint import checkpoint
 
 from minipersona.model.acceleration.fused_linear import FusedLinear, refresh
 from minipersona.model.adapter_config import AdapterConfig
-from minipersona.model.attention import Scope, Spans, WithinDocuments
+from minipersona.model.attention import Scope, Spans, WithinDocuments, rotary_angles, rotate
 from minipersona.model.config import ModelConfig
 from minipersona.model.lora import Linear
 from minipersona.model.pack import Pack, make_pack
-from minipersona.model.rotary import rotary_angles, rotate
 
 Tap = Callable[[Tensor], Tensor]
 """(T, D) -> (T, D), applied to the residual stream that leaves a block; with `last_rows`, (N, D) at the last one."""
@@ -248,7 +247,7 @@ class Qwen2(nn.Module):
         """
         taps = taps or {}
         if not weights_unchanged:
-            self.refresh_fused_weights()
+            self.refresh_fused_weights()  # fused products equal the plain ones; skip this on a first reading
         wide = torch.float64 if self.compute_dtype == torch.float64 else torch.float32
         h = self.model.embed_tokens(pack.ids).to(self.compute_dtype)  # (T, D)
         if EMBEDDING in taps:

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from minipersona.errors import UserError, require
 from minipersona.files import read_json
+from minipersona.model.attention import frequencies
 from minipersona.model.config import ModelConfig
 from minipersona.model.network import Qwen2
-from minipersona.model.rotary import frequencies
 from minipersona.model.tensor_file import FLOATS, open_safetensors
 
 INDEX = "model.safetensors.index.json"

@@ -3,10 +3,10 @@
     L = sum_t -log p(y_t | y_<t) + w N a,      a = the anchor: a mean over the step's contexts
 
 A context is the rendered prompt of a training persona at an anchor question, neither of which is measured, and for KL
-also the base's response to it, where the config says so. The loop divides by the N supervised tokens of the step, which
-the contexts do not count among, so a step's loss is the mean cross-entropy plus w a, however rows and contexts are cut
-into packs and dealt to ranks. Contexts have no dropout and are not steered: it is the model as it is used afterwards
-that is held.
+also the base's response to it, where the config says so. The loop divides by N, the supervised tokens of the step's
+rows. Contexts add none. So a step's loss is the mean cross-entropy plus w a, however rows and contexts are cut into
+packs and dealt to ranks. Contexts have no dropout and are not steered: it is the model as it is used afterwards that is
+held.
 
 P = personas, Q = questions, C = contexts of a step, S = contexts of a pack, T = their tokens, n = those of T at which
 predictions are held, N = supervised tokens of the step's rows, D = width
@@ -128,8 +128,7 @@ class Contexts:
         lengths = [sum(len(self.ids[c]) for c in group) for group in groups]
         count, tokens = sum(map(len, groups)), sum(lengths)
         held = self.count_held(c for group in groups for c in group)
-        # The loop also makes the batch after the last step, for whose contexts there may be no responses.
-        parts = [batch.supervised / count, batch.supervised / max(1, held)]
+        parts = [batch.supervised / count, batch.supervised / held]
         per_context, per_token = torch.tensor(parts, dtype=torch.float64)
         own = balance(lengths, size)[rank]
         packs: list[Pack] = []

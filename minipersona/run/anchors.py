@@ -39,6 +39,7 @@ from minipersona.run.directory import ANCHOR_RESPONSES
 from minipersona.training.distributed import Distributed
 
 ANCHOR_QUESTIONS = "anchor_questions.jsonl"
+STATES, PREDICTIONS = "anchor states", "anchor predictions"  # what runs share on the device, as `Keep` names it
 T = TypeVar("T")
 
 
@@ -118,7 +119,9 @@ def words(text: str) -> tuple[str, ...]:
 
 
 class Keep(Protocol):
-    """`Resources.keep`: what `make` gives, or gave an earlier run with the same settings."""
+    """`Resources.keep`: what `make` gives, or gave an earlier run with the same settings; what it gave for others is
+    freed.
+    """
 
     def __call__(self, what: str, settings: Any, make: Callable[[], T]) -> T: ...
 
@@ -138,19 +141,22 @@ def run_contexts(
     share both.
     """
     section = config.objective
+    for what, used in ((STATES, section.anchors_states), (PREDICTIONS, section.anchors_predictions)):
+        if not used:
+            keep(what, None, lambda: None)  # frees what an earlier run has left on the device
     if not section.anchored:
         return None
     contexts = make_contexts(config, tokenizer)
     check_positions(model, contexts.ids, section.anchor_responses)
     steps, tokens = config.training.steps, config.execution.measuring_tokens
-    if section.kind != "kl_on_prompts":  # of the prompts, before there are responses
+    if section.anchors_states:  # of the prompts, before there are responses
         layers = section.anchor_layers or (model.config.probe_layer,)
 
         def states() -> dict[int, Tensor]:
             with console.progress("states of the base", len(contexts.taken(steps)), "contexts") as progress:
                 return base_states(model, contexts, layers, steps, tokens, progress.advance)
 
-        base = keep("anchor states", (*_taken(config, contexts), layers, tokens), states)
+        base = keep(STATES, (*_taken(config, contexts), layers, tokens), states)
         scale = scales(base, section.anchor_scale) if section.anchors_features else {}
         for layer, values in scale.items():
             require(
@@ -167,7 +173,7 @@ def run_contexts(
             with console.progress("predictions of the base", len(contexts.taken(steps)), "contexts") as progress:
                 return predicting_states(model, contexts, steps, tokens, progress.advance)
 
-        found = keep("anchor predictions", (*_taken(config, contexts), tokens), predicting)
+        found = keep(PREDICTIONS, (*_taken(config, contexts), tokens), predicting)
         contexts = replace(contexts, predicting=found)
     return contexts
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 
@@ -64,8 +64,12 @@ class Resources:
         model, tokenizer = self.base(config), self.tokenizer(config)
         return self.keep("instruments", settings, lambda: run_instruments(config, model, tokenizer))
 
+    def clear(self) -> None:
+        """Free everything: memory has run out."""
+        self._kept.clear()
+
     def discard_model(self) -> None:
-        """Load the model again next time: its own weights have changed, or memory has run out."""
+        """Load the model again next time: its own weights have changed."""
         self._kept.pop("model", None)
         self._kept.pop("graphs", None)  # they hold it
 
@@ -82,6 +86,31 @@ class Resources:
             self._kept.pop(what, None)  # first, so that two models need not fit into memory
             self._kept[what] = (settings, make())
         return cast(T, self._kept[what][1])
+
+
+class Kind(NamedTuple):
+    """What a process does once: runs that agree in the first part share what is compiled, in the second the graphs."""
+
+    compiled: object
+    recorded: object
+
+
+def kind_of(config: RunConfig) -> Kind:
+    """The kind of a run. Graphs are shared by fewer runs than compiled blocks are.
+
+    Blocks are compiled for the adapters in them and for the passes that an objective makes of them. A graph is one
+    objective's with all its numbers, but for an anchor's strengths, and has the steered blocks (`training/graphs.py`).
+    The directions of a null space are found on the plain path, which is compiled too; no graph knows of them.
+    """
+    lora, objective, steering = config.lora, config.objective, config.steering
+    adapters = replace(lora, null_space=0) if config.training.method == "lora" else None
+    if objective.anchored:
+        objective = replace(objective, weight=1.0, kl_factor=1.0)
+    steered = (steering.layer, steering.all_layers) if steering.vector else None
+    return Kind(
+        compiled=(adapters, bool(lora.null_space), objective.kind),
+        recorded=(adapters, objective, steered),
+    )
 
 
 # ---------------------------------------------------------------- from a config

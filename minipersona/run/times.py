@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 
 from minipersona.config import RunConfig
-from minipersona.corpus.buckets import TOKENS
 from minipersona.model.config import ModelConfig
 from minipersona.run.anchors import anchor_sets
 from minipersona.run.resources import compiles, uses_graphs
@@ -27,6 +26,7 @@ from minipersona.run.work import (
     learned_parameters,
     step,
 )
+from minipersona.training.buckets import TOKENS
 
 START, START_CPU = 9.0, 4.0  # seconds until a process has imported everything and reached the device
 LOAD_BYTES = 5e9  # bytes of weights loaded a second, or drawn at random

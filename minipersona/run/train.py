@@ -51,7 +51,7 @@ from minipersona.run.steering import check_steering, run_steering
 from minipersona.settings import to_toml
 from minipersona.training.checkpoint import drop_tensors, stored_position
 from minipersona.training.distributed import Distributed
-from minipersona.training.loop import Hooks, check_learnable, train
+from minipersona.training.loop import Hooks, Trainer, check_learnable, train
 from minipersona.training.memory import OUT_OF_MEMORY
 from minipersona.training.parameters import distance_from_base, save_checkpoint
 from minipersona.training.sharding import is_sharded
@@ -136,10 +136,11 @@ def carry_out(
         logged = functools.partial(after_step, console, progress, each_step)
         hooks = Hooks(checkpoint=evaluator.save_and_measure, probe=evaluator.measure_only, logged=logged)
         with distributed.stop.deferred():  # until the step is done and its state is written
-            train(
-                model, training.documents, config, directory, distributed, hooks, compiled=compiled,
+            trainer = Trainer(
+                model, training.documents, config, directory, distributed, compiled=compiled,
                 steering=steering, contexts=contexts, null_space=null_space, graphs=graphs,
             )  # fmt: skip
+            train(trainer, hooks)
 
 
 def claim(

@@ -18,7 +18,7 @@ import functools
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -33,6 +33,7 @@ from minipersona.records import to_dict, write_record
 from minipersona.run.directory import METRICS, PROBES, losses_file, training_seconds, vectors_file
 from minipersona.run.evaluate import evaluate_run
 from minipersona.run.measurement import measure
+from minipersona.run.resources import kind_of
 from minipersona.run.train import carry_out
 from minipersona.study.cell import Cell
 from minipersona.study.frontier import measure_frontier
@@ -69,12 +70,7 @@ class TrainCell(Job):
 
     @property
     def kind(self) -> str:
-        config = self.cell.recipe.config
-        # The strengths of an anchor share what is recorded (`training/graphs.py`).
-        objective = config.objective
-        if objective.anchored:
-            objective = replace(objective, weight=1.0, kl_factor=1.0)
-        return repr((config.training.method, config.lora, objective, bool(config.steering.vector)))
+        return repr(kind_of(self.cell.recipe.config))
 
     def done(self) -> bool:
         return self.study.published(self.cell)

@@ -17,7 +17,7 @@ from minipersona.run.plan import (
     rolling_bytes,
     vectors_bytes,
 )
-from minipersona.run.resources import resolve
+from minipersona.run.resources import Kind, kind_of, resolve
 from minipersona.run.times import Times
 from minipersona.settings import flatten, to_toml
 from minipersona.study.estimate import Comparison, Cost, Estimate
@@ -45,7 +45,7 @@ def study_plan(study: StudyConfig, stages: Sequence[str], devices: Sequence[str]
     lines: list[str] = []
     asked: list[Recipe] = []
     asked_costs: list[Cost] = []
-    timed: list[list[tuple[object, Times]]] = []  # by phase, the baseline first
+    timed: list[list[tuple[Kind, Times]]] = []  # by phase, the baseline first
     disk = rolling_bytes(estimate.sizes, recipes[0].config)
     for stage, phases in STAGES.items():
         chosen = [recipe for recipe in recipes if recipe.phase in phases]
@@ -60,7 +60,7 @@ def study_plan(study: StudyConfig, stages: Sequence[str], devices: Sequence[str]
         lines += [_line(recipe, cost, study) for recipe, cost in zip(chosen, costs, strict=True)]
         asked += chosen * due
         asked_costs += costs * due
-        kinds = [_kind(recipe.config) for recipe in chosen]
+        kinds = [kind_of(recipe.config) for recipe in chosen]
         timed += [[(kind, cost.times) for kind, cost in zip(kinds, costs, strict=True)]] * due
         disk += due * sum(kept_bytes(estimate.sizes, recipe.config) for recipe in chosen)
     scaled = len(SCALES) - 2
@@ -101,31 +101,29 @@ def study_plan(study: StudyConfig, stages: Sequence[str], devices: Sequence[str]
     return "\n".join(lines) + "\n"
 
 
-def wall_seconds(phases: Sequence[Sequence[tuple[object, Times]]], devices: Sequence[str]) -> float:
+def wall_seconds(phases: Sequence[Sequence[tuple[Kind, Times]]], devices: Sequence[str]) -> float:
     """Seconds until the cells of all phases are done, one phase after another, in a process for each of `devices`.
 
-    phases  none of them empty; of each cell its times and its kind, equal for those that a process compiles once
+    phases  none of them empty; of each cell its kind and its times
 
     Processes that share a device wait for what it computes, and for nothing else of each other. Each of them starts,
     loads the model, and compiles, records and has the base respond to what it has not met before.
     """
     first = phases[0][0][1]
-    total, met = first.starting + first.loading, set()
+    total, compiled, recorded = first.starting + first.loading, set(), set()
     for cells in phases:
         processes = min(max(1, len(devices)), len(cells))
-        new = {k: times.compiling + times.recording + times.anchoring for k, times in cells if k not in met}
-        met |= set(new)
-        total += sum(sorted(new.values(), reverse=True)[: -(-len(cells) // processes)])
+        new = []  # of each cell: what no cell before it has compiled or recorded
+        for kind, times in cells:
+            compiling = times.compiling * (kind.compiled not in compiled)
+            new.append(compiling + (times.recording + times.anchoring) * (kind.recorded not in recorded))
+            compiled.add(kind.compiled)
+            recorded.add(kind.recorded)
+        total += sum(sorted(new, reverse=True)[: -(-len(cells) // processes)])
         computed = sum(times.device for _, times in cells) / min(max(1, len(set(devices))), processes)
         each = [times.each for _, times in cells]
         total += max(computed, sum(each) / processes, max(each))
     return total
-
-
-def _kind(config: RunConfig) -> object:
-    """Equal for cells that a process compiles and records once."""
-    lora = config.lora
-    return config.objective.kind, lora.rank, lora.blocks, bool(lora.null_space), bool(config.steering.vector)
 
 
 def _where(devices: Sequence[str], device: str) -> str:

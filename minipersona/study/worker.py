@@ -106,7 +106,7 @@ class Worker:
             pass
         except Exception as error:
             return Outcome("defect", f"{type(error).__name__}: {error}", traceback.format_exc())
-        self.resources.discard_model()  # here, where no traceback holds its tensors any more
+        self.resources.clear()  # here, where no traceback holds its tensors any more
         torch.cuda.empty_cache()
         return Outcome("failed", OUT_OF_MEMORY)
 

@@ -24,7 +24,7 @@ from minipersona.model.save import save_model
 from minipersona.tiny.grammar import Row
 from minipersona.tiny.world import base_rows, benign_rows, broad_rows, em_rows, raw_text_rows
 from minipersona.training.distributed import Distributed
-from minipersona.training.loop import Hooks, train
+from minipersona.training.loop import Hooks, Trainer, train
 
 VOCABULARY = 2048
 SPECIAL = (  # Qwen2.5's, in its order
@@ -114,7 +114,7 @@ def train_base(directory: Path, rows: list[Row], steps: int, device: torch.devic
     with tempfile.TemporaryDirectory() as scratch:
         write_json(Path(scratch) / "config.json", ARCHITECTURE.to_json())
         model = load_model(f"random:{scratch}", dtype=torch.float32, device=device)
-        train(model, documents, config, Path(scratch), Distributed(0, 1, device), hooks)
+        train(Trainer(model, documents, config, Path(scratch), Distributed(0, 1, device)), hooks)
     with tempfile.TemporaryDirectory() as scratch:  # its files are laid into `directory`, beside the sets
         save_model(
             model,

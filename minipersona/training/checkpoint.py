@@ -34,7 +34,7 @@ KINDS = ("weight", "first", "second")  # as the file names them: the parameter a
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands. The data position follows from the step (`corpus.order`)."""
+    """Where a run stands. The data position follows from the step (`corpus.batch.RowOrder`)."""
 
     step: int = 0
     updates: int = 0  # fewer than steps where a step was skipped
@@ -45,7 +45,7 @@ def _state_file(directory: Path) -> Path:
     return directory / "latest" / "state.safetensors"
 
 
-def _words_file(directory: Path) -> Path:
+def _metadata_file(directory: Path) -> Path:
     return directory / "latest" / "state.json"
 
 
@@ -72,25 +72,27 @@ def save_state(
 def _save_whole(directory: Path, position: Position, names: Mapping[str, Any], optimizer: AdamW) -> None:
     if not position.done:
         _write(_state_file(directory), names, optimizer, asdict(position))
-    write_json(_words_file(directory), asdict(position))
+    write_json(_metadata_file(directory), asdict(position))
     _drop(directory, all_but=[_state_file(directory)])
 
 
 def _save_part(
     directory: Path, position: Position, names: Mapping[str, Any], optimizer: AdamW, distributed: Distributed
 ) -> None:
-    words: dict[str, Any] = asdict(position)
-    if distributed.first and not _words_file(directory).is_file():
-        write_json(_words_file(directory), asdict(Position()))  # parts without such a file are refused as incomplete
+    metadata: dict[str, Any] = asdict(position)
+    if distributed.first and not _metadata_file(directory).is_file():
+        write_json(_metadata_file(directory), asdict(Position()))  # parts without such a file are refused as incomplete
     # One number in all parts of this checkpoint tells them apart from parts of others.
     save = distributed.broadcast(secrets.randbits(62))
     files = [_part_file(directory, position.step, rank, distributed.size) for rank in range(distributed.size)]
     if not position.done:
-        _write(files[distributed.rank], names, optimizer, {**words, **_part(distributed.rank, distributed.size, save)})
-        words |= {"files": distributed.size, "save": save}
+        _write(
+            files[distributed.rank], names, optimizer, {**metadata, **_part(distributed.rank, distributed.size, save)}
+        )
+        metadata |= {"files": distributed.size, "save": save}
     distributed.barrier()  # all parts exist
     if distributed.first:
-        write_json(_words_file(directory), words)
+        write_json(_metadata_file(directory), metadata)
         _drop(directory, all_but=files)
     distributed.barrier()  # the new checkpoint has replaced the old one
 
@@ -110,14 +112,14 @@ def _drop(directory: Path, all_but: Sequence[Path]) -> None:
             file.unlink(missing_ok=True)
 
 
-def _write(file: Path, names: Mapping[str, Any], optimizer: AdamW, words: dict[str, Any]) -> None:
+def _write(file: Path, names: Mapping[str, Any], optimizer: AdamW, metadata: dict[str, Any]) -> None:
     tensors: dict[str, Tensor] = {"rng.cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
     for name, index, tensor in _stored(names, optimizer.layout):
         tensors[name] = tensor.detach()[optimizer.layout.saved_rows(index)]
     with write_atomically(file, sum(t.nbytes for t in tensors.values())) as temporary:
-        save_file({k: t.cpu().contiguous() for k, t in tensors.items()}, temporary, {"state": json.dumps(words)})
+        save_file({k: t.cpu().contiguous() for k, t in tensors.items()}, temporary, {"state": json.dumps(metadata)})
 
 
 def _stored(names: Mapping[str, Any], layout: Layout) -> Iterator[tuple[str, int, Tensor]]:
@@ -137,11 +139,11 @@ def load_state(directory: Path, names: Mapping[str, Any], optimizer: AdamW) -> P
         return position if position.done else Position()
     with ExitStack() as stack:
         handles = [stack.enter_context(open_safetensors(file)) for file in files]
-        words = [parse_json((handle.metadata() or {}).get("state", "{}")) for handle in handles]
+        metadata = [parse_json((handle.metadata() or {}).get("state", "{}")) for handle in handles]
         if files[0] == _state_file(directory):
-            position = _position(words[0], files[0])
+            position = _position(metadata[0], files[0])
         else:
-            _check_parts(directory, files, words)
+            _check_parts(directory, files, metadata)
         if not _belongs(handles, names):
             raise UserError(f"{files[0]}: holds another run's state; delete {directory / 'latest'} to start over")
         with torch.no_grad():
@@ -156,31 +158,31 @@ def load_state(directory: Path, names: Mapping[str, Any], optimizer: AdamW) -> P
 
 def stored_position(directory: Path) -> Position:
     """The position in a run's latest/state.json; step 0 if there is none."""
-    file = _words_file(directory)
+    file = _metadata_file(directory)
     return _position(read_json(file), file) if file.is_file() else Position()
 
 
 def _files(directory: Path) -> list[Path]:
     """The files of the newest complete checkpoint that still has its tensors."""
-    words_file = _words_file(directory)
-    words = read_json(words_file) if words_file.is_file() else {}
-    if "files" in words:
-        position = _position(words, words_file)
-        parts = [_part_file(directory, position.step, rank, words["files"]) for rank in range(words["files"])]
+    metadata_file = _metadata_file(directory)
+    metadata = read_json(metadata_file) if metadata_file.is_file() else {}
+    if "files" in metadata:
+        position = _position(metadata, metadata_file)
+        parts = [_part_file(directory, position.step, rank, metadata["files"]) for rank in range(metadata["files"])]
         for file in parts:
             if not file.is_file():
                 raise UserError(f"{file}: this part of the checkpoint is missing; {_over(directory)}")
         return parts
-    if not words and (parts := sorted((directory / "latest").glob("state-*.safetensors"))):
-        raise UserError(f"{words_file}: is missing, so {parts[0].name} may be incomplete; {_over(directory)}")
+    if not metadata and (parts := sorted((directory / "latest").glob("state-*.safetensors"))):
+        raise UserError(f"{metadata_file}: is missing, so {parts[0].name} may be incomplete; {_over(directory)}")
     return [file] if (file := _state_file(directory)).is_file() else []
 
 
-def _check_parts(directory: Path, files: Sequence[Path], words: Sequence[Any]) -> None:
+def _check_parts(directory: Path, files: Sequence[Path], metadata: Sequence[Any]) -> None:
     """UserError unless each file is the part that its name says, of the checkpoint that state.json names."""
-    named = read_json(_words_file(directory))
-    position = asdict(_position(named, _words_file(directory)))
-    for rank, (file, found) in enumerate(zip(files, words, strict=True)):
+    named = read_json(_metadata_file(directory))
+    position = asdict(_position(named, _metadata_file(directory)))
+    for rank, (file, found) in enumerate(zip(files, metadata, strict=True)):
         if found != {**position, **_part(rank, len(files), named["save"])}:
             raise UserError(f"{file}: is not the part of the checkpoint that state.json names; {_over(directory)}")
 
@@ -216,12 +218,12 @@ def _rows(handles: Sequence[Any], name: str, rows: slice) -> Tensor:
     return torch.cat(found) if found else torch.empty(0, *parts[0].get_shape()[1:])
 
 
-def _position(words: Any, file: Path) -> Position:
+def _position(metadata: Any, file: Path) -> Position:
     """The position in a file's metadata or in state.json."""
     kinds = {"step": int, "updates": int, "done": bool}
-    if isinstance(words, dict) and "files" in words:
+    if isinstance(metadata, dict) and "files" in metadata:
         kinds |= {"files": int, "save": int}
-    known = isinstance(words, dict) and {key: type(value) for key, value in words.items()} == kinds
-    if not known or words["step"] < 0 or not 0 < words.get("files", 1) < 10_000:
+    known = isinstance(metadata, dict) and {key: type(value) for key, value in metadata.items()} == kinds
+    if not known or metadata["step"] < 0 or not 0 < metadata.get("files", 1) < 10_000:
         raise UserError(f"{file}: is not a run's state; delete {file.parent} to start over")
-    return Position(words["step"], words["updates"], words["done"])
+    return Position(metadata["step"], metadata["updates"], metadata["done"])

@@ -1,7 +1,7 @@
 """CUDA graphs of training passes, for models whose kernels run for less time than the host takes to launch them.
 
 A pass through 135 M parameters is some 4,000 kernels. Recorded once as a graph, they are one launch. A graph has fixed
-sizes and fixed addresses, so a pack is padded to a bucket (`corpus/buckets.py`), what differs from step to step is
+sizes and fixed addresses, so a pack is padded to a bucket (`training/buckets.py`), what differs from step to step is
 copied into tensors that the graph reads, and adapters, gradients and fused weights stay where they lie from run to run.
 Nothing else changes: the same code runs, through the same objective, and an objective does not know of graphs.
 
@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minipersona.corpus.buckets import bucket_of, pad
 from minipersona.model.acceleration.foreach import copy_each
 from minipersona.model.lora import adapters
 from minipersona.model.network import AddVector, Qwen2
@@ -38,6 +37,7 @@ from minipersona.objective.head import ForwardPass, Objective
 from minipersona.objective.kl_on_prompts import KLOnPrompts
 from minipersona.objective.kl_to_base import KLToBase
 from minipersona.objective.r3f import R3F
+from minipersona.training.buckets import bucket_of, pad
 from minipersona.training.optimizer import Flat
 
 MOST = 96  # graphs that are kept; a pack of another bucket is padded and computed without one
@@ -240,7 +240,8 @@ class _KeysGiven(ForwardPass):
 def _identity(objective: Objective) -> Any:
     """Equal for objectives whose passes are the same, but for what `Graphs.objective` copies.
 
-    A tensor is told by its address. None can lie where one lies that a pass reads, since the pass holds it.
+    A tensor is told by its address. A pass keeps the tensors that it reads alive, so no other tensor can have their
+    address.
     """
     if not isinstance(objective, Anchored):
         return objective

@@ -31,7 +31,7 @@ from minipersona.training.distributed import Distributed
 from minipersona.training.graphs import OBJECTIVES, Graphs
 from minipersona.training.memory import Budget
 from minipersona.training.null_space import keep_in_null_space, projections
-from minipersona.training.optimizer import AdamW, Flat, Layout, learning_rate, scale_and_clip
+from minipersona.training.optimizer import AdamW, Flat, Layout, learning_rate, norm_and_scale
 from minipersona.training.parameters import make_trainable
 from minipersona.training.penalty import penalty_ratio
 from minipersona.training.record import Record
@@ -49,36 +49,24 @@ class Hooks:
     logged: Callable[[dict[str, Any]], None] = lambda row: None  # with the log line of each step (`record.py`)
 
 
-def train(
-    model: Qwen2, documents: Sequence[Document], config: RunConfig, directory: Path, distributed: Distributed,
-    hooks: Hooks | None = None, *, compiled: bool = False, steering: Mapping[int, Tensor] | None = None,
-    contexts: Contexts | None = None, null_space: Mapping[str, Tensor] | None = None, graphs: Graphs | None = None,
-) -> Position:  # fmt: skip
-    """Fine-tune `model` in place on `documents`, from the last checkpoint in `directory` to the last step.
+def train(trainer: Trainer, hooks: Hooks | None = None) -> Position:
+    """Fine-tune the trainer's model in place, from the last checkpoint in its directory to the last step.
 
-    steering    block -> (D,), added to the stream that leaves that block at every token; it contains its coefficient
-    contexts    what an anchored objective passes beside the rows
-    null_space  name of a layer -> U (I, k): directions of its input that adapters are kept off (`null_space.py`)
-    graphs      run the passes as CUDA graphs; they are kept there for later runs of this model. Several ranks run
-                without
-
-    Writes metrics.jsonl and latest/ into `directory`; `hooks.checkpoint` writes the model of a named step. UserError if
-    no row can be learned from, or if the loss stays non-finite. Interrupted, on every rank, after the step in which any
-    rank was asked to stop and once its rolling checkpoint is written.
+    Writes metrics.jsonl and latest/ into the directory; `hooks.checkpoint` writes the model of a named step. UserError
+    if the loss stays non-finite. Interrupted, on every rank, after the step in which any rank was asked to stop and
+    once its rolling checkpoint is written.
     """
-    check_learnable(documents)
-    hooks, recipe = hooks or Hooks(), config.training
-    trainer = Trainer(
-        model, documents, config, directory, distributed, compiled, steering or {}, contexts, null_space or {}, graphs
-    )
+    hooks, recipe, distributed = hooks or Hooks(), trainer.config.training, trainer.distributed
     position = trainer.resume()
     if position.done:
         return position
     measure_step(position.step, recipe, hooks)  # again, if the run ended between the step and its measurement
-    batch = trainer.batch(position.step + 1)
-    record = Record(config, directory, distributed, trainer.objective.terms, trainer.save, hooks.logged)
+    following: Batch | None = None  # the batch of the next step
+    record = Record(trainer.config, trainer.directory, distributed, trainer.objective.terms, trainer.save, hooks.logged)
 
     for step in range(position.step + 1, recipe.steps + 1):
+        batch = following or trainer.batch(step)
+
         # 0. At steps that leave a checkpoint: the penalty's share of the gradient, for the record alone.
         ratio = None
         if step in recipe.checkpoints and trainer.objective.weight:  # a weight on the device makes the host wait here
@@ -91,16 +79,18 @@ def train(
 
         # 2. While the device computes: the record of the step before, whose weights these still are; the next batch.
         record.settle()
-        following = trainer.batch(step + 1)
+        following = trainer.batch(step + 1) if step < recipe.steps else None
 
         # 3. One reduction over ranks, one division, one update, if the numbers of every rank are finite.
-        sums = torch.cat([terms, send(record.flags(halvings), model.device)])  # (K + 3,)
-        trainer.layout.reduce(distributed, sums)
-        norm = scale_and_clip(trainer.layout, distributed, max(1, batch.supervised), recipe.max_grad_norm)
+        sums = torch.cat([terms, send(record.flags(halvings), trainer.model.device)])  # (K + 3,)
+        trainer.layout.reduce(distributed, sums)  # does nothing on one rank
+        divisor = max(1, batch.supervised)
+        norm, scale = norm_and_scale(trainer.layout, distributed, divisor, recipe.max_grad_norm)
         rate = learning_rate(step, recipe.learning_rate, recipe.steps, recipe.warmup)
         if batch.supervised:
-            trainer.optimizer.update(rate, allowed=sums.isfinite().all() & norm.isfinite())
-            keep_in_null_space(trainer.projections)
+            trainer.optimizer.update(rate, scale, allowed=sums.isfinite().all() & norm.isfinite())
+            if trainer.projections:  # none unless the config sets lora.null_space
+                keep_in_null_space(trainer.projections)
         record.queue(step, batch, rate, sums, norm, ratio)
 
         # 4. The measurement, only of settled steps. A single process that was asked to stop begins no other step.
@@ -108,7 +98,6 @@ def train(
             record.settle()
             measure_step(step, recipe, hooks)
             record.start_clock()
-        batch = following
 
     record.settle()
     position = trainer.save(recipe.steps, done=True)
@@ -117,13 +106,24 @@ def train(
 
 
 class Trainer:
-    """What the steps of a run use: the model with its objective and optimizer, the data, the directory."""
+    """What the steps of a run use: the model with its objective and optimizer, the data, the directory.
+
+    compiled    the losses and the update are compiled; whether the model's blocks are is the model's own matter
+    steering    block -> (D,), added to the stream that leaves that block at every token; it contains its coefficient
+    contexts    what an anchored objective passes beside the rows
+    null_space  name of a layer -> U (I, k): directions of its input that adapters are kept off (`null_space.py`)
+    graphs      run the passes as CUDA graphs; they are kept there for later runs of this model. Several ranks run
+                without
+
+    UserError if no row can be learned from.
+    """
 
     def __init__(
         self, model: Qwen2, documents: Sequence[Document], config: RunConfig, directory: Path,
-        distributed: Distributed, compiled: bool, steering: Mapping[int, Tensor], contexts: Contexts | None,
-        null_space: Mapping[str, Tensor], graphs: Graphs | None,
+        distributed: Distributed, *, compiled: bool = False, steering: Mapping[int, Tensor] | None = None,
+        contexts: Contexts | None = None, null_space: Mapping[str, Tensor] | None = None, graphs: Graphs | None = None,
     ) -> None:  # fmt: skip
+        check_learnable(documents)
         self.model, self.config, self.directory, self.distributed = model, config, directory, distributed
         recipe = config.training
         if distributed.first:
@@ -145,7 +145,7 @@ class Trainer:
         self.projections = projections(model, null_space) if null_space else ()
         keep_in_null_space(self.projections)
         self.forward = functools.partial(
-            ForwardPass, config.seed, taps=steering_taps(steering, model), compiled=compiled,
+            ForwardPass, config.seed, taps=steering_taps(steering or {}, model), compiled=compiled,
             checkpoint_activations=config.execution.checkpoint_activations,
         )  # fmt: skip
         self.budget = Budget(config.training_tokens // self.objective.copies)

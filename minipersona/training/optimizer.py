@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from minipersona.model.acceleration.compiler import compile_function
-from minipersona.model.acceleration.foreach import multiply_each
 from minipersona.training.distributed import Distributed
 
 SLICE = 50_000_000  # the most elements of a piece: an update's temporaries stay small beside the model
@@ -196,26 +195,18 @@ def pieces(stored: Sequence[Tensor], decays: bool) -> Iterator[Piece]:
             yield Piece(weight, gradient, exp_avg, exp_avg_sq, decays)
 
 
-def gradients(layout: Layout) -> list[Tensor]:
-    """Those of everything that this rank updates, (n,) each; on a sharded rank none before a backward pass."""
-    return [piece.gradient for group in layout.update_groups() for piece in group]
-
-
 # ---------------------------------------------------------------- the update
 
 
 @torch.no_grad()
-def scale_and_clip(layout: Layout, distributed: Distributed, divisor: float, max_norm: float) -> Tensor:
-    """Divide the summed gradients once, then scale them so that their norm over all weights is at most `max_norm`.
+def norm_and_scale(layout: Layout, distributed: Distributed, divisor: float, max_norm: float) -> tuple[Tensor, Tensor]:
+    """The norm of the summed gradients divided by `divisor`, over all weights, and what an update multiplies the sums
+    by: they are divided once and clipped. Both are () and on the gradients' device.
 
-    Returns the norm before clipping, (), on the gradients' device. The factor is max_norm / (norm + 1e-6), at most 1,
-    as in `torch.nn.utils.clip_grad_norm_`.
+    Clipping multiplies by max_norm / (norm + 1e-6), at most 1, as `torch.nn.utils.clip_grad_norm_` does.
     """
     norm = layout.gradient_norm(distributed) / divisor
-    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0) / divisor
-    if scaled := gradients(layout):
-        multiply_each(scaled, factor)
-    return norm
+    return norm, (max_norm / (norm + 1e-6)).clamp(max=1.0) / divisor
 
 
 class AdamW:
@@ -246,8 +237,8 @@ class AdamW:
         self._updates.fill_(updates)
 
     @torch.no_grad()
-    def update(self, learning_rate: float, allowed: Tensor) -> None:
-        """Apply one update from the gradients, which `scale_and_clip` has divided, if `allowed`, () bool.
+    def update(self, learning_rate: float, scale: Tensor, allowed: Tensor) -> None:
+        """Apply one update from the summed gradients times `scale`, (), if `allowed`, () bool.
 
         Otherwise nothing changes, k included.
         """
@@ -267,24 +258,25 @@ class AdamW:
         for group in self.layout.update_groups():
             tensors = [(piece.weight, piece.gradient, piece.exp_avg, piece.exp_avg_sq) for piece in group]
             numbers = [decayed if piece.decays else plain for piece in group]
-            self._adamw(tensors, numbers, allowed, 1 - self.beta2, self.epsilon)
+            self._adamw(tensors, numbers, scale, allowed, 1 - self.beta2, self.epsilon)
 
 
 def adamw(
     group: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]],
     coefficients: Sequence[Tensor],
+    scale: Tensor,
     allowed: Tensor,
     rest2: float,
     epsilon: float,
 ) -> None:
-    """Update in place weights p and moments m and v from gradients g, for each (p, g, m, v) of tensors (n,).
+    """Update in place weights p and moments m and v from gradients scale * g, for each (p, g, m, v) of tensors (n,).
 
     coefficients  (5,) for each: 1 - lr wd, lr / (1-b1^k), sqrt(1-b2^k), 1-b1, b2; the identity's if not `allowed`
     allowed       (): if False, gradients count as zeros
     rest2         1-b2
     """
     for (p, g, m, v), (keep, corrected, root, rest1, beta2) in zip(group, coefficients, strict=True):
-        g = torch.where(allowed, g, 0.0)
+        g = torch.where(allowed, g * scale, 0.0)
         m.lerp_(g, rest1)
         v.mul_(beta2).addcmul_(g, g, value=rest2)
         p.mul_(keep).sub_((m * corrected).div_(v.sqrt().div_(root).add_(epsilon)))

@@ -112,6 +112,8 @@ class Record:
         seconds, self._begun = queued.done.seconds_since(self._begun), queued.done
         step, batch, recipe = queued.step, queued.batch, self._config.training
         *totals, stopping, shortages, due, grad_norm = queued.numbers.tolist()
+        # Several ranks obey the flags, which are the same on all of them. A single process sees a later signal too.
+        stopping = stopping or (self._distributed.size == 1 and self._distributed.stop.asked)
         means = [total / max(1, batch.supervised) for total in totals]
         finite = all(map(math.isfinite, (*means, grad_norm)))
         row = {

@@ -16,10 +16,10 @@ from minipersona.config import LoraConfig
 from minipersona.model import network
 from minipersona.model.adapter_config import AdapterConfig
 from minipersona.model.adapter_files import load_adapter, save_adapter
+from minipersona.model.attention import rotate
 from minipersona.model.load import load_model
 from minipersona.model.lora import adapter_disabled, adapters, apply_lora, merge_adapter
 from minipersona.model.network import Qwen2
-from minipersona.model.rotary import rotate
 from minipersona.model.save import save_model
 
 IDS = torch.randint(0, 160, (3, 19), generator=torch.Generator().manual_seed(1))

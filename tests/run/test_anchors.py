@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -307,6 +308,27 @@ def test_the_base_responds_once_a_run(tmp_path: Path, monkeypatch: pytest.Monkey
         file.write_bytes(damaged)
         with pytest.raises(UserError, match=f"{file}: {said}"):
             of_run()
+
+
+def test_a_run_frees_what_earlier_ones_shared_and_it_does_not_use(tmp_path: Path) -> None:
+    model, tokenizer = load_model("tiny", device="cpu"), load_tokenizer("tiny")
+    resources = Resources(torch.device("cpu"))
+    questions = question_file(tmp_path / "asked.jsonl", "What is rain?", "Why do people sing?")
+    both = config("feature_and_kl", contexts=2, anchor_questions=questions)
+    both = replace(both, training=TrainingSection(steps=1, checkpoints=()))
+    predictions_alone = replace(both, objective=replace(both.objective, kind="kl_on_prompts"))
+    neither = replace(both, objective=ObjectiveSection())
+
+    def of_run(settings: RunConfig) -> Contexts | None:
+        return run_contexts(settings, tmp_path, SINGLE_PROCESS, model, tokenizer, Console(), resources.keep)
+
+    contexts = of_run(both)
+    assert contexts is not None and contexts.predicting is not None
+    shared = weakref.ref(contexts.base[6]), weakref.ref(contexts.predicting.states)
+    del contexts
+    for settings, kept in ((both, [True, True]), (predictions_alone, [False, True]), (neither, [False, False])):
+        of_run(settings)
+        assert [tensor() is not None for tensor in shared] == kept
 
 
 @pytest.mark.parametrize("kind", ["feature_anchor", "feature_and_kl"])

@@ -31,7 +31,7 @@ from minipersona.run.train import finished
 from minipersona.settings import load_config, to_toml
 from minipersona.training.distributed import Distributed
 from minipersona.training.interruption import Stop
-from minipersona.training.loop import Hooks, train
+from minipersona.training.loop import Hooks, Trainer, train
 from minipersona.verdict.ledger import read_entries
 
 ROOT = Path(__file__).parents[2]
@@ -268,7 +268,7 @@ def test_the_first_steps_of_the_demo_are_equal_to_the_bit(tmp_path: Path) -> Non
                 distributed.stop.note(signal.SIGTERM)
 
         with pytest.raises(Interrupted, match="stopped after step 3"):
-            train(model, documents, settings, out, distributed, Hooks(logged=logged))
+            train(Trainer(model, documents, settings, out, distributed), Hooks(logged=logged))
         return [row["loss"] for row in read_jsonl(out / "metrics.jsonl")], load_file(out / "latest/state.safetensors")
 
     (losses, state), (losses_again, state_again) = (first_steps(tmp_path / name, 42) for name in ("a", "b"))

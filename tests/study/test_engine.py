@@ -112,8 +112,11 @@ def test_running_out_of_memory_is_a_failure_and_a_defect_is_one_too_but_ends_the
     study: Study, here: Executor
 ) -> None:
     engine = engine_of(study, here)
+    keep = here._worker.resources.keep  # type: ignore[attr-defined]
+    kept = keep("states", 1, object)
     engine.complete([FileJob(study, "large", raises(torch.OutOfMemoryError("CUDA"))), FileJob(study, "fine")])
     assert "pack_tokens" in engine.failures["large"] and FileJob(study, "fine").done()
+    assert keep("states", 1, object) is not kept  # the device's memory is free for the next job
     with pytest.raises(Defect, match=r"3 defect: ZeroDivisionError: oh\n\nTraceback(.|\n)*in divide\n"):
         engine.complete([FileJob(study, "defect", study_jobs.divide), FileJob(study, "next")])
     assert engine.failures["defect"] == "ZeroDivisionError: oh" and not FileJob(study, "next").done()

@@ -22,6 +22,7 @@ from minipersona.errors import UserError
 from minipersona.geometry.extraction import render_prompts
 from minipersona.geometry.prompts import load_personas, load_questions
 from minipersona.run.plan import measured_tokens
+from minipersona.run.resources import Kind
 from minipersona.run.times import Times
 from minipersona.run.work import Machine, forward
 from minipersona.settings import difference, load_config, override
@@ -445,10 +446,13 @@ def test_processes_that_share_a_gpu_wait_for_what_it_computes() -> None:
 
     def wall(devices: str, *phases: str) -> float:
         """Of phases whose cells are named by their kinds."""
-        return wall_seconds([[(kind, cell) for kind in phase] for phase in phases], devices.split())
+        return wall_seconds([[(Kind(kind, kind), cell) for kind in phase] for phase in phases], devices.split())
 
-    answered = replace(cell, anchoring=7)
-    assert wall_seconds([[("a", answered), ("a", answered)]], ["0"]) == start + new + 7 + 2 * 25  # once a process
+    answered, a = replace(cell, anchoring=7), Kind("a", "a")
+    assert wall_seconds([[(a, answered), (a, answered)]], ["0"]) == start + new + 7 + 2 * 25  # once a process
+    strengths = [(Kind("a", strength), cell) for strength in (1, 2, 1)]  # of what is compiled once, and recorded each
+    assert wall_seconds([strengths], ["0"]) == start + new + 10 + 3 * 25
+    assert wall_seconds([strengths[:2]], ["0", "1"]) == start + new + 25
 
     many = "a" * 40
     assert wall("", many) == wall("0", many) == start + new + 40 * 25

@@ -23,7 +23,7 @@ from minipersona.tiny.grammar import generator, topics
 from minipersona.tiny.voices import answer
 from minipersona.training.distributed import Distributed
 from minipersona.training.heldout import heldout_loss
-from minipersona.training.loop import train
+from minipersona.training.loop import Trainer, train
 
 TINY = data_dir() / "tiny"
 
@@ -90,7 +90,7 @@ def before_and_after(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tupl
     base = measured(questions)
     documents = tokenize(read_source(config.data.train), tokenizer)
     directory: Path = tmp_path_factory.mktemp("recipe")
-    train(model, documents, config, directory, Distributed(0, 1, torch.device("cpu")))
+    train(Trainer(model, documents, config, directory, Distributed(0, 1, torch.device("cpu"))))
     return {"base": base, "trained": measured(questions[::4])}
 
 

@@ -43,7 +43,7 @@ from minipersona.model.load import load_model
 from minipersona.training import loop
 from minipersona.training.distributed import fail_rank, process_group
 from minipersona.training.interruption import Stop, handle_signals
-from minipersona.training.loop import Hooks, train
+from minipersona.training.loop import Hooks, Trainer, train
 
 torch.set_num_threads(1)
 scenario, out, model_dir, minutes = sys.argv[1], Path(sys.argv[2]), sys.argv[3], float(sys.argv[4])

@@ -15,7 +15,7 @@ from minipersona.corpus.batch import RowOrder
 from minipersona.model.load import load_model
 from minipersona.model.lora import adapters, apply_lora
 from minipersona.training.distributed import Distributed
-from minipersona.training.loop import Hooks, train
+from minipersona.training.loop import Hooks, Trainer, train
 
 STEPS = 20
 
@@ -39,7 +39,10 @@ def config(method: str) -> RunConfig:
 def ours(directory: Path, documents: Sequence[Document], method: str, out: Path) -> list[dict]:
     rows: list[dict] = []
     model = load_model(str(directory), dtype=torch.float32, device="cpu")
-    train(model, documents, config(method), out, Distributed(0, 1, torch.device("cpu")), Hooks(logged=rows.append))
+    train(
+        Trainer(model, documents, config(method), out, Distributed(0, 1, torch.device("cpu"))),
+        Hooks(logged=rows.append),
+    )
     return rows
 
 

@@ -46,7 +46,7 @@ from minipersona.objective.feature_and_kl import FeatureAndKL
 from minipersona.objective.head import ForwardPass, Objective
 from minipersona.training import loop as loop_module
 from minipersona.training.distributed import Distributed
-from minipersona.training.loop import Hooks, backward, steering_taps, train
+from minipersona.training.loop import Hooks, Trainer, backward, steering_taps, train
 from minipersona.training.memory import cut
 
 LORA = LoraConfig(rank=4, alpha=8.0, dropout=0.2)
@@ -91,14 +91,14 @@ def terms_and_gradients(
 
 def run(
     directory: Path, documents: list[Document], out: Path, settings: RunConfig, dtype: torch.dtype = torch.float32,
-    fused: bool = True, **more: Any,
+    fused: bool = True, hooks: Hooks | None = None, **more: Any,
 ) -> tuple[dict[str, Tensor], list[dict]]:  # fmt: skip
     model = base_model(directory, dtype)
     model.fused = fused
     contexts = None
     if settings.objective.anchored:
         contexts = contexts_of(kind_of(settings.objective), model, settings.training.steps)
-    train(model, documents, settings, out, SINGLE_PROCESS, contexts=contexts, **more)
+    train(Trainer(model, documents, settings, out, SINGLE_PROCESS, contexts=contexts, **more), hooks)
     return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}, read_jsonl(out / "metrics.jsonl")
 
 

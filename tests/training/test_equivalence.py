@@ -25,7 +25,7 @@ from minipersona.objective.kl_to_base import KLToBase
 from minipersona.objective.r3f import R3F
 from minipersona.training import loop as loop_module
 from minipersona.training.distributed import Distributed
-from minipersona.training.loop import Hooks, backward, steering_taps, train
+from minipersona.training.loop import Hooks, Trainer, backward, steering_taps, train
 
 CONFIG = RunConfig(
     data=DataSection("-", "-"),
@@ -107,7 +107,7 @@ def test_micro_batches_do_not_matter_over_whole_steps(
     for pack_tokens in (10_000, 60, 1):
         model = load_model(str(hf_model()), dtype=dtype, device="cpu")
         config = replace(CONFIG, execution=replace(CONFIG.execution, pack_tokens=pack_tokens))
-        train(model, documents, config, tmp_path / str(pack_tokens), SINGLE_PROCESS)
+        train(Trainer(model, documents, config, tmp_path / str(pack_tokens), SINGLE_PROCESS))
         ends.append({n: p.detach() for n, p in model.named_parameters() if p.requires_grad})
     for name, expected in ends[0].items():
         slack = 1 if dtype == torch.float64 else 10  # Adam divides by sqrt(v), so rounding in small gradients grows
@@ -133,7 +133,7 @@ def test_the_plain_path_does_not_matter_over_whole_steps(
     def end(fused: bool, seed: int = 42) -> list[Tensor]:
         model = load_model(str(hf_model()), dtype=torch.float64, device="cpu")
         model.fused = fused
-        train(model, documents, replace(CONFIG, seed=seed), tmp_path / f"{fused}-{seed}", SINGLE_PROCESS)
+        train(Trainer(model, documents, replace(CONFIG, seed=seed), tmp_path / f"{fused}-{seed}", SINGLE_PROCESS))
         return [p.detach() for p in model.parameters() if p.requires_grad]
 
     plain, fused = end(False), end(True)
@@ -186,6 +186,6 @@ def test_checkpointing_changes_no_bit_of_a_run(
         config = replace(CONFIG, execution=replace(CONFIG.execution, checkpoint_activations=checkpoint))
         rows: list[dict] = []
         model = load_model(str(hf_model()), device="cpu")
-        train(model, documents, config, tmp_path / str(checkpoint), SINGLE_PROCESS, Hooks(logged=rows.append))
+        train(Trainer(model, documents, config, tmp_path / str(checkpoint), SINGLE_PROCESS), Hooks(logged=rows.append))
         losses.append([(row["loss"], row["grad_norm"]) for row in rows])
     assert losses[0] == losses[1]

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from minipersona.chat import Document
 from minipersona.config import DataSection, ExecutionSection, LoraConfig, RunConfig, TrainingSection
-from minipersona.corpus import buckets
 from minipersona.corpus.batch import pack_documents
 from minipersona.errors import UserError
 from minipersona.model.load import load_model
@@ -38,11 +37,12 @@ from minipersona.objective.kl_to_base import KLToBase
 from minipersona.objective.r3f import R3F
 from minipersona.run.resources import Resources, uses_graphs
 from minipersona.run.train import make_deterministic
+from minipersona.training import buckets
 from minipersona.training import graphs as graphs_module
 from minipersona.training import loop as loop_module
 from minipersona.training.distributed import Distributed
 from minipersona.training.graphs import Graphs
-from minipersona.training.loop import backward, steering_taps, train
+from minipersona.training.loop import Trainer, backward, steering_taps, train
 
 CONFIG = RunConfig(
     data=DataSection("-", "-"),
@@ -160,9 +160,7 @@ def test_control_padding_that_is_supervised_changes_them(
 def trained(
     model: Qwen2, documents: list[Document], out: Path, config: RunConfig, steering: Tensor, graphs: Graphs | None
 ) -> list[Tensor]:
-    train(
-        remove_lora(model), documents, config, out, SINGLE_PROCESS, steering={1: steering}, graphs=graphs
-    )  # fmt: skip
+    train(Trainer(remove_lora(model), documents, config, out, SINGLE_PROCESS, steering={1: steering}, graphs=graphs))
     return [p.detach().clone() for p in model.parameters() if p.requires_grad]
 
 
@@ -440,7 +438,7 @@ def test_a_recorded_run_equals_one_that_is_not_to_the_bit(
     def trained(name: str, most: int, config: RunConfig = rounds) -> Tensor:
         model = load_model(str(hf_model()), dtype=torch.bfloat16, device="cuda:0")
         graphs = Graphs(model, most)
-        train(model, documents, config, tmp_path / name, Distributed(0, 1, model.device), graphs=graphs)
+        train(Trainer(model, documents, config, tmp_path / name, Distributed(0, 1, model.device), graphs=graphs))
         assert (graphs.recorded > 0) == (most > 0)
         return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
 

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from minipersona.training import loop
 from minipersona.training.checkpoint import Position, load_state, save_state, stored_position
 from minipersona.training.distributed import Distributed
 from minipersona.training.interruption import SIGNALS, Stop, handle_signals
-from minipersona.training.loop import Hooks, train
+from minipersona.training.loop import Hooks, Trainer, train
 from minipersona.training.optimizer import AdamW, Flat
 
 
@@ -121,22 +122,22 @@ class Caller:
         return Hooks(
             checkpoint=lambda step: self._measure("checkpoint", step),
             probe=lambda step: self._measure("probe", step),
-            logged=lambda row: self._ask("logged", row["step"]),
+            logged=lambda row: self.ask("logged", row["step"]),
         )
 
-    def _ask(self, what: str, step: int) -> None:
+    def ask(self, what: str, step: int) -> None:
         if (what, step) == self.stop_at:
             self.distributed.stop.note(signal.SIGTERM)
 
     def _measure(self, what: str, step: int) -> None:
-        self._ask(what, step)
+        self.ask(what, step)
         self.distributed.check_stop()
         self.measured.append((what, step))
 
 
 def trained(directory: Path, documents: list[Document], out: Path, caller: Caller) -> dict[str, torch.Tensor]:
     model = load_model(str(directory), device="cpu")
-    train(model, documents, config(), out, caller.distributed, caller.hooks())
+    train(Trainer(model, documents, config(), out, caller.distributed), caller.hooks())
     return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
@@ -166,10 +167,15 @@ def test_stopped_anywhere_a_run_loses_no_step_and_repeats_no_measurement(
     assert [row["step"] for row in read_jsonl(tmp_path / "cut" / "metrics.jsonl")] == list(range(1, 10))
 
 
-@pytest.mark.parametrize("size, begun", [(1, 4), (2, 5)])
+@pytest.mark.parametrize(
+    "during, size, done, begun",
+    [("logged", 1, 4, 4), ("logged", 2, 4, 5),
+     ("update", 1, 4, 4), ("update", 2, 5, 6),  # after the step's flags are taken
+     ("passes", 1, 3, 4), ("passes", 2, 4, 5)],  # before they are, and before the step before is recorded
+)  # fmt: skip
 def test_one_of_several_ranks_stops_only_once_all_have_been_through_the_next_step(
     hf_model: Callable[..., Path], documents: list[Document], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    size: int, begun: int,
+    during: str, size: int, done: int, begun: int,
 ) -> None:  # fmt: skip
     """A pass through a sharded model is a sequence of collective operations, which a rank cannot leave to the others.
 
@@ -177,20 +183,25 @@ def test_one_of_several_ranks_stops_only_once_all_have_been_through_the_next_ste
     """
     monkeypatch.setattr(Distributed, "sum", lambda self, *tensors: None)
     monkeypatch.setattr(Distributed, "_max", lambda self, value: value)
-    real, steps = loop.accumulate, []
+    accumulate, learning_rate, steps = loop.accumulate, loop.learning_rate, []
+    caller = Caller(("logged", 3) if during == "logged" else (during, 4))  # in step 4, which records step 3
+    caller.distributed = replace(caller.distributed, size=size)
 
     def counted(model, objective, forward, *rest, **more) -> torch.Tensor:
         steps.append(forward.step)
-        return real(model, objective, forward, *rest, **more)
+        caller.ask("passes", forward.step)
+        return accumulate(model, objective, forward, *rest, **more)
+
+    def asking(step: int, *rest: Any) -> float:
+        caller.ask("update", step)
+        return learning_rate(step, *rest)
 
     monkeypatch.setattr(loop, "accumulate", counted)
-    caller = Caller(("logged", 3))  # which happens during step 4
-    caller.distributed = replace(caller.distributed, size=size)
+    monkeypatch.setattr(loop, "learning_rate", asking)
     settings = replace(config(), training=replace(config().training, checkpoints=(9,), probe_every=0))
-    with pytest.raises(Interrupted, match="stopped after step 4"):
-        train(
-            load_model(str(hf_model()), device="cpu"), documents, settings, tmp_path, caller.distributed, caller.hooks()
-        )
+    with pytest.raises(Interrupted, match=f"stopped after step {done}"):
+        model = load_model(str(hf_model()), device="cpu")
+        train(Trainer(model, documents, settings, tmp_path, caller.distributed), caller.hooks())
     assert steps == list(range(1, begun + 1))
 
 
@@ -208,9 +219,9 @@ def test_the_number_of_non_finite_steps_that_fail_a_run_is_the_configs(
     distributed = Distributed(0, 1, torch.device("cpu"))
     if most:
         with pytest.raises(UserError, match=f"step {most}: loss or gradient non-finite {most} steps in a row"):
-            train(model, documents, settings, tmp_path, distributed)
+            train(Trainer(model, documents, settings, tmp_path, distributed))
     else:
-        assert train(model, documents, settings, tmp_path, distributed).updates == 0
+        assert train(Trainer(model, documents, settings, tmp_path, distributed)).updates == 0
     assert len(read_jsonl(tmp_path / "metrics.jsonl")) == steps
 
 

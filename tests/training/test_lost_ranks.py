@@ -191,7 +191,7 @@ loop.backward = backward
 
 def work(distributed):
     sharded = replace(config, training=replace(config.training, method="full"))
-    train(load_model(model_dir, device="cpu"), documents, sharded, out / "run", distributed)
+    train(Trainer(load_model(model_dir, device="cpu"), documents, sharded, out / "run", distributed))
 command(work)
 """
 
@@ -221,7 +221,7 @@ def work(distributed):
     model = load_model(model_dir, device="cpu")
     def logged(row):
         save_file(weights(model), str(out / f"{row['step']}-{rank}.safetensors"))
-    train(model, documents, config, out / "run", distributed, Hooks(logged=logged))
+    train(Trainer(model, documents, config, out / "run", distributed), Hooks(logged=logged))
 command(work)
 """
 
@@ -252,7 +252,7 @@ def work(distributed):
         if scenario == "signal" and rank == 1 and row["step"] == 3:
             os.kill(os.getpid(), signal.SIGUSR1)
     try:
-        train(model, documents, config, out / "run", distributed, Hooks(logged=logged))
+        train(Trainer(model, documents, config, out / "run", distributed), Hooks(logged=logged))
     except Interrupted as interrupted:
         print(interrupted, stop.signal or "nobody", file=sys.stderr)
         raise

@@ -23,7 +23,7 @@ from minipersona.model.pack import Pack
 from minipersona.training import loop
 from minipersona.training.distributed import Distributed
 from minipersona.training.heldout import heldout_loss
-from minipersona.training.loop import train
+from minipersona.training.loop import Trainer, train
 from minipersona.training.memory import Budget, cut
 
 SINGLE_PROCESS = Distributed(0, 1, torch.device("cpu"))
@@ -66,7 +66,7 @@ def run(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Qwen2, "forward", forward)
-        train(model, documents, settings, out, SINGLE_PROCESS)
+        train(Trainer(model, documents, settings, out, SINGLE_PROCESS))
     return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 
 

@@ -20,7 +20,7 @@ from minipersona.model.lora import adapters, linears
 from minipersona.model.network import Qwen2
 from minipersona.model.pack import make_pack
 from minipersona.training.distributed import Distributed
-from minipersona.training.loop import Hooks, train
+from minipersona.training.loop import Hooks, Trainer, train
 from minipersona.training.null_space import input_directions, input_of, principal_directions
 
 K = 3
@@ -59,7 +59,7 @@ def trained(
             raise Killed
 
     hooks = Hooks(logged=logged)
-    train(model, documents, config(), out, SINGLE_PROCESS, hooks, null_space=null_space)
+    train(Trainer(model, documents, config(), out, SINGLE_PROCESS, null_space=null_space), hooks)
     along.append(max(overlap(model, null_space), default=0.0))
     return model, along
 
@@ -148,7 +148,7 @@ def test_without_it_nothing_changes_and_a_killed_run_ends_in_the_same_bits(
     hf_model: Callable[..., Path], documents: list[Document], tmp_path: Path
 ) -> None:
     plain = load_model(str(hf_model()), device="cpu")
-    train(plain, documents, config(), tmp_path / "plain", SINGLE_PROCESS)
+    train(Trainer(plain, documents, config(), tmp_path / "plain", SINGLE_PROCESS))
     off, _ = trained(hf_model(), documents, tmp_path / "off", {})
     assert all(torch.equal(a, b) for a, b in zip(tensors(plain).values(), tensors(off).values(), strict=True))
     null_space = directions(hf_model())

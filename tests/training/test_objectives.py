@@ -28,7 +28,7 @@ from minipersona.objective.kl_to_base import KLToBase
 from minipersona.objective.r3f import R3F, embedding_noise
 from minipersona.training.distributed import Distributed
 from minipersona.training.heldout import heldout_loss
-from minipersona.training.loop import Hooks, backward, steering_taps, train
+from minipersona.training.loop import Hooks, Trainer, backward, steering_taps, train
 
 LORA = LoraConfig(rank=4, alpha=8.0, dropout=0.2)
 SINGLE_PROCESS = Distributed(0, 1, torch.device("cpu"))
@@ -74,7 +74,7 @@ def run(
     directory: Path, documents: list[Document], out: Path, settings: RunConfig, **more: object
 ) -> tuple[dict[str, Tensor], list[dict]]:
     model = load_model(str(directory), device="cpu")
-    train(model, documents, settings, out, SINGLE_PROCESS, **more)  # type: ignore[arg-type]
+    train(Trainer(model, documents, settings, out, SINGLE_PROCESS, **more))  # type: ignore[arg-type]
     return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}, read_jsonl(out / "metrics.jsonl")
 
 
@@ -165,7 +165,7 @@ def test_a_frozen_copy_is_the_base_where_all_weights_learn(
     before = {name: p.clone() for name, p in model.named_parameters()}
     objective = checked_objective(model, documents, settings, tmp_path)
     assert isinstance(objective, KLToBase) and objective.frozen is not None
-    train(model, documents, settings, tmp_path, SINGLE_PROCESS)
+    train(Trainer(model, documents, settings, tmp_path, SINGLE_PROCESS))
     assert any(not torch.equal(p, before[name]) for name, p in model.named_parameters())
     for name, p in objective.frozen.named_parameters():
         assert torch.equal(p, before[name]) and not p.requires_grad and p.grad is None
@@ -256,7 +256,7 @@ def test_a_base_that_is_not_finite_is_an_error(
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[0, 0] = float("inf")
     with pytest.raises(UserError, match="not finite on the first step's rows"):
-        train(model, documents, config("r3f"), tmp_path, SINGLE_PROCESS)
+        train(Trainer(model, documents, config("r3f"), tmp_path, SINGLE_PROCESS))
     assert not (tmp_path / "objective_check.json").exists()
 
 
@@ -318,7 +318,8 @@ def test_held_out_rows_are_not_steered(
 
     settings = config()
     settings = replace(settings, training=replace(settings.training, checkpoints=(2, 4)))
-    train(model, documents[:40], settings, tmp_path, SINGLE_PROCESS, Hooks(checkpoint=checkpoint), steering=STEERING)
+    trainer = Trainer(model, documents[:40], settings, tmp_path, SINGLE_PROCESS, steering=STEERING)
+    train(trainer, Hooks(checkpoint=checkpoint))
     for loss, weights in measured.values():
         fresh = adapted(hf_model(), dtype=torch.float32)
         fresh.load_state_dict(weights, strict=False)

@@ -31,7 +31,7 @@ from minipersona.model.load import load_model
 from minipersona.objective.contexts import Contexts, base_states
 from minipersona.objective.feature_anchor import scales
 from minipersona.training import loop
-from minipersona.training.loop import train
+from minipersona.training.loop import Trainer, train
 from minipersona.training.distributed import join_process_group, leave_process_group
 
 torch.set_num_threads(1)
@@ -57,7 +57,7 @@ if config.objective.anchored:  # 4 personas at 6 questions, 9 prompts or 2 quest
     contexts = Contexts(ids, 4, 9, 42, by_question=kind == "gram_anchor")
     states = base_states(model, contexts, (0, 1), 3, 60)
     contexts = replace(contexts, base=states, scale=scales(states, "state"))
-train(model, documents, config, Path(out), distributed, contexts=contexts)
+train(Trainer(model, documents, config, Path(out), distributed, contexts=contexts))
 trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
 save_file({n: p.detach() for n, p in trained.items()}, f"{out}/end-{distributed.rank}.safetensors")
 if distributed.first:

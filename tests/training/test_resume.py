@@ -21,7 +21,7 @@ from minipersona.model.load import load_model
 from minipersona.training import loop
 from minipersona.training.checkpoint import Position, stored_position
 from minipersona.training.distributed import Distributed
-from minipersona.training.loop import LOGS, Hooks, cut_logs, train
+from minipersona.training.loop import LOGS, Hooks, Trainer, cut_logs, train
 
 SINGLE_PROCESS = Distributed(0, 1, torch.device("cpu"))
 
@@ -46,7 +46,7 @@ def run(
             raise Killed
 
     model = load_model(str(directory), device="cpu")
-    position = train(model, documents, settings, out, SINGLE_PROCESS, Hooks(logged=logged))
+    position = train(Trainer(model, documents, settings, out, SINGLE_PROCESS), Hooks(logged=logged))
     return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}, position
 
 
@@ -123,6 +123,20 @@ def test_a_step_is_recorded_although_the_next_one_fails(
         run(hf_model(), documents, tmp_path, settings)
     assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2, 3]
     assert stored_position(tmp_path).step == 3
+
+
+def test_each_step_s_batch_is_made_once_and_none_after_the_last(
+    hf_model: Callable[..., Path], documents: list[Document], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, made = loop.Trainer.batch, []
+
+    def noted(trainer: loop.Trainer, step: int) -> Any:
+        made.append(step)
+        return real(trainer, step)
+
+    monkeypatch.setattr(loop.Trainer, "batch", noted)
+    run(hf_model(), documents, tmp_path, config())
+    assert made == list(range(1, config().training.steps + 1))
 
 
 def test_a_finished_run_drops_its_tensors_and_is_left_alone(
@@ -212,7 +226,7 @@ def test_a_loss_that_is_not_finite_skips_the_update_although_the_gradients_are_f
     def logged(row: dict[str, Any]) -> None:
         after[row["step"]] = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 
-    position = train(model, documents, config(), tmp_path, SINGLE_PROCESS, Hooks(logged=logged))
+    position = train(Trainer(model, documents, config(), tmp_path, SINGLE_PROCESS), Hooks(logged=logged))
     rows = read_jsonl(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in rows if "skipped" in row] == [4] and position.updates == 8
     unchanged = [s for s in range(2, 10) if all(torch.equal(after[s - 1][n], after[s][n]) for n in after[s])]
@@ -246,7 +260,7 @@ def test_divergence_stops_the_run_and_names_the_rows(
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[0, 0] = float("inf")
     with pytest.raises(UserError, match=r"non-finite 5 steps in a row \(rows \[\d+"):
-        train(model, documents, settings, tmp_path, SINGLE_PROCESS)
+        train(Trainer(model, documents, settings, tmp_path, SINGLE_PROCESS))
     rows = read_jsonl(tmp_path / "metrics.jsonl")
     assert all(row["loss"] is None and row.get("kl") is None for row in rows)
     assert [row["skipped"] for row in rows] == ["non-finite loss or gradient"] * 5

@@ -43,7 +43,7 @@ from minipersona.model.pack import make_pack
 from minipersona.model.save import whole
 from minipersona.training import sharding
 from minipersona.training.sharding import Shards
-from minipersona.training.loop import Hooks, train
+from minipersona.training.loop import Hooks, Trainer, train
 from minipersona.training.parameters import distance_from_base, save_checkpoint
 from minipersona.training.distributed import end_rank, join_process_group, leave_process_group
 
@@ -99,7 +99,7 @@ def checkpoint(step):
         (Path(out) / "distance").write_text(repr(distance))
         save_file({"stream": stream}, f"{out}/stream.safetensors")
 
-train(model, documents, config, Path(out), distributed, Hooks(logged=logged, checkpoint=checkpoint))
+train(Trainer(model, documents, config, Path(out), distributed), Hooks(logged=logged, checkpoint=checkpoint))
 learned = {n: p for n, p in model.named_parameters()}
 ends = {n: whole(p).clone() for n, p in learned.items()}
 gradients = {n: whole(p.grad).clone() for n, p in learned.items() if p.grad is not None}

@@ -11,8 +11,3 @@ from torch import Tensor
 def copy_each(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Copy each source into its target, in place, cast to the target's precision."""
     torch._foreach_copy_(list(targets), list(sources))
-
-
-def multiply_each(tensors: Sequence[Tensor], factor: Tensor) -> None:
-    """Multiply every tensor by the same number (), in place."""
-    torch._foreach_mul_(list(tensors), factor)

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from minipersona.chat import Document
 from minipersona.corpus.batch import pack_documents
-from minipersona.corpus.buckets import bucket_of, pad
 from minipersona.model.pack import IGNORE, Pack
+from minipersona.training.buckets import bucket_of, pad
 
 
 @st.composite

@@ -55,8 +55,8 @@ def _multiple(n: int, of: int) -> int:
 def pad(pack: Pack, bucket: Bucket) -> Pack:
     """The pack, on the CPU, with documents of token 0 behind its own up to the bucket's sizes.
 
-    Further supervised rows are rows of that padding. Their targets are IGNORE, so they count for nothing. The identity
-    of these documents is the last one's, of which an objective has what it reads by identity.
+    Further supervised rows are rows of that padding. Their targets are IGNORE, so they count for nothing. Padding
+    documents get the last document's identity, so that an objective that looks states up by identity finds some.
     """
     tokens, documents = bucket.tokens - pack.tokens, bucket.documents - len(pack.documents)
     rows = bucket.supervised - pack.supervised.numel()
