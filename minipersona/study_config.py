@@ -26,6 +26,7 @@ from minipersona.settings import dotted, flatten
 
 BEYOND = "6"
 SCALED = "6D"  # the baseline's update, scaled: measured beside the recipes, of which none has this letter
+SEED_SUFFIX = r" seed=\d+$"  # of the name of a cell in a study of several seeds
 STAGES = {
     "1": ("1",),
     "2": ("2A", "2B"),
@@ -174,7 +175,7 @@ class RecipeSection:
             "registered recipes'",
         )
         require(bool(self.name.strip()) and len(self.name) <= 80, f"{where}: give it a name of 1 to 80 characters")
-        require(not re.search(r" seed=\d+$", self.name), f"{where}: the name must not end like one of several seeds")
+        require(not re.search(SEED_SUFFIX, self.name), f"{where}: the name must not end like one of several seeds")
         require(not (self.reference and self.control), f"{where}: is a reference or a control, not both")
         for key in self.departures:
             require(not key.startswith(SHARED), f"{where}: {key} is the same in the whole study; set it there")

@@ -47,7 +47,9 @@ def study(options: argparse.Namespace) -> None:
     if options.plan:
         from minipersona.study.plan import study_plan
 
-        print(study_plan(config, stages, gpus(options.gpus) if options.gpus else ()), end="")
+        refuse(options, ("--ray",), "has no effect on --plan, which does not ask the cluster; leave it out")
+        devices = gpus(options.gpus) if options.gpus else ["cpu"] * (options.workers or 0)
+        print(study_plan(config, stages, devices), end="")
         return
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("study.py is not started by torchrun: a cell is one process; use --gpus all")

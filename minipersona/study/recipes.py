@@ -39,7 +39,7 @@ from minipersona.records import unknown_key
 from minipersona.run.anchors import check_anchors
 from minipersona.run.steering import steered_layers
 from minipersona.settings import difference, flatten, with_settings
-from minipersona.study_config import BEYOND, SHARED, STAGES, RecipeSection, Role, StudyConfig
+from minipersona.study_config import BEYOND, SEED_SUFFIX, SHARED, STAGES, RecipeSection, Role, StudyConfig
 from minipersona.verdict.calibration import check_layers_measured
 from minipersona.verdict.files import Knobs
 from minipersona.verdict.results import BASELINE
@@ -68,7 +68,7 @@ class Recipe:
     @property
     def bare_name(self) -> str:
         """The name without the seed."""
-        return re.sub(r" seed=\d+$", "", self.name)
+        return re.sub(SEED_SUFFIX, "", self.name)
 
     @property
     def is_baseline(self) -> bool:

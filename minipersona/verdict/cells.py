@@ -21,7 +21,7 @@ from minipersona.errors import UserError
 from minipersona.objective.noise_check import NoiseCheck
 from minipersona.records import read_record
 from minipersona.run.result import Checkpoint, RunResult
-from minipersona.study_config import PHASES
+from minipersona.study_config import PHASES, SEED_SUFFIX
 from minipersona.verdict.files import CellRecord, Knobs, Plan, PlanEntry, Role, Transfer, read_optional, read_result
 from minipersona.verdict.ledger import LedgerEntry, read_ledger
 
@@ -76,7 +76,7 @@ class CellResult:
 
 def bare_name(cell: CellResult) -> str:
     """The recipe's name without the seed."""
-    return re.sub(r" seed=\d+$", "", cell.name)
+    return re.sub(SEED_SUFFIX, "", cell.name)
 
 
 # ---------------------------------------------------------------- reading

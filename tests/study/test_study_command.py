@@ -50,6 +50,14 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
         gpus("all")
 
 
+def test_a_plan_is_of_the_workers_that_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = ["study", "--config", "tiny_study", "--plan", "--phases", "1", "--set", "suites=[]"]
+    assert main([*plan, "--workers", "2"]) == 0
+    assert " in 2 processes on 1 cpu device," in capsys.readouterr().out
+    assert main([*plan, "--ray", "auto"]) == 2
+    assert "--ray: has no effect on --plan" in capsys.readouterr().err
+
+
 def test_phases_are_read(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert parse_stages("2, 5") == ["2", "5"] and parse_stages("") == ["1", "2", "3", "4", "5", "6"]
     with pytest.raises(UserError, match="'7' is none of 1, 2, 3, 4, 5, 6"):
