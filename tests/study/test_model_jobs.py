@@ -17,6 +17,7 @@ from minipersona.behaviour.suite import Behaviour
 from minipersona.behaviour.voice import Voice
 from minipersona.behaviour.weights import weights_digest
 from minipersona.chat import ChatTokenizer
+from minipersona.errors import UserError
 from minipersona.model.network import Qwen2
 from minipersona.records import from_dict, read_record, write_record
 from minipersona.run.directory import checkpoint_directory
@@ -132,3 +133,7 @@ def test_a_suite_is_carried_out_anew_where_cells_or_questions_are_others(
     assert path.read_text() != asked and not job.done()
     path.write_text(asked)
     assert job.done()
+    kept = job.directory / f"{suite}.json"
+    kept.write_text("{}")
+    with pytest.raises(UserError, match=f"is missing; delete {kept} and continue the study"):
+        job.done()
