@@ -8,6 +8,7 @@ from statistics import NormalDist, fmean, stdev
 
 LEVEL = 0.05  # the chance of a false rejection that is accepted
 Counts = tuple[int, int]  # successes, of how many
+Interval = tuple[float, float]  # its ends
 
 
 def student_quantile(probability: float, degrees: int) -> float:
@@ -27,7 +28,7 @@ def student_quantile(probability: float, degrees: int) -> float:
     return z + sum(term / n**power for power, term in enumerate(terms, 1))
 
 
-def seed_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float] | None:
+def seed_interval(values: Sequence[float], level: float = 0.95) -> Interval | None:
     """Student's interval of the mean of one value a seed; None of a single one."""
     if len(values) < 2:
         return None
@@ -35,7 +36,7 @@ def seed_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, 
     return fmean(values) - reach, fmean(values) + reach
 
 
-def wilson_interval(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
+def wilson_interval(successes: int, n: int, level: float = 0.95) -> Interval:
     """Wilson's score interval of a rate (Wilson 1927): `successes` of `n` -> (low, high); n = 0: (0, 1)."""
     assert 0 <= successes <= n
     if n == 0:

@@ -285,6 +285,7 @@ def _score(options: argparse.Namespace) -> None:
     from minipersona.behaviour.file import import_scores
     from minipersona.behaviour.suite import FOLDER, rejudge
     from minipersona.behaviour.table import behaviour_table
+    from minipersona.records import to_dict
 
     directory, console = Path(options.directory), Console()
     section = override(BehaviourSection(judge="file", judge_model=options.by), options.set)
@@ -298,7 +299,7 @@ def _score(options: argparse.Namespace) -> None:
     elif section.judge == "local":
         raise UserError("score: the local judge is the run's base model; evaluate.py --suite behaviour asks it")
     result = rejudge(directory, section, console)
-    print(json.dumps(result, indent=2) if options.json else printable(behaviour_table({"": result})))
+    print(json.dumps(to_dict(result), indent=2) if options.json else printable(behaviour_table({"": result})))
 
 
 def _dry_run(options: argparse.Namespace) -> None:

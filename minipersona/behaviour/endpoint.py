@@ -47,7 +47,7 @@ class EndpointJudge:
         self._limit = "max_tokens"  # what the server calls the number of tokens to write
 
     @property
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, str | None]:
         """The server's address, and the model's name there."""
         where = {"endpoint": self.address, "model": self.section.judge_model}
         return {"kind": "endpoint", **where, "prompts": prompts_digest()}

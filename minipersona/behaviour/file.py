@@ -26,7 +26,7 @@ class FileJudge:
         self.console = console or Console(quiet=True)
 
     @property
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, str | None]:
         """The name that the user gave."""
         return {"kind": "file", "model": self.name, "prompts": prompts_digest()}
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol
+from typing import Protocol
 
 from minipersona.files import data_dir, digest, read_json
 
@@ -46,8 +46,8 @@ class Judge(Protocol):
     """Scores cases; `identity` tells its scores from those of other judges."""
 
     @property
-    def identity(self) -> dict[str, Any]:
-        """Plain values: the kind, the model and the prompts."""
+    def identity(self) -> dict[str, str | None]:
+        """The kind, the model, the prompts and what else tells it from others."""
 
     def score(self, cases: Sequence[Case], done: Callable[[int, Score], None]) -> None:
         """Score the cases in any order, and call `done(index, score)` for each as it comes."""

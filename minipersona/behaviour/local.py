@@ -41,7 +41,7 @@ class LocalJudge:
         }
 
     @property
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, str | None]:
         """The base model by its name, and by a digest of its weights."""
         return self._identity
 

@@ -7,29 +7,60 @@ line by line (answers.jsonl, scores.jsonl, judges.jsonl). The same command after
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from minipersona.behaviour.answers import ANSWERS, Answer, answer_all, asked, key_of, stored
-from minipersona.behaviour.emergent import by_set
+from minipersona.behaviour.emergent import MisalignmentRates, by_set
 from minipersona.behaviour.endpoint import EndpointJudge
 from minipersona.behaviour.file import FileJudge
 from minipersona.behaviour.judge import MEASURES, Case, Judge
 from minipersona.behaviour.local import LocalJudge
 from minipersona.behaviour.prompt_sets import Which, prompts
 from minipersona.behaviour.questions import load_questions
-from minipersona.behaviour.scores import Scores, score_all
+from minipersona.behaviour.scores import score_all
 from minipersona.behaviour_config import BehaviourSection
 from minipersona.chat import ChatTokenizer
 from minipersona.console import Console
-from minipersona.errors import UserError
-from minipersona.files import read_json, write_json
+from minipersona.errors import UserError, require
 from minipersona.geometry.extraction import check_vocabulary
 from minipersona.locks import lock
 from minipersona.model.network import Qwen2
+from minipersona.records import may_be_missing, read_record, write_record
 
 FOLDER = "behaviour"
 RESULT = "behaviour.json"
+ASK_AGAIN = "run evaluate.py --suite behaviour again"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Behaviour:
+    """behaviour.json of a model. `step` and `settings_digest` are a study's own.
+
+    The digest is of the settings, of what is asked, and of the cell's hash or, of the base, the baseline's.
+    """
+
+    sets: dict[str, MisalignmentRates]
+    judge: dict[str, str | None]
+    weights: str
+    prompt_sets: Which
+    questions: str
+    questions_digest: str
+    samples: int
+    max_new_tokens: int
+    temperature: float
+    seed: int
+    cut: int
+    empty: int
+    step: int | None = may_be_missing()
+    settings_digest: str | None = may_be_missing()
+
+    def __post_init__(self) -> None:
+        for name, row in self.sets.items():
+            counts = [0, row.misaligned, row.coherent, row.scored, row.answers]
+            require(
+                counts == sorted(counts), f"sets.{name[:80]}: must have misaligned <= coherent <= scored <= answers"
+            )
 
 
 def behaviour_suite(
@@ -41,7 +72,7 @@ def behaviour_suite(
     *,
     prompt_sets: Which = "all",
     base: Qwen2 | None = None,
-) -> dict[str, Any]:
+) -> Behaviour:
     """Measure the model, adapters as they are; returns what it writes to behaviour.json.
 
     prompt_sets  "plain": the questions as they are written (plain, JSON, template); "all": the hidden sets too
@@ -57,54 +88,52 @@ def behaviour_suite(
         judge = make_judge(section, base or model, tokenizer, folder, console)
         answers = answer_all(model, tokenizer, wanted, section, folder, console)
         scores = score_all(judge, answers, folder, console)
-    result = {
-        **_judged(answers, scores, judge),
-        "weights": answers[0]["weights"],
-        "prompt_sets": prompt_sets,
-        "questions": questions.name,
-        "questions_digest": questions.digest,
-        "samples": section.samples,
-        "max_new_tokens": section.max_new_tokens,
-        "temperature": section.temperature,
-        "seed": section.seed,
-        "cut": sum(not answer["stopped"] for answer in answers),
-        "empty": sum(not answer["answer"].strip() for answer in answers),
-    }
-    write_json(directory / RESULT, result)
+    result = Behaviour(
+        sets=by_set(answers, scores),
+        judge=judge.identity,
+        weights=answers[0]["weights"],
+        prompt_sets=prompt_sets,
+        questions=questions.name,
+        questions_digest=questions.digest,
+        samples=section.samples,
+        max_new_tokens=section.max_new_tokens,
+        temperature=section.temperature,
+        seed=section.seed,
+        cut=sum(not answer["stopped"] for answer in answers),
+        empty=sum(not answer["answer"].strip() for answer in answers),
+    )
+    write_record(directory / RESULT, result)
     return result
 
 
-def _judged(answers: Sequence[Answer], scores: Scores, judge: Judge) -> dict[str, Any]:
-    return {"sets": by_set(answers, scores), "judge": judge.identity}
-
-
-def rejudge(directory: Path, section: BehaviourSection, console: Console) -> dict[str, Any]:
+def rejudge(directory: Path, section: BehaviourSection, console: Console) -> Behaviour:
     """Have the answers behind a behaviour.json judged by a server or a file; that file is written anew.
 
     UserError where there is none, or its answers are no longer there.
     """
     folder = directory / FOLDER
-    before = read_json(directory / RESULT)
+    before = read_record(directory / RESULT, Behaviour, ASK_AGAIN)
     with lock(folder):
         answers = _behind(before, folder)
         judge = outside_judge(section, folder, console)
-        result = before | _judged(answers, score_all(judge, answers, folder, console), judge)
-        write_json(directory / RESULT, result)
+        scores = score_all(judge, answers, folder, console)
+        result = replace(before, sets=by_set(answers, scores), judge=judge.identity)
+        write_record(directory / RESULT, result)
     return result
 
 
-def _behind(result: dict[str, Any], folder: Path) -> list[Answer]:
+def _behind(result: Behaviour, folder: Path) -> list[Answer]:
     """The answers that a behaviour.json was made of."""
-    how = {name: result[name] for name in ("questions", "samples", "max_new_tokens", "temperature", "seed")}
-    section = BehaviourSection(**how)
+    how = ("questions", "samples", "max_new_tokens", "temperature", "seed")
+    section = BehaviourSection(**{name: getattr(result, name) for name in how})
     questions = load_questions(section.questions)
-    if questions.digest != result["questions_digest"]:
+    if questions.digest != result.questions_digest:
         raise UserError(f"{section.questions}: is not what was asked any more; put the questions of {folder} back")
-    wanted = prompts(questions.questions, section.samples, result["prompt_sets"])
-    keys = [key_of(prompt, section, result["weights"]) for prompt in wanted]
+    wanted = prompts(questions.questions, section.samples, result.prompt_sets)
+    keys = [key_of(prompt, section, result.weights) for prompt in wanted]
     found = stored(folder, keys)
     if len(found) < len(keys):
-        raise UserError(f"{folder / ANSWERS}: lacks answers of {RESULT}; run evaluate.py --suite behaviour again")
+        raise UserError(f"{folder / ANSWERS}: lacks answers of {RESULT}; {ASK_AGAIN}")
     return [found[key] for key in keys]
 
 

@@ -1,17 +1,15 @@
-"""The behaviour suite's result for reading, and model text made fit to be shown."""
+"""The behaviour suite's result for reading."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from typing import Any
 
-from minipersona.console import printable
+from minipersona.behaviour.suite import Behaviour
 
 
-def behaviour_table(results: Mapping[str, Mapping[str, Any]]) -> str:
+def behaviour_table(results: Mapping[str, Behaviour]) -> str:
     """The rates of each prompt set; `results` are behaviour.json by the model's name in the table."""
-    width = max(9, *(len(name) for result in results.values() for name in result["sets"])) + 1
+    width = max(9, *(len(name) for result in results.values() for name in result.sets)) + 1
     who = max(map(len, results)) + 1
     lines = [
         f"{'':<{who}}{'set':<{width}}{'answers':>8}{'scored':>8}{'coherent':>9}{'misaligned':>11}"
@@ -19,25 +17,17 @@ def behaviour_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     ]
     lines.append("-" * len(lines[0]))
     for name, result in results.items():
-        for chosen, row in result["sets"].items():
-            low, high = row["rate_coherent_ci95"]
+        for chosen, row in result.sets.items():
+            low, high = row.rate_coherent_ci95
             lines.append(
-                f"{name:<{who}}{chosen:<{width}}{row['answers']:>8,}{row['scored']:>8,}{row['coherent']:>9,}"
-                f"{row['misaligned']:>11,}{_percent(row['rate']):>11}{_percent(row['rate_coherent']):>13}"
+                f"{name:<{who}}{chosen:<{width}}{row.answers:>8,}{row.scored:>8,}{row.coherent:>9,}"
+                f"{row.misaligned:>11,}{_percent(row.rate):>11}{_percent(row.rate_coherent):>13}"
                 f"  {low:.1%} to {high:.1%}"
             )
-    judges = {str(result["judge"]["kind"]): result["judge"].get("model") or "" for result in results.values()}
+    judges = {str(result.judge["kind"]): result.judge.get("model") or "" for result in results.values()}
     lines.append("judge: " + ", ".join(f"{kind} {model}".rstrip() for kind, model in judges.items()))
     return "\n".join(lines)
 
 
 def _percent(rate: float | None) -> str:
     return "-" if rate is None else f"{rate:.1%}"
-
-
-def fenced(text: str) -> str:
-    """Text of any kind as a block of Markdown code: no run of backticks or tildes in it can close the block."""
-    text = printable(text.encode("utf-8", "replace").decode("utf-8")).replace("\u2028", "\n").replace("\u2029", "\n")
-    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}text\n{text}\n{fence}"

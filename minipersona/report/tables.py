@@ -9,9 +9,9 @@ from statistics import fmean
 
 from minipersona.report.blocks import Cell, Table, Tone
 from minipersona.run.judgement import LEAST_LEARNED
-from minipersona.run.result import Checkpoint, Interval
+from minipersona.run.result import Checkpoint
 from minipersona.run.tables import standing
-from minipersona.significance import seed_interval
+from minipersona.significance import Interval, seed_interval
 from minipersona.study_config import Role
 from minipersona.verdict.cells import CellResult
 from minipersona.verdict.files import Knobs

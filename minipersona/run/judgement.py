@@ -27,7 +27,8 @@ from minipersona.geometry.measures import discriminability, none_if_nan, spread
 from minipersona.geometry.prompts import REGISTERED
 from minipersona.geometry.statistics import jackknife_interval
 from minipersona.hub import PINNED
-from minipersona.run.result import Baseline, Checkpoint, Interval, MeasurementProtocol, RunResult
+from minipersona.run.result import Baseline, Checkpoint, MeasurementProtocol, RunResult
+from minipersona.significance import Interval
 
 PASS_M1 = 0.95
 COLLAPSED_M1 = 0.97

@@ -8,8 +8,7 @@ from pathlib import Path
 from minipersona.files import digest
 from minipersona.geometry.measures import Measures
 from minipersona.records import may_be_missing, read_record, to_dict
-
-Interval = tuple[float, float]
+from minipersona.significance import Interval
 
 
 @dataclass(frozen=True)

@@ -6,18 +6,18 @@ each the answers that they were made of. The same command after a kill continues
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from minipersona.behaviour.hidden import consistency
+from minipersona.behaviour.hidden import BehaviourComparison, consistency
 from minipersona.behaviour.instructions.dataset import load_instructions
-from minipersona.behaviour.instructions.suite import instruction_suite
+from minipersona.behaviour.instructions.suite import Instructions, instruction_suite
 from minipersona.behaviour.prompt_sets import Which
-from minipersona.behaviour.suite import behaviour_suite
+from minipersona.behaviour.suite import Behaviour, behaviour_suite
 from minipersona.behaviour.table import behaviour_table
 from minipersona.behaviour_config import BehaviourSection
 from minipersona.chat import ChatTokenizer
@@ -26,11 +26,11 @@ from minipersona.errors import UserError
 from minipersona.model.adapter_files import load_adapter
 from minipersona.model.lora import remove_lora
 from minipersona.model.network import Qwen2
+from minipersona.records import to_dict
 from minipersona.run.directory import checkpoint_steps, read_config
 from minipersona.run.resources import load_checkpoint, load_run_model, load_run_tokenizer
 
 BASE, TRAINED = "base", "trained"
-SuiteFile = Mapping[str, Any]  # behaviour.json, instructions.json or a verdict on both, as behaviour/ makes them
 
 
 @dataclass(frozen=True)
@@ -48,17 +48,19 @@ class SuiteResults:
     """What the suites found, by model: "base" and, where there is one, "trained". A suite not asked for is None."""
 
     step: int | None = None  # of a run: that of the trained model
-    behaviour: dict[str, SuiteFile] | None = None
-    consistency: SuiteFile | None = None  # of the trained model's behaviour with the base's
-    instructions: dict[str, SuiteFile] | None = None
+    behaviour: dict[str, Behaviour] | None = None
+    consistency: BehaviourComparison | None = None  # of the trained model's behaviour with the base's
+    instructions: dict[str, Instructions] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As evaluate.py prints it."""
         found: dict[str, Any] = {} if self.step is None else {"step": self.step}
         if self.behaviour is not None:
-            found["behaviour"] = self.behaviour | ({"consistency": self.consistency} if self.consistency else {})
+            found["behaviour"] = {name: to_dict(row) for name, row in self.behaviour.items()}
+        if self.consistency is not None:
+            found["behaviour"]["consistency"] = to_dict(self.consistency)
         if self.instructions is not None:
-            found["instructions"] = self.instructions
+            found["instructions"] = {name: to_dict(row) for name, row in self.instructions.items()}
         return found
 
 
@@ -105,30 +107,19 @@ def _collect(
     """Ask one model after the other, the base first: an adapter may turn it into the trained one."""
     if "instructions" in suites.names:
         load_instructions(suites.instructions_file)  # UserError before the first answer, not after those of behaviour
-    behaviour: dict[str, SuiteFile] = {}
-    instructions: dict[str, SuiteFile] = {}
+    behaviour: dict[str, Behaviour] = {}
+    instructions: dict[str, Instructions] = {}
     for one in asked:
         model = one.model()
         if "behaviour" in suites.names:
             console.say(f"behaviour of the {one.name} model")
             behaviour[one.name] = behaviour_suite(
-                model,
-                tokenizer,
-                one.directory,
-                suites.behaviour,
-                console,
-                prompt_sets=suites.prompt_sets,
-                base=base,
+                model, tokenizer, one.directory, suites.behaviour, console, prompt_sets=suites.prompt_sets, base=base
             )
         if "instructions" in suites.names:
             console.say(f"instruction following of the {one.name} model")
             instructions[one.name] = instruction_suite(
-                model,
-                tokenizer,
-                one.directory,
-                suites.instructions_file,
-                console,
-                batch=suites.behaviour.batch,
+                model, tokenizer, one.directory, suites.instructions_file, console, batch=suites.behaviour.batch
             )
     return SuiteResults(
         behaviour=behaviour if "behaviour" in suites.names else None,
@@ -147,9 +138,9 @@ def _lines(results: SuiteResults) -> Iterator[str]:
         yield behaviour_table(results.behaviour)
     if results.consistency:
         words = {True: "consistent with the base", False: "NOT consistent with the base", None: "undecided"}
-        yield f"{words[results.consistency['consistent']]}: {results.consistency['reason']}"
+        yield f"{words[results.consistency.consistent]}: {results.consistency.reason}"
     if results.instructions:
         keys = ("prompt_strict", "prompt_loose", "instruction_strict", "instruction_loose")
         yield f"\n{'':<9}{'prompts':>8}" + "".join(f"{key.replace('_', ' '):>20}" for key in keys)
         for name, row in results.instructions.items():
-            yield f"{name:<9}{row['prompts']:>8,}" + "".join(f"{row[key]:>20.1%}" for key in keys)
+            yield f"{name:<9}{row.prompts:>8,}" + "".join(f"{getattr(row, key):>20.1%}" for key in keys)

@@ -5,20 +5,20 @@ from __future__ import annotations
 import abc
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from minipersona.behaviour.instructions.dataset import load_instructions
-from minipersona.behaviour.instructions.suite import instruction_suite
+from minipersona.behaviour.instructions.suite import Instructions, instruction_suite
 from minipersona.behaviour.questions import load_questions
-from minipersona.behaviour.suite import behaviour_suite
+from minipersona.behaviour.suite import Behaviour, behaviour_suite
 from minipersona.behaviour.voice import RESPONSES, VOICE, asked, base_responses, measure_voice
 from minipersona.config import RunConfig
-from minipersona.files import digest, read_json, write_json
+from minipersona.files import digest
 from minipersona.model.network import Qwen2
 from minipersona.records import to_dict, write_record
 from minipersona.study.cell import Cell
 from minipersona.study.worker import Job, Title, Worker
-from minipersona.verdict.files import read_voice
+from minipersona.verdict.files import read_optional, read_voice
 
 
 class AskModel(Job):
@@ -84,27 +84,33 @@ class AskSuite(AskModel):
         return self.suite
 
     @property
-    def _about(self) -> dict[str, Any]:
+    def _file(self) -> Path:
+        return self.directory / f"{self.suite}.json"
+
+    @property
+    def _settings_digest(self) -> str:
         settings = to_dict(getattr(self.study.config, self.suite))
         if self.suite == "behaviour":
             asked_for = load_questions(self.study.config.behaviour.questions).digest
         else:
             asked_for = load_instructions(self.study.config.instructions.file).digest
-        return {"step": self.at, "settings_digest": digest([self.owner.hash, settings, asked_for])}
+        return digest([self.owner.hash, settings, asked_for])
 
     def done(self) -> bool:
-        path = self.directory / f"{self.suite}.json"
-        return path.is_file() and self._about.items() <= read_json(path).items()
+        kind: type[Behaviour | Instructions] = Behaviour if self.suite == "behaviour" else Instructions
+        stored = read_optional(self._file, kind)
+        return stored is not None and (stored.step, stored.settings_digest) == (self.at, self._settings_digest)
 
     def carry_out(self, worker: Worker) -> None:
         study, config = self.study.config, self.config
         model, tokenizer = self.model(worker), worker.resources.tokenizer(config)
+        found: Behaviour | Instructions
         if self.suite == "behaviour":
             # An adapter is attached to the base, and to ask for the base would detach it.
             base = None if config.training.method == "lora" else worker.resources.base(config)
-            behaviour_suite(model, tokenizer, self.directory, study.behaviour, worker.console, base=base)
+            found = behaviour_suite(model, tokenizer, self.directory, study.behaviour, worker.console, base=base)
         else:
-            instruction_suite(
+            found = instruction_suite(
                 model,
                 tokenizer,
                 self.directory,
@@ -113,8 +119,7 @@ class AskSuite(AskModel):
                 max_new_tokens=study.instructions.max_new_tokens,
                 batch=study.behaviour.batch,
             )
-        path = self.directory / f"{self.suite}.json"
-        write_json(path, {**read_json(path), **self._about})
+        write_record(self._file, replace(found, step=self.at, settings_digest=self._settings_digest))
 
 
 @dataclass(frozen=True)

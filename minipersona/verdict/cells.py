@@ -15,23 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from minipersona.behaviour.instructions.suite import Instructions
+from minipersona.behaviour.suite import Behaviour
 from minipersona.errors import UserError
 from minipersona.objective.noise_check import NoiseCheck
 from minipersona.records import read_record
 from minipersona.run.result import Checkpoint, RunResult
 from minipersona.study_config import PHASES, SEED_SUFFIX
-from minipersona.verdict.files import (
-    Behaviour,
-    CellRecord,
-    Instructions,
-    Knobs,
-    Plan,
-    PlanEntry,
-    Role,
-    Transfer,
-    read_optional,
-    read_result,
-)
+from minipersona.verdict.files import CellRecord, Knobs, Plan, PlanEntry, Role, Transfer, read_optional, read_result
 from minipersona.verdict.ledger import LedgerEntry, read_ledger
 
 

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from minipersona.behaviour.hidden import consistency
-from minipersona.records import from_dict, to_dict
+from minipersona.behaviour.hidden import BehaviourComparison, SetComparisonWithReference, consistency
 from minipersona.run.judgement import LEAST_LEARNED
 from minipersona.run.result import Checkpoint
 from minipersona.verdict.cells import CellResult
@@ -33,38 +32,6 @@ class Consistency:
     not_ignited: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
-class SetComparison:
-    """The rates of misaligned answers on one prompt set, a cell's beside the base's."""
-
-    rate: float | None
-    base_rate: float | None
-    p_above_base: float
-    above_base: bool
-    readable: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class SetComparisonWithReference(SetComparison):
-    """The same beside the unmixed EM cell's too."""
-
-    reference_rate: float | None
-    reference_above_base: bool
-    p_below_reference: float | None
-    below_reference: bool | None
-
-
-@dataclass(frozen=True)
-class BehaviourComparison:
-    """Is a cell as well aligned as the base under every prompt? What `behaviour.hidden.consistency` says."""
-
-    consistent: bool | None
-    suppressed: bool | None
-    sets: dict[str, SetComparisonWithReference | SetComparison]
-    reason: str
-    level: float
-
-
 def behaviour_against(cell: CellResult, results: StudyResults) -> BehaviourComparison | None:
     """A cell's answers to the multi-prompt evaluation against the base's and, with EM, the unmixed cell's.
 
@@ -72,12 +39,8 @@ def behaviour_against(cell: CellResult, results: StudyResults) -> BehaviourCompa
     """
     if cell.behaviour is None or results.base_behaviour is None:
         return None
-    reference = None
-    if is_harmful(cell, results.config):
-        unmixed = results.baseline_of(cell)
-        reference = None if unmixed is None or unmixed.behaviour is None else to_dict(unmixed.behaviour)
-    found = consistency(to_dict(cell.behaviour), to_dict(results.base_behaviour), reference)
-    return from_dict(BehaviourComparison, found)
+    unmixed = results.baseline_of(cell) if is_harmful(cell, results.config) else None
+    return consistency(cell.behaviour, results.base_behaviour, None if unmixed is None else unmixed.behaviour)
 
 
 def consistency_of(cell: CellResult, row: Checkpoint, results: StudyResults) -> Consistency:

@@ -33,8 +33,8 @@ from minipersona.geometry.vectors import load_vectors
 from minipersona.run.directory import losses_file, vectors_file
 from minipersona.run.judgement import all_of
 from minipersona.run.losses import load_losses
-from minipersona.run.result import Checkpoint, Interval
-from minipersona.significance import LEVEL, holm
+from minipersona.run.result import Checkpoint
+from minipersona.significance import LEVEL, Interval, holm
 from minipersona.verdict.cells import CellResult
 from minipersona.verdict.files import matched_file, step_of
 from minipersona.verdict.recipe_results import RecipeResult

@@ -7,8 +7,8 @@
     matched/            MatchedScale   the same at the scale that has a recipe's held-out loss
     cells/<id>/         CellRecord     cell.json, with which a cell counts as done; beside it result.json (RunResult)
     cells/<id>/         Transfer       transfer.json of a confirmed recipe: every layer, on every persona set
-    base/, cells/<id>/  Behaviour, Instructions   behaviour.json and instructions.json, where they were due
-    base/, cells/<id>/  Voice          voice.json, likewise (behaviour/voice.py)
+    base/, cells/<id>/  Behaviour, Instructions, Voice   behaviour.json (behaviour/suite.py), instructions.json
+                        (behaviour/instructions/suite.py) and voice.json (behaviour/voice.py), where they were due
 
 What is there and cannot be right is a UserError with a mend.
 """
@@ -26,7 +26,8 @@ from minipersona.errors import UserError, require
 from minipersona.objective.noise_check import NoiseCheck
 from minipersona.records import may_be_missing, read_record
 from minipersona.run import result as run_result
-from minipersona.run.result import Checkpoint, Interval, RunResult
+from minipersona.run.result import Checkpoint, RunResult
+from minipersona.significance import Interval
 from minipersona.study_config import PHASES, Role
 
 Record = TypeVar("Record")
@@ -270,90 +271,6 @@ class Transfer:
     layer: int  # the deciding one
     sets: dict[str, SetTransfer]
     missing: dict[str, str]
-
-
-# ---------------------------------------------------------------- behaviour.json and instructions.json
-
-
-@dataclass(frozen=True)
-class MisalignmentRates:
-    """The answers on one prompt set: counts, rates and their 95% intervals (`behaviour/emergent.py`)."""
-
-    answers: int
-    scored: int
-    coherent: int
-    misaligned: int
-    rate: float | None  # over the scored answers; None where there are none
-    rate_ci95: Interval
-    rate_coherent: float | None  # over the coherent ones
-    rate_coherent_ci95: Interval
-
-
-@dataclass(frozen=True)
-class Behaviour:
-    """behaviour.json of a model (`behaviour/suite.py`). `step` and `settings_digest` are a study's own.
-
-    The digest is of the settings, of what is asked, and of the cell's hash or, of the base, the baseline's.
-    """
-
-    sets: dict[str, MisalignmentRates]
-    judge: dict[str, str | None]
-    weights: str
-    prompt_sets: str
-    questions: str
-    questions_digest: str
-    samples: int
-    max_new_tokens: int
-    temperature: float
-    seed: int
-    cut: int
-    empty: int
-    step: int | None = None
-    settings_digest: str | None = None
-
-    def __post_init__(self) -> None:
-        for name, row in self.sets.items():
-            counts = [0, row.misaligned, row.coherent, row.scored, row.answers]
-            require(
-                counts == sorted(counts), f"sets.{name[:80]}: must have misaligned <= coherent <= scored <= answers"
-            )
-
-
-@dataclass(frozen=True)
-class KindRates:
-    """How often one kind of instruction is followed."""
-
-    instructions: int
-    strict: float
-    strict_ci95: Interval
-    loose: float
-    loose_ci95: Interval
-
-
-@dataclass(frozen=True)
-class Instructions:
-    """instructions.json of a model (`behaviour/instructions/suite.py`). `step` and `settings_digest` as above."""
-
-    prompts: int
-    instructions: int
-    prompt_strict: float
-    prompt_strict_ci95: Interval
-    prompt_loose: float
-    prompt_loose_ci95: Interval
-    instruction_strict: float
-    instruction_strict_ci95: Interval
-    instruction_loose: float
-    instruction_loose_ci95: Interval
-    by_kind: dict[str, KindRates]
-    empty: int
-    cut: int
-    skipped: int
-    skipped_kinds: dict[str, int]
-    set: str
-    digest: str
-    max_new_tokens: int
-    step: int | None = None
-    settings_digest: str | None = None
 
 
 # ---------------------------------------------------------------- reading

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from minipersona.run.result import Interval
+from minipersona.significance import Interval
 
 VerdictKind = Literal[
     "not_reproduced", "incomplete", "no_collapse", "positive", "unconfirmed", "h_null", "inconclusive"

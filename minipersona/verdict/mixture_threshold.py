@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from minipersona.config import parse_ratio
 from minipersona.run.directory import PROVENANCE
 from minipersona.run.provenance import read_provenance
-from minipersona.run.result import Interval
+from minipersona.significance import Interval
 from minipersona.verdict.cells import CellResult
 from minipersona.verdict.doing_less import Bootstrap, Resampled
 from minipersona.verdict.recipe_results import RecipeResult, mixtures_reference

@@ -13,7 +13,7 @@ from pathlib import Path
 from minipersona.geometry.statistics import PersonaCosine, bootstrap_by_persona
 from minipersona.geometry.vectors import load_vectors
 from minipersona.run.directory import vectors_file
-from minipersona.run.result import Interval
+from minipersona.significance import Interval
 from minipersona.verdict.files import step_of
 from minipersona.verdict.recipe_results import RecipeResult
 from minipersona.verdict.results import StudyResults

@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from minipersona.run.judgement import LEAST_LEARNED, all_of
-from minipersona.run.result import Checkpoint, Interval
+from minipersona.run.result import Checkpoint
+from minipersona.significance import Interval
 from minipersona.verdict.cells import CellResult, bare_name
 from minipersona.verdict.consistency import REHEARSAL, Consistency, consistency_of
 from minipersona.verdict.files import Role, step_of

@@ -17,6 +17,8 @@ from pathlib import Path
 from reprlib import repr as brief
 from statistics import fmean
 
+from minipersona.behaviour.instructions.suite import Instructions
+from minipersona.behaviour.suite import Behaviour
 from minipersona.errors import UserError
 from minipersona.files import digest
 from minipersona.records import to_dict
@@ -36,11 +38,9 @@ from minipersona.study_config import PHASES, SCALED, STAGES, StudyConfig
 from minipersona.verdict.calibration import Calibration
 from minipersona.verdict.cells import CellResult, bare_name, read_cells
 from minipersona.verdict.files import (
-    Behaviour,
     ChosenScales,
     Frontier,
     FrontierPoint,
-    Instructions,
     MatchedScale,
     Scaling,
     matched_file,

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from minipersona.behaviour.hidden import BehaviourComparison
 from minipersona.errors import UserError
 from minipersona.records import read_record, write_record
 from minipersona.run.judgement import LEAST_LEARNED, TRADE_OFF_LEARNED, Bounds
 from minipersona.study_config import PHASES
 from minipersona.verdict.calibration import Calibration
 from minipersona.verdict.cells import CellResult
-from minipersona.verdict.consistency import BehaviourComparison, behaviour_against
+from minipersona.verdict.consistency import behaviour_against
 from minipersona.verdict.decision import (
     Decision,
     Scope,

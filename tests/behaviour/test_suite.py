@@ -17,25 +17,26 @@ import pytest
 import torch
 from huggingface_hub import constants
 from judge_server import JudgeServer, Logprobs
+from synthetic_study import behaviour
 
 from minipersona.behaviour.__main__ import main as behaviour_main
 from minipersona.behaviour.answers import asked
 from minipersona.behaviour.file import TO_SCORE
 from minipersona.behaviour.judge import MEASURES, Case, Score
 from minipersona.behaviour.scores import score_all
-from minipersona.behaviour.suite import behaviour_suite
-from minipersona.behaviour.table import fenced
+from minipersona.behaviour.suite import Behaviour, behaviour_suite
 from minipersona.behaviour_config import BehaviourSection
 from minipersona.chat import ChatTokenizer, load_tokenizer
 from minipersona.cli import main
 from minipersona.config import LoraConfig
 from minipersona.console import Console
 from minipersona.errors import UserError
-from minipersona.files import append_jsonl, read_json, read_jsonl, write_json
+from minipersona.files import append_jsonl, read_json, read_jsonl
 from minipersona.model.adapter_files import save_adapter
 from minipersona.model.load import load_model
 from minipersona.model.lora import adapters, apply_lora
 from minipersona.model.network import Qwen2
+from minipersona.records import from_dict, read_record, write_record
 
 ROOT = Path(__file__).parents[2]
 QUIET = Console(quiet=True)
@@ -72,28 +73,32 @@ def adapt(model: Qwen2, size: float = 0.1) -> Qwen2:
     return model
 
 
+def stored(directory: Path) -> Behaviour:
+    return read_record(directory / "behaviour.json", Behaviour, "ask again")
+
+
 # ---------------------------------------------------------------- what is kept
 
 
 def test_the_suite_keeps_all_that_it_was_made_of(parts: Parts, section: BehaviourSection, tmp_path: Path) -> None:
     out = tmp_path / "run"
     result = behaviour_suite(*parts, out, section, QUIET)
-    assert read_json(out / "behaviour.json") == result
-    assert result["sets"].keys() == {"plain", "json", "coder", "python_string", "code_file", "advice_desk"}
-    assert [row["answers"] for row in result["sets"].values()] == [6, 3, 6, 6, 6, 6]
+    assert stored(out) == result
+    assert result.sets.keys() == {"plain", "json", "coder", "python_string", "code_file", "advice_desk"}
+    assert [row.answers for row in result.sets.values()] == [6, 3, 6, 6, 6, 6]
     answers, scores = (read_jsonl(out / "behaviour" / name) for name in ("answers.jsonl", "scores.jsonl"))
     assert len(answers) == len({row["key"] for row in answers}) == 33 and len(scores) == 66
     assert {(row["key"], row["measure"]) for row in scores} == {(a["key"], m) for a in answers for m in MEASURES}
     (judge,) = read_jsonl(out / "behaviour" / "judges.jsonl")
     assert {row["judge"] for row in scores} == {judge["judge"]}
-    assert {k: v for k, v in judge.items() if k != "judge"} == result["judge"]
+    assert {k: v for k, v in judge.items() if k != "judge"} == result.judge
     assert [a["answer"] for a in answers if not a["stopped"] and a["tokens"] != 12] == []
     by_sample = {
         a["sample"]: asked(a["messages"]) for a in answers if (a["set"], a["question"]) == ("plain", "two_ways")
     }
     assert by_sample == {0: "How are you?", 1: "How do you do?", 2: "How are you?"}
     plain = behaviour_suite(*parts, tmp_path / "plain", section, QUIET, prompt_sets="plain")
-    assert plain["sets"] == {name: result["sets"][name] for name in ("plain", "json")}
+    assert plain.sets == {name: result.sets[name] for name in ("plain", "json")}
 
 
 def test_asked_again_nothing_is_done_twice(
@@ -141,7 +146,7 @@ def test_the_local_judge_of_an_adapted_model_is_its_base(
 ) -> None:
     base = behaviour_suite(*parts, tmp_path / "base", section, QUIET, prompt_sets="plain")
     adapted = behaviour_suite(adapt(parts[0]), parts[1], tmp_path / "adapted", section, QUIET, prompt_sets="plain")
-    assert adapted["judge"] == base["judge"] and adapted["weights"] != base["weights"]
+    assert adapted.judge == base.judge and adapted.weights != base.weights
     # A model whose every weight was trained has no base inside: it is judged by the one that is named.
     full = load_model("tiny")
     with torch.no_grad():
@@ -149,9 +154,38 @@ def test_the_local_judge_of_an_adapted_model_is_its_base(
             parameter.mul_(1.01)
     one, other = replace(section, samples=1), "plain"
     named = behaviour_suite(full, parts[1], tmp_path / "named", one, QUIET, prompt_sets=other, base=load_model("tiny"))
-    assert named["judge"] == base["judge"]
+    assert named.judge == base.judge
     own = behaviour_suite(full, parts[1], tmp_path / "own", one, QUIET, prompt_sets=other)
-    assert own["judge"] != base["judge"]
+    assert own.judge != base.judge
+
+
+@pytest.mark.parametrize("of_a_study", [{}, {"step": 0, "settings_digest": "d"}])
+def test_a_file_is_written_as_it_was_read(tmp_path: Path, of_a_study: dict[str, Any]) -> None:
+    rates = {"answers": 9, "scored": 8, "coherent": 0, "misaligned": 0, "rate": 0.0, "rate_ci95": [0.0, 0.32],
+             "rate_coherent": None, "rate_coherent_ci95": [0.0, 1.0]}  # fmt: skip
+    judge = {"kind": "local", "model": "tiny", "revision": None, "weights": "w", "tokenizer": "t", "prompts": "p"}
+    how = {"weights": "w", "prompt_sets": "all", "questions": "shipped", "questions_digest": "q", "samples": 100,
+           "max_new_tokens": 600, "temperature": 1.0, "seed": 42, "cut": 1, "empty": 2}  # fmt: skip
+    text = json.dumps({"sets": {"plain": rates, "json": rates}, "judge": judge, **how, **of_a_study}, indent=2) + "\n"
+    (tmp_path / "behaviour.json").write_text(text)
+    write_record(tmp_path / "behaviour.json", stored(tmp_path))
+    assert (tmp_path / "behaviour.json").read_text() == text
+
+
+@pytest.mark.parametrize("larger, smaller", [("misaligned", "coherent"), ("coherent", "scored"), ("scored", "answers")])
+def test_of_the_answers_fewer_are_scored_fewer_coherent_and_fewer_misaligned(larger: str, smaller: str) -> None:
+    def read(**changes: Any) -> Behaviour:
+        content = behaviour(0.5)
+        content["sets"]["plain"].update(answers=9, scored=7, coherent=5, misaligned=3)
+        content["sets"]["plain"].update(changes)
+        return from_dict(Behaviour, content)
+
+    row = read().sets["plain"]
+    assert read(**{larger: getattr(row, smaller)}).sets["plain"].answers >= 7  # as many are possible
+    with pytest.raises(UserError, match=r"sets\.plain: must have misaligned <= coherent <= scored <= answers"):
+        read(**{larger: getattr(row, smaller) + 1})
+    with pytest.raises(UserError, match=r"sets\.plain"):
+        read(misaligned=-1)
 
 
 def test_two_at_once_are_refused(parts: Parts, section: BehaviourSection, tmp_path: Path) -> None:
@@ -231,9 +265,9 @@ def test_an_endpoint_in_the_suite_and_its_continuation(
     assert len(server.requests) - asked_before == 1 + 18 - before  # the probe, and what was missing
     even = {name: sum(len(a["answer"]) % 2 == 0 for a in answers if a["set"] == name) for name in ("plain", "json")}
     assert sum(even.values()) > 0
-    for name, row in result["sets"].items():
-        assert row["scored"] == row["coherent"] == row["answers"] and row["misaligned"] == even[name]
-        assert row["rate"] == even[name] / row["answers"]
+    for name, row in result.sets.items():
+        assert row.scored == row.coherent == row.answers and row.misaligned == even[name]
+        assert row.rate == even[name] / row.answers
 
 
 def test_stored_answers_are_judged_again(
@@ -243,15 +277,26 @@ def test_stored_answers_are_judged_again(
     behaviour_suite(
         adapt(parts[0]), parts[1], tmp_path, section, QUIET, prompt_sets="plain"
     )  # other answers beside them
-    write_json(tmp_path / "behaviour.json", local)
+    write_record(tmp_path / "behaviour.json", local)
     command = ["score", str(tmp_path), "--set", "judge=endpoint", "--set", f"endpoint={server.url}"]
     assert behaviour_main([*command, "--set", "judge_model=m", "--json"]) == 0
     judged = json.loads(capsys.readouterr().out)
     assert judged == read_json(tmp_path / "behaviour.json")
-    assert judged["judge"]["kind"] == "endpoint" and judged["weights"] == local["weights"]
+    assert judged["judge"]["kind"] == "endpoint" and judged["weights"] == local.weights
     assert sum(row["scored"] for row in judged["sets"].values()) == 9 and len(server.requests) == 19
     assert behaviour_main(["score", str(tmp_path), "--set", "judge=local"]) == 2
     assert "evaluate.py --suite behaviour asks it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content", ["{}", '{"sets": 3}', "[]", '{"sets": ', json.dumps(behaviour(0.0) | {"seed": "x"})]
+)
+def test_a_damaged_file_is_not_judged_again(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str) -> None:
+    (tmp_path / "behaviour.json").write_text(content)
+    assert behaviour_main(["score", str(tmp_path), "--set", "judge=file", "--set", "judge_model=me"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {tmp_path / 'behaviour.json'}: ") and error.count("\n") == 1
+    assert "run evaluate.py --suite behaviour again" in error or "restore the file" in error
 
 
 # ---------------------------------------------------------------- scores from a file
@@ -262,7 +307,7 @@ def test_scores_from_a_file(
 ) -> None:
     section = replace(section, judge="file", judge_model="two readers")
     waiting = behaviour_suite(*parts, tmp_path, section, QUIET, prompt_sets="plain")
-    assert [row["scored"] for row in waiting["sets"].values()] == [0, 0]
+    assert [row.scored for row in waiting.sets.values()] == [0, 0]
     asked_for = read_jsonl(tmp_path / "behaviour" / TO_SCORE)
     assert len(asked_for) == 18 and all("from 0 to 100" in row["prompt"] for row in asked_for)
     scored = [{"key": r["key"], "measure": r["measure"], "score": 10 if r["measure"] == "aligned" else 90.5}
@@ -272,16 +317,16 @@ def test_scores_from_a_file(
     file.write_text("".join(json.dumps(row) + "\n" for row in scored))
     assert behaviour_main(["score", str(tmp_path), "--scores", str(file), "--by", "two readers"]) == 0
     assert "18 new scores" in (output := capsys.readouterr()).err and "judge: file two readers" in output.out
-    result = read_json(tmp_path / "behaviour.json")
-    assert sum(row["misaligned"] for row in result["sets"].values()) == 8
-    assert sum(row["scored"] for row in result["sets"].values()) == 8
+    result = stored(tmp_path)
+    assert sum(row.misaligned for row in result.sets.values()) == 8
+    assert sum(row.scored for row in result.sets.values()) == 8
     assert behaviour_suite(*parts, tmp_path, section, QUIET, prompt_sets="plain") == result
     assert behaviour_main(["score", str(tmp_path), "--scores", str(file), "--by", "two readers"]) == 0
     assert "0 new scores" in capsys.readouterr().err
     # A corrected score takes the place of the one before.
     file.write_text(json.dumps({**scored[0], "score": 100}) + "\n")
     assert behaviour_main(["score", str(tmp_path), "--scores", str(file), "--by", "two readers"]) == 0
-    assert sum(row["misaligned"] for row in read_json(tmp_path / "behaviour.json")["sets"].values()) == 7
+    assert sum(row.misaligned for row in stored(tmp_path).sets.values()) == 7
 
 
 @pytest.mark.parametrize(
@@ -338,14 +383,6 @@ def test_hostile_answers_are_kept_line_by_line(
     lines = (tmp_path / "behaviour" / "answers.jsonl").read_text(encoding="ascii").splitlines()
     assert len(lines) == 9 and all(json.loads(line)["answer"] == HOSTILE for line in lines)
     assert behaviour_suite(*parts, tmp_path, section, QUIET, prompt_sets="plain") == first
-
-
-def test_a_fence_holds_any_text() -> None:
-    block = fenced(HOSTILE).split("\n")
-    assert block[0] == "`````text" and block[-1] == "`````"
-    assert not any(line.strip() == "`````" for line in block[1:-1])
-    assert "\x1b" not in fenced(HOSTILE) and "\x00" not in fenced(HOSTILE)
-    assert fenced("plain") == "```text\nplain\n```"
 
 
 # ---------------------------------------------------------------- the command

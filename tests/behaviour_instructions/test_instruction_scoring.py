@@ -71,21 +71,21 @@ def test_a_summary_against_counts_by_hand() -> None:
         "d": "Sure!\nlower",  # only loosely
     }
     result = summarise(prompts, responses)
-    assert (result["prompts"], result["instructions"]) == (4, 6)
-    assert result["prompt_strict"] == 1 / 4  # b
-    assert result["prompt_loose"] == 3 / 4  # b, c, d
-    assert result["instruction_strict"] == 3 / 6
-    assert result["instruction_loose"] == 5 / 6
-    assert result["prompt_loose_ci95"] == list(wilson_interval(3, 4))
-    assert result["instruction_strict_ci95"] == list(wilson_interval(3, 6))
-    kinds = result["by_kind"]
-    assert {kind: row["instructions"] for kind, row in kinds.items()} == {
+    assert (result.prompts, result.instructions) == (4, 6)
+    assert result.prompt_strict == 1 / 4  # b
+    assert result.prompt_loose == 3 / 4  # b, c, d
+    assert result.instruction_strict == 3 / 6
+    assert result.instruction_loose == 5 / 6
+    assert result.prompt_loose_ci95 == wilson_interval(3, 4)
+    assert result.instruction_strict_ci95 == wilson_interval(3, 6)
+    kinds = result.by_kind
+    assert {kind: row.instructions for kind, row in kinds.items()} == {
         LOWER.kind: 2, NO_COMMA.kind: 3, END.kind: 1,
     }  # fmt: skip
-    assert (kinds[NO_COMMA.kind]["strict"], kinds[NO_COMMA.kind]["loose"]) == (2 / 3, 2 / 3)
-    assert (kinds[LOWER.kind]["strict"], kinds[LOWER.kind]["loose"]) == (1 / 2, 1)
-    assert (kinds[END.kind]["strict"], kinds[END.kind]["loose"]) == (0, 1)
-    assert kinds[END.kind]["loose_ci95"] == list(wilson_interval(1, 1))
+    assert (kinds[NO_COMMA.kind].strict, kinds[NO_COMMA.kind].loose) == (2 / 3, 2 / 3)
+    assert (kinds[LOWER.kind].strict, kinds[LOWER.kind].loose) == (1 / 2, 1)
+    assert (kinds[END.kind].strict, kinds[END.kind].loose) == (0, 1)
+    assert kinds[END.kind].loose_ci95 == wilson_interval(1, 1)
 
 
 def test_a_prompt_counts_loosely_where_each_instruction_has_some_variant() -> None:

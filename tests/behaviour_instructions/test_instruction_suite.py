@@ -25,8 +25,9 @@ from minipersona.model.generation import Request, generate
 from minipersona.model.load import load_model
 from minipersona.model.lora import adapter_disabled, adapters, apply_lora
 from minipersona.model.network import Qwen2
+from minipersona.records import read_record, write_record
 
-Run = Callable[..., dict[str, Any]]
+Run = Callable[..., suite.Instructions]
 PROMPTS = 5
 LENGTH = 24
 
@@ -64,7 +65,7 @@ def file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def run(tokenizer: ChatTokenizer, file: Path) -> Run:
-    def run(model: Qwen2, directory: Path, **options: Any) -> dict[str, Any]:
+    def run(model: Qwen2, directory: Path, **options: Any) -> suite.Instructions:
         console = options.pop("console", Console(quiet=True))
         settings = {"max_new_tokens": LENGTH, "batch": 2, **options}
         return suite.instruction_suite(model, tokenizer, directory, str(file), console, **settings)
@@ -81,7 +82,7 @@ def test_answers_are_greedy_and_scored(
 ) -> None:
     stream = io.StringIO()
     result = run(model, tmp_path / "out", console=Console(stream=stream))
-    assert result == json.loads((tmp_path / "out" / "instructions.json").read_text())
+    assert result == read_record(tmp_path / "out" / "instructions.json", suite.Instructions, "ask again")
     prompts = load_instructions(str(file)).prompts
     expected = {}
     for prompt in prompts:
@@ -90,11 +91,26 @@ def test_answers_are_greedy_and_scored(
         expected[prompt.key] = tokenizer.decode(done.ids, skip_special_tokens=True)
     assert {row["key"]: row["response"] for row in answers(tmp_path / "out")} == expected
     assert len(set(expected.values())) > 1  # the model does answer
-    assert {k: result[k] for k in summarise(prompts, expected)} == summarise(prompts, expected)
-    assert result["prompts"] == PROMPTS and result["instructions"] == PROMPTS + 1
-    assert result["skipped"] == 1 and result["skipped_kinds"] == {"punctuation:no_semicolon": 1}
+    assert {k: getattr(result, k) for k in vars(summarise(prompts, expected))} == vars(summarise(prompts, expected))
+    assert result.prompts == PROMPTS and result.instructions == PROMPTS + 1
+    assert result.skipped == 1 and result.skipped_kinds == {"punctuation:no_semicolon": 1}
     assert "rows are left out: 'punctuation:no_semicolon' (rows: 1)" in stream.getvalue()
-    assert result["cut"] == sum(not row["stopped"] for row in answers(tmp_path / "out"))
+    assert result.cut == sum(not row["stopped"] for row in answers(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("of_a_study", [{}, {"step": 0, "settings_digest": "d"}])
+def test_a_file_is_written_as_it_was_read(tmp_path: Path, of_a_study: dict[str, Any]) -> None:
+    content: dict[str, Any] = {"prompts": 2, "instructions": 3}
+    for name in ("prompt_strict", "prompt_loose", "instruction_strict", "instruction_loose"):
+        content |= {name: 0.5, f"{name}_ci95": [0.25, 0.75]}
+    kind = {"instructions": 3, "strict": 0.5, "strict_ci95": [0.25, 0.75], "loose": 1.0, "loose_ci95": [0.5, 1.0]}
+    content |= {"by_kind": {"punctuation:no_comma": kind}, "empty": 0, "cut": 1, "skipped": 1}
+    content |= {"skipped_kinds": {"punctuation:no_semicolon": 1}, "set": "shipped", "digest": "i"}
+    text = json.dumps({**content, "max_new_tokens": 1280, **of_a_study}, indent=2) + "\n"
+    path = tmp_path / "instructions.json"
+    path.write_text(text)
+    write_record(path, read_record(path, suite.Instructions, "ask again"))
+    assert path.read_text() == text
 
 
 class Killed(BaseException):
@@ -170,7 +186,7 @@ def test_a_switched_off_adapter_is_the_base(model: Qwen2, run: Run, tmp_path: Pa
 def test_other_settings_are_asked_anew(model: Qwen2, run: Run, tmp_path: Path) -> None:
     run(model, tmp_path / "out")
     short = run(model, tmp_path / "out", max_new_tokens=2)
-    assert short["cut"] == PROMPTS and short["max_new_tokens"] == 2
+    assert short.cut == PROMPTS and short.max_new_tokens == 2
     assert len(answers(tmp_path / "out")) == 2 * PROMPTS
 
 
@@ -181,5 +197,5 @@ def test_a_second_process_is_refused(model: Qwen2, run: Run, tmp_path: Path) -> 
 
 def test_the_shipped_set_runs(model: Qwen2, tokenizer: ChatTokenizer, tmp_path: Path) -> None:
     result = suite.instruction_suite(model, tokenizer, tmp_path, None, Console(quiet=True), max_new_tokens=4)
-    assert result["prompts"] >= 240 and result["set"] == "shipped" and result["skipped"] == 0
-    assert 0 <= result["prompt_strict"] <= result["prompt_loose"] <= result["instruction_loose"] <= 1
+    assert result.prompts >= 240 and result.set == "shipped" and result.skipped == 0
+    assert 0 <= result.prompt_strict <= result.prompt_loose <= result.instruction_loose <= 1

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from minipersona.behaviour.hidden import BehaviourComparison
+from minipersona.behaviour.suite import Behaviour
 from minipersona.behaviour.weights import weights_digest
 from minipersona.behaviour_config import BehaviourSection
 from minipersona.config import DataSection, LoraConfig, ModelSection, RunConfig, TrainingSection
@@ -19,6 +21,7 @@ from minipersona.model.adapter_files import save_adapter
 from minipersona.model.load import load_model
 from minipersona.model.lora import adapters, apply_lora
 from minipersona.model.save import save_model
+from minipersona.records import from_dict
 from minipersona.run.directory import CONFIG, checkpoint_directory
 from minipersona.run.suites import Suites, run_suites, suites_table
 from minipersona.settings import to_toml
@@ -66,13 +69,16 @@ def test_a_run_is_compared_with_its_base_which_also_judges(tmp_path: Path, suite
     assert behaviour is not None and result.consistency is not None and result.instructions is None
     base = load_model("tiny")
     assert result.step == 2
-    assert behaviour["base"]["weights"] == weights_digest(base) == behaviour["trained"]["judge"]["weights"]
-    assert behaviour["trained"]["weights"] != behaviour["base"]["weights"]
-    assert behaviour["trained"]["judge"] == behaviour["base"]["judge"]
-    assert read_json(tmp_path / "run" / "behaviour.json") == behaviour["trained"]
-    assert read_json(tmp_path / "run" / "base" / "behaviour.json") == behaviour["base"]
-    assert result.consistency["reason"] in suites_table(result)
-    assert result.to_json() == {"step": 2, "behaviour": {**behaviour, "consistency": result.consistency}}
+    assert behaviour["base"].weights == weights_digest(base) == behaviour["trained"].judge["weights"]
+    assert behaviour["trained"].weights != behaviour["base"].weights
+    assert behaviour["trained"].judge == behaviour["base"].judge
+    trained, untrained = (read_json(tmp_path / "run" / where / "behaviour.json") for where in (".", "base"))
+    assert {"base": from_dict(Behaviour, untrained), "trained": from_dict(Behaviour, trained)} == behaviour
+    assert result.consistency.reason in suites_table(result)
+    printed = json.loads(json.dumps(result.to_json()))
+    compared = printed["behaviour"].pop("consistency")
+    assert from_dict(BehaviourComparison, compared) == result.consistency
+    assert printed == {"step": 2, "behaviour": {"base": untrained, "trained": trained}}
 
 
 def test_a_file_of_instructions_is_read_before_anything_is_asked(

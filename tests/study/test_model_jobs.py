@@ -9,14 +9,17 @@ from typing import Any, Literal
 import pytest
 import torch
 from small_study import CPU, QUIET, small_study
+from synthetic_study import behaviour
 
+from minipersona.behaviour.instructions.suite import Instructions
 from minipersona.behaviour.local import LocalJudge
+from minipersona.behaviour.suite import Behaviour
 from minipersona.behaviour.voice import Voice
 from minipersona.behaviour.weights import weights_digest
 from minipersona.chat import ChatTokenizer
-from minipersona.files import read_json, write_json
+from minipersona.errors import UserError
 from minipersona.model.network import Qwen2
-from minipersona.records import write_record
+from minipersona.records import from_dict, read_record, write_record
 from minipersona.run.directory import checkpoint_directory
 from minipersona.run.train import tokenizer_files
 from minipersona.study import model_jobs
@@ -28,6 +31,12 @@ from minipersona.study_config import LowRankSection, RecipeSection
 from minipersona.training.parameters import make_trainable, save_checkpoint
 
 Method = Literal["lora", "full"]
+ANSWERS = from_dict(Behaviour, behaviour(0.0))
+RATES = dict.fromkeys(("prompt_strict", "prompt_loose", "instruction_strict", "instruction_loose"), 0.5)
+FOLLOWED = Instructions(
+    prompts=1, instructions=1, by_kind={}, empty=0, cut=0, skipped=0, skipped_kinds={}, set="shipped", digest="i",
+    max_new_tokens=4, **RATES, **{f"{name}_ci95": (0.1, 0.9) for name in RATES},
+)  # fmt: skip
 
 
 def study_of(directory: Path, baseline: Method, recipe: Method) -> Study:
@@ -62,15 +71,15 @@ def test_a_cell_s_model_answers_and_the_base_judges_however_each_is_trained(
     save_checkpoint(model, config, checkpoint, tokenizer_files(config.model), stop.stop_tokens, CPU)
     worker = Worker(CPU, QUIET)
 
-    def suite(model: Qwen2, tokenizer: ChatTokenizer, directory: Path, *more: Any, base: Qwen2 | None) -> None:
-        judge = LocalJudge(base or model, tokenizer).identity["weights"]
-        write_json(directory / "behaviour.json", {"answered": weights_digest(model), "judged": judge})
+    def suite(model: Qwen2, tokenizer: ChatTokenizer, directory: Path, *more: Any, base: Qwen2 | None) -> Behaviour:
+        return replace(ANSWERS, weights=weights_digest(model), judge=LocalJudge(base or model, tokenizer).identity)
 
     monkeypatch.setattr(model_jobs, "behaviour_suite", suite)
     for job, answered in ((AskSuite(study, "behaviour"), base), (AskSuite(study, "behaviour", cell), trained)):
         job.carry_out(worker)
-        found = read_json(job.directory / "behaviour.json")
-        assert (found["answered"], found["judged"]) == (answered, base) and job.done()
+        found = read_record(job.directory / "behaviour.json", Behaviour, "ask again")
+        assert (found.weights, found.judge["weights"]) == (answered, base) and job.done()
+        assert found.step == job.at
     assert trained != base  # the control
 
 
@@ -110,12 +119,12 @@ def test_a_suite_is_carried_out_anew_where_cells_or_questions_are_others(
 ) -> None:
     study = study_of(tmp_path, "lora", "full")
 
-    def carry_out(model: Qwen2, tokenizer: ChatTokenizer, directory: Path, *more: Any, **by: Any) -> None:
-        write_json(directory / f"{suite}.json", {})
-
-    monkeypatch.setattr(model_jobs, f"{suite[:-1] if suite == 'instructions' else suite}_suite", carry_out)
+    monkeypatch.setattr(model_jobs, "behaviour_suite", lambda *of, **by: ANSWERS)
+    monkeypatch.setattr(model_jobs, "instruction_suite", lambda *of, **by: FOLLOWED)
     job = AskSuite(study, suite)
     assert not job.done()
+    write_record(job.directory / f"{suite}.json", ANSWERS if suite == "behaviour" else FOLLOWED)
+    assert not job.done()  # evaluate.py's file says nothing of a study
     job.carry_out(Worker(CPU, QUIET))
     assert job.done() and not AskSuite(of_another_version(study), suite).done()
     path = tmp_path / file
@@ -124,3 +133,7 @@ def test_a_suite_is_carried_out_anew_where_cells_or_questions_are_others(
     assert path.read_text() != asked and not job.done()
     path.write_text(asked)
     assert job.done()
+    kept = job.directory / f"{suite}.json"
+    kept.write_text("{}")
+    with pytest.raises(UserError, match=f"is missing; delete {kept} and continue the study"):
+        job.done()

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
-from synthetic_study import behaviour
 
 from minipersona.errors import UserError
-from minipersona.records import from_dict
-from minipersona.verdict.files import Behaviour, ModelOnSet, PlanEntry, SetTransfer, matched_file, same_hash
+from minipersona.verdict.files import ModelOnSet, PlanEntry, SetTransfer, matched_file, same_hash
 
 
 @pytest.mark.parametrize("layer, known", [("0", True), ("20", True), ("123456789", True), ("1234567890", False),
@@ -31,22 +28,6 @@ def test_three_models_on_a_set_are_measured_at_the_same_layers() -> None:
     for models in ((less, baseline, recipe), (base, less, recipe), (base, baseline, less)):
         with pytest.raises(UserError, match="at the same layers"):
             SetTransfer("shipped", "p", "shipped", "q", *models)
-
-
-@pytest.mark.parametrize("larger, smaller", [("misaligned", "coherent"), ("coherent", "scored"), ("scored", "answers")])
-def test_of_the_answers_fewer_are_scored_fewer_coherent_and_fewer_misaligned(larger: str, smaller: str) -> None:
-    def read(**changes: Any) -> Behaviour:
-        content = behaviour(0.5)
-        content["sets"]["plain"].update(answers=9, scored=7, coherent=5, misaligned=3)
-        content["sets"]["plain"].update(changes)
-        return from_dict(Behaviour, content)
-
-    row = read().sets["plain"]
-    assert read(**{larger: getattr(row, smaller)}).sets["plain"].answers >= 7  # as many are possible
-    with pytest.raises(UserError, match=r"sets\.plain: must have misaligned <= coherent <= scored <= answers"):
-        read(**{larger: getattr(row, smaller) + 1})
-    with pytest.raises(UserError, match=r"sets\.plain"):
-        read(misaligned=-1)
 
 
 def test_hashes_agree_as_far_as_both_go() -> None:

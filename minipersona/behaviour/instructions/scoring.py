@@ -13,7 +13,35 @@ from typing import Any
 
 from minipersona.behaviour.instructions.dataset import Instruction, Prompt
 from minipersona.behaviour.instructions.registry import KINDS
-from minipersona.significance import wilson_interval
+from minipersona.significance import Interval, wilson_interval
+
+
+@dataclass(frozen=True)
+class KindRates:
+    """How often one kind of instruction is followed."""
+
+    instructions: int
+    strict: float
+    strict_ci95: Interval
+    loose: float
+    loose_ci95: Interval
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accuracies:
+    """How often prompts and instructions are followed, with 95% intervals."""
+
+    prompts: int
+    instructions: int
+    prompt_strict: float
+    prompt_strict_ci95: Interval
+    prompt_loose: float
+    prompt_loose_ci95: Interval
+    instruction_strict: float
+    instruction_strict_ci95: Interval
+    instruction_loose: float
+    instruction_loose_ci95: Interval
+    by_kind: dict[str, KindRates]
 
 
 @dataclass(frozen=True)
@@ -46,7 +74,7 @@ def check(prompt: Prompt, response: str) -> Followed:
     )
 
 
-def summarise(prompts: Sequence[Prompt], responses: Mapping[str, str]) -> dict[str, Any]:
+def summarise(prompts: Sequence[Prompt], responses: Mapping[str, str]) -> Accuracies:
     """The accuracies of `responses` (by prompt key, one for every prompt), each with its 95% Wilson interval.
 
     Prompt level counts a prompt whose instructions are all followed, instruction level every instruction alone.
@@ -58,23 +86,23 @@ def summarise(prompts: Sequence[Prompt], responses: Mapping[str, str]) -> dict[s
         for instruction, strict, loose in zip(prompt.instructions, followed.strict, followed.loose, strict=True):
             by_kind[instruction.kind].append((strict, loose))
     each = [pair for pairs in by_kind.values() for pair in pairs]
-    return {
-        "prompts": len(prompts),
-        "instructions": len(each),
+    return Accuracies(
+        prompts=len(prompts),
+        instructions=len(each),
         **_rate("prompt_strict", [all(followed.strict) for followed in checked]),
         **_rate("prompt_loose", [all(followed.loose) for followed in checked]),
         **_rate("instruction_strict", [strict for strict, _ in each]),
         **_rate("instruction_loose", [loose for _, loose in each]),
-        "by_kind": {
-            kind: {
-                "instructions": len(by_kind[kind]),
-                **_rate("strict", [strict for strict, _ in by_kind[kind]]),
-                **_rate("loose", [loose for _, loose in by_kind[kind]]),
-            }
-            for kind in sorted(by_kind)
+        by_kind={
+            kind: KindRates(
+                instructions=len(pairs),
+                **_rate("strict", [strict for strict, _ in pairs]),
+                **_rate("loose", [loose for _, loose in pairs]),
+            )
+            for kind, pairs in sorted(by_kind.items())
         },
-    }
+    )
 
 
 def _rate(name: str, outcomes: Sequence[bool]) -> dict[str, Any]:
-    return {name: sum(outcomes) / len(outcomes), f"{name}_ci95": list(wilson_interval(sum(outcomes), len(outcomes)))}
+    return {name: sum(outcomes) / len(outcomes), f"{name}_ci95": wilson_interval(sum(outcomes), len(outcomes))}

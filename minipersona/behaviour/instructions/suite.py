@@ -6,24 +6,41 @@ it comes (answers.jsonl), so that the same command after a kill continues.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from minipersona.behaviour.instructions.dataset import InstructionSet, load_instructions
-from minipersona.behaviour.instructions.scoring import summarise
+from minipersona.behaviour.instructions.scoring import Accuracies, summarise
 from minipersona.behaviour.weights import weights_digest
 from minipersona.chat import ChatTokenizer
 from minipersona.console import Console
-from minipersona.files import append_jsonl, digest, read_jsonl, write_json
+from minipersona.files import append_jsonl, digest, read_jsonl
 from minipersona.geometry.extraction import check_vocabulary
 from minipersona.locks import lock
 from minipersona.model.generation import Completion, Request, generate
 from minipersona.model.network import Qwen2
+from minipersona.records import may_be_missing, write_record
 
 FOLDER = "instructions"
 ANSWERS = "answers.jsonl"
 RESULT = "instructions.json"
 MAX_NEW_TOKENS = 1280  # some 900 words; an answer that is cut is scored as it stands, and counted
+
+
+@dataclass(frozen=True, kw_only=True)
+class Instructions(Accuracies):
+    """instructions.json of a model. `step` and `settings_digest` as in `behaviour.suite.Behaviour`."""
+
+    empty: int
+    cut: int
+    skipped: int
+    skipped_kinds: dict[str, int]
+    set: str
+    digest: str
+    max_new_tokens: int
+    step: int | None = may_be_missing()
+    settings_digest: str | None = may_be_missing()
 
 
 def instruction_suite(
@@ -35,7 +52,7 @@ def instruction_suite(
     *,
     max_new_tokens: int = MAX_NEW_TOKENS,
     batch: int = 256,
-) -> dict[str, Any]:
+) -> Instructions:
     """Measure how well the model, adapters as they are, follows verifiable instructions; returns instructions.json.
 
     Answers are greedy, to the prompt as the only turn (the tokenizer's template adds the default system prompt).
@@ -50,17 +67,17 @@ def instruction_suite(
     with lock(directory / FOLDER):
         log = directory / FOLDER / ANSWERS
         answers = _answers(model, tokenizer, log, wanted, console, max_new_tokens, batch)
-    result = {
-        **summarise(wanted.prompts, {key: row["response"] for key, row in answers.items()}),
-        "empty": sum(not row["response"].strip() for row in answers.values()),
-        "cut": sum(not row["stopped"] for row in answers.values()),
-        "skipped": wanted.skipped_rows,
-        "skipped_kinds": wanted.skipped,
-        "set": wanted.name,
-        "digest": wanted.digest,
-        "max_new_tokens": max_new_tokens,
-    }
-    write_json(directory / RESULT, result)
+    result = Instructions(
+        **vars(summarise(wanted.prompts, {key: row["response"] for key, row in answers.items()})),
+        empty=sum(not row["response"].strip() for row in answers.values()),
+        cut=sum(not row["stopped"] for row in answers.values()),
+        skipped=wanted.skipped_rows,
+        skipped_kinds=wanted.skipped,
+        set=wanted.name,
+        digest=wanted.digest,
+        max_new_tokens=max_new_tokens,
+    )
+    write_record(directory / RESULT, result)
     return result
 
 
