@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -287,6 +287,10 @@ class SteeringSection:
                 parse_difference(names)
         elif self.vector not in ("", COLLAPSE):
             parse_difference(self.difference)
+        require(
+            bool(self.vector) or all(getattr(self, f.name) == f.default for f in fields(self)),
+            "steering: has no effect without steering.vector; name one, or leave the section out",
+        )
 
     @property
     def leaks(self) -> bool:
@@ -315,6 +319,9 @@ class ProbeSection:
     personas: str = SHIPPED  # or registered (the predecessor's, fetched and verified), or a file in the same form
     questions: str = SHIPPED
     baseline: str = ""  # "self", or the directory of the run whose last step the others are judged against
+
+    def __post_init__(self) -> None:
+        require(len(set(self.layers)) == len(self.layers), "probe.layers: name each block once")
 
     def measured(self, registered: int) -> tuple[int, ...]:
         """The layers that are measured, where `registered` is the model's own."""

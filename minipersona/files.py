@@ -357,6 +357,14 @@ def read_jsonl(path: str | Path, torn: bool = True, mend: str = "mend or delete 
     return rows
 
 
+def read_objects(path: str | Path) -> list[dict[str, Any]]:
+    """`read_jsonl` of a log of which every line is a JSON object; UserError where one is not."""
+    rows = read_jsonl(path)
+    for number, row in enumerate(rows, 1):
+        require(isinstance(row, dict), f"{path}: line {number} is not a JSON object; delete that line")
+    return rows
+
+
 def rewrite_jsonl(path: str | Path, rows: list[dict[str, Any]]) -> None:
     """Replace a log atomically."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))

@@ -23,6 +23,8 @@ from minipersona.geometry.compare import compare
 from minipersona.geometry.vectors import PersonaVectors, load_vectors
 from minipersona.locks import lock
 from minipersona.model.__main__ import main as merge
+from minipersona.model.load import load_model
+from minipersona.run.directory import baseline_row
 from minipersona.run.evaluate import check_side_by_side
 from minipersona.run.result import read_result
 
@@ -587,6 +589,39 @@ def test_a_baseline_must_be_judged_at_its_last_step(
     refused(capsys, command, "judged at step 2, its last is 4")
     (other / "result.json").write_text("{}")
     refused(capsys, command, "protocol.model is missing", "evaluate.py --run")
+
+
+def test_a_baseline_is_of_the_same_model_rows_and_personas(finished: Path) -> None:
+    assert main(["evaluate", "--run", str(finished)]) == 0
+    protocol = read_result(finished / "result.json", "").protocol
+    assert protocol.weights is not None and baseline_row(finished, protocol).persona_loss is not None
+    for other in ({"weights": "another"}, {"supervise": "all"}, {"heldout_digest": "another"}):
+        with pytest.raises(UserError, match=f"its {next(iter(other))} is not this run's"):
+            baseline_row(finished, replace(protocol, **other))
+    # Under other personas' prompts its loss says nothing of this run's, so that the verdict is open.
+    row = baseline_row(finished, replace(protocol, persona_digest="another"))
+    assert row.persona_loss is None and row.eval_loss is not None
+
+
+def test_a_directory_is_told_by_its_weights(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "data" / "tiny", tmp_path / "m")
+    before = load_model(str(tmp_path / "m")).source["weights"]
+    tensors = load_file(tmp_path / "m" / "model.safetensors")
+    save_file(tensors, tmp_path / "m" / "model.safetensors", {"format": "pt"})
+    assert load_model("tiny").source["weights"] == load_model(str(tmp_path / "m")).source["weights"] == before
+    save_file({name: x * 0.7 for name, x in tensors.items()}, tmp_path / "m" / "model.safetensors", {"format": "pt"})
+    assert load_model(str(tmp_path / "m")).source["weights"] != before
+    assert "weights" not in load_model("random:" + str(tmp_path / "m")).source  # drawn from a seed
+
+
+def test_a_checkpoint_that_is_gone_is_named(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy)
+    assert main(["evaluate", "--run", str(copy)]) == 0  # the control
+    capsys.readouterr()
+    shutil.rmtree(copy / "step-000002")
+    refused(capsys, ["evaluate", "--run", str(copy)], "step-000002: is gone; restore it, or delete")
+    refused(capsys, ["evaluate", "--run", str(finished), str(finished)], "--run: names a directory twice")
 
 
 @pytest.fixture(scope="module")

@@ -159,6 +159,8 @@ def test_what_is_written_reads_back(text: str, seed: int, rate: float, checkpoin
             "objective.anchor_responses = -1: must not be negative; 0 is off",
         ),
         ({**MINIMAL, "objective": {"anchor_questions": "q.jsonl"}}, "objective.anchor_questions: is a choice of"),
+        ({**MINIMAL, "steering": {"coefficient": 9.0}}, "has no effect without steering.vector"),
+        ({**MINIMAL, "probe": {"layers": [6, 6]}}, "probe.layers: name each block once"),
         ({**MINIMAL, "steering": {"vector": "villain"}}, 'two personas with " - " between'),
         ({**MINIMAL, "steering": {"vector": "villain - villain"}}, "two personas"),
         ({**MINIMAL, "steering": {"vector": "file:"}}, "name the file"),

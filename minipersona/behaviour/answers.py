@@ -15,7 +15,7 @@ from minipersona.behaviour.weights import weights_digest
 from minipersona.behaviour_config import BehaviourSection
 from minipersona.chat import ChatTokenizer
 from minipersona.console import Console
-from minipersona.files import append_jsonl, digest, read_jsonl
+from minipersona.files import append_jsonl, digest, read_objects
 from minipersona.model.generation import Completion, Request, generate
 from minipersona.model.network import Qwen2
 
@@ -33,7 +33,7 @@ def key_of(prompt: Prompt, section: BehaviourSection, weights: str) -> str:
 def stored(directory: Path, keys: Sequence[str]) -> dict[str, Answer]:
     """The answers in the directory that have these keys, by key."""
     wanted = set(keys)
-    return {row["key"]: row for row in read_jsonl(directory / ANSWERS) if row.get("key") in wanted}
+    return {row["key"]: row for row in read_objects(directory / ANSWERS) if row.get("key") in wanted}
 
 
 def answer_all(

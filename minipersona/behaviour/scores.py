@@ -13,7 +13,7 @@ from typing import Any
 from minipersona.behaviour.answers import Answer, asked
 from minipersona.behaviour.judge import MEASURES, Case, Judge, Score
 from minipersona.console import Console
-from minipersona.files import append_jsonl, digest, read_jsonl
+from minipersona.files import append_jsonl, digest, read_objects
 
 SCORES = "scores.jsonl"
 JUDGES = "judges.jsonl"
@@ -28,7 +28,7 @@ def judge_id(judge: Judge) -> str:
 
 def stored_scores(directory: Path, judge: Judge) -> Scores:
     """The scores that the directory has from this judge."""
-    rows = [row for row in read_jsonl(directory / SCORES) if row.get("judge") == judge_id(judge)]
+    rows = [row for row in read_objects(directory / SCORES) if row.get("judge") == judge_id(judge)]
     return {(row["key"], row["measure"]): Score(row["score"], row["mass"]) for row in rows}
 
 
@@ -41,7 +41,7 @@ def keep_score(directory: Path, judge: Judge, key: str, measure: str, score: Sco
 def introduce(directory: Path, judge: Judge) -> None:
     """Write down who a judge is, once."""
     row = {"judge": judge_id(judge), **judge.identity}
-    if row not in read_jsonl(directory / JUDGES):
+    if row not in read_objects(directory / JUDGES):
         append_jsonl(directory / JUDGES, row, ascii=True)
 
 

@@ -28,7 +28,8 @@ from minipersona.behaviour.weights import weights_digest
 from minipersona.chat import ChatTokenizer, Document
 from minipersona.config import LARGE_PASS
 from minipersona.console import Console
-from minipersona.files import append_jsonl, digest, read_jsonl
+from minipersona.errors import require
+from minipersona.files import append_jsonl, digest, read_objects
 from minipersona.geometry.extraction import check_positions, check_vocabulary, render_prompts
 from minipersona.geometry.statistics import bootstrap_interval, question_weights
 from minipersona.model.generation import Completion, Request, generate
@@ -93,9 +94,17 @@ def base_responses(
     check_vocabulary(base, tokenizer)
     prompts = [document.ids for document in render_prompts(tokenizer, personas, questions)]
     check_positions(base, prompts, most_tokens)
-    weights = weights_digest(base)
+    weights, vocabulary = weights_digest(base), base.config.vocab_size
     keys = [digest([weights, most_tokens, ids.tolist()]) for ids in prompts]
-    found = {row["key"]: row["tokens"] for row in read_jsonl(file) if row.get("key") in set(keys)}
+    found = {row["key"]: row.get("tokens") for row in read_objects(file) if row.get("key") in set(keys)}
+    for tokens in found.values():
+        require(
+            isinstance(tokens, list)
+            and bool(tokens)
+            and all(type(t) is int and t in range(vocabulary) for t in tokens),
+            f"{file}: a response is not a list of tokens of 0 to {vocabulary - 1}; delete the file, and all are "
+            "generated again",
+        )
     missing = [i for i, key in enumerate(keys) if key not in found]
     with console.progress("responding", len(keys), "responses") as progress:
 

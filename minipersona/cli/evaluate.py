@@ -60,6 +60,8 @@ def _evaluate(options: argparse.Namespace) -> None:
         raise UserError("name either --run DIR, or a model: --model M, --adapter A, or both; see evaluate.py --help")
     if options.run and (options.tokenizer or options.revision or options.template):
         raise UserError("--tokenizer, --template and --revision belong to --model; a run's are in its config.toml")
+    if len({os.path.realpath(run) for run in options.run}) < len(options.run):
+        raise UserError("--run: names a directory twice; name each run once")
     _check_suite_options(options)
 
     from minipersona.training.interruption import interruptible

@@ -72,6 +72,13 @@ def check_anchors(config: RunConfig, sizes: ModelConfig, ranks: int = 1, *, fetc
             raise UserError(
                 f"objective.anchor_layers: {layer}; this model has blocks 0 to {blocks - 1}, choose of them"
             )
+    adapted = config.lora.adapted_blocks(blocks) if config.training.method == "lora" else range(blocks)
+    highest = max(section.anchor_layers or (sizes.probe_layer,))
+    require(
+        not section.anchors_states or highest >= adapted.start,
+        f"objective.anchor_layers: nothing is trained up to block {highest}, since lora.blocks begins at "
+        f"{adapted.start}; name a block from there on",
+    )
     most = sizes.max_position_embeddings
     require(
         section.anchor_responses < most,
@@ -94,8 +101,10 @@ def check_anchors(config: RunConfig, sizes: ModelConfig, ranks: int = 1, *, fetc
         )
 
 
-def check_unmeasured(anchors: tuple[PersonaSet, QuestionSet], measured: tuple[PersonaSet, QuestionSet]) -> None:
-    """UserError where a persona, by its name or its prompt, or a question is both an anchor and measured.
+def check_unmeasured(
+    anchors: tuple[PersonaSet, QuestionSet], measured: tuple[PersonaSet, QuestionSet], where: str = "probe"
+) -> None:
+    """UserError where a persona, by its name or its prompt, or a question is both an anchor and measured, by `where`.
 
     Texts are compared by their words: capitals, punctuation and spaces do not count.
     """
@@ -103,13 +112,13 @@ def check_unmeasured(anchors: tuple[PersonaSet, QuestionSet], measured: tuple[Pe
     for name, prompt in anchors[0].prompts.items():
         if name in taken or words(prompt) in taken.values():
             raise UserError(
-                f"objective.anchor_personas: persona {name!r} is also measured (probe.personas); leave it out of one"
+                f"objective.anchor_personas: persona {name!r} is also measured ({where}.personas); leave it out of one"
             )
     asked = set(map(words, measured[1].questions))
     for question in anchors[1].questions:
         if words(question) in asked:
             raise UserError(
-                f"objective.anchor_questions: {question!r} is also measured (probe.questions); leave it out of one"
+                f"objective.anchor_questions: {question!r} is also measured ({where}.questions); leave it out of one"
             )
 
 

@@ -11,13 +11,14 @@ import torch
 from minipersona.chat import ChatTokenizer
 from minipersona.config import SHIPPED, ProbeSection, RunConfig
 from minipersona.console import Console
-from minipersona.errors import UserError
+from minipersona.errors import UserError, require
 from minipersona.model.adapter_files import load_adapter
 from minipersona.model.lora import adapter_norm
 from minipersona.model.network import Qwen2
 from minipersona.run.directory import (
     append_measurement,
     baseline_row,
+    checkpoint_directory,
     checkpoint_steps,
     read_config,
     stored_measurement,
@@ -28,6 +29,7 @@ from minipersona.run.measurement import Instruments, make_instruments, measure
 from minipersona.run.provenance import read_provenance
 from minipersona.run.resources import load_checkpoint, load_run_model, load_run_tokenizer, run_instruments
 from minipersona.run.result import Baseline, Checkpoint, Measurement, MeasurementProtocol, Metrics, RunResult
+from minipersona.training.checkpoint import stored_position
 from minipersona.training.distributed import Distributed
 from minipersona.training.parameters import distance_from_base
 
@@ -62,6 +64,13 @@ def evaluate_run(
     config, made_by = read_config(directory), read_provenance(directory)
     wanted = (overrides or Overrides()).apply(config)
     steps = [0, *checkpoint_steps(directory)]
+    position = stored_position(directory)
+    for step in config.training.checkpoints:
+        written = step < position.step or position.done
+        require(
+            step in steps or not written,
+            f"{checkpoint_directory(directory, step)}: is gone; restore it, or delete {directory} and train again",
+        )
     protocol = made_by.protocol
     stored = [stored_measurement(directory, step, protocol) for step in steps]
     rows = [row for row in stored if row is not None]

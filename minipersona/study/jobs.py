@@ -26,6 +26,7 @@ from minipersona.behaviour.roleplay import rewrite_responses, write_roleplay
 from minipersona.console import Console
 from minipersona.corpus.mixtures import training_personas
 from minipersona.corpus.sources import read_source
+from minipersona.errors import require
 from minipersona.files import explained, read_jsonl, rewrite_jsonl, write_json
 from minipersona.objective import OBJECTIVE_CHECK
 from minipersona.objective.noise_check import NoiseCheck
@@ -77,6 +78,10 @@ class TrainCell(Job):
 
     def carry_out(self, worker: Worker) -> None:
         study, directory = self.study, self.study.attempts / self.cell.id
+        published = study.cell_directory(self.cell)
+        require(
+            self.done() or not published.exists(), f"{published}: has no cell.json; delete it and continue the study"
+        )
         began_at = stored_position(directory).step
         started, before = time.monotonic(), training_seconds(directory)
         config = study.placed_config(self.cell)
@@ -85,7 +90,7 @@ class TrainCell(Job):
         seconds = before + time.monotonic() - started
         on_gpu = worker.distributed.device.type == "cuda"
         write_record(directory / "cell.json", cell_record(self.cell, directory, began_at, seconds, on_gpu))
-        publish(directory, study.cell_directory(self.cell))
+        publish(directory, published)
 
 
 def publish(private: Path, target: Path) -> None:

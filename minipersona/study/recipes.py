@@ -29,14 +29,14 @@ from typing import Any, Literal, NamedTuple
 
 from minipersona.behaviour.instructions.dataset import load_instructions
 from minipersona.behaviour.questions import load_questions
-from minipersona.config import COLLAPSE, STEERING_RANDOM, ObjectiveSection, RunConfig, SteeringSection
+from minipersona.config import COLLAPSE, SHIPPED, STEERING_RANDOM, ObjectiveSection, RunConfig, SteeringSection
 from minipersona.corpus.mixtures import TRAINING_PERSONAS
 from minipersona.errors import Unreachable, UserError, require
 from minipersona.files import data_dir, user_path
-from minipersona.geometry.prompts import load_personas
+from minipersona.geometry.prompts import QuestionSet, load_personas
 from minipersona.model.load import architecture_offline
 from minipersona.records import unknown_key
-from minipersona.run.anchors import check_anchors
+from minipersona.run.anchors import anchor_sets, check_anchors, check_unmeasured
 from minipersona.run.steering import steered_layers
 from minipersona.settings import difference, flatten, with_settings
 from minipersona.study_config import BEYOND, SEED_SUFFIX, SHARED, STAGES, RecipeSection, Role, StudyConfig
@@ -113,12 +113,15 @@ def _check_different(recipes: Sequence[Recipe]) -> None:
     for (phase, name), count in names.items():
         if count > 1:
             raise UserError(f"phase {phase}: {name} is planned {count} times; write each value once")
-    for number, recipe in enumerate(recipes):
-        same = [other for other in recipes[:number] if other.config == recipe.config]
-        if same and recipe.phase in STAGES[BEYOND]:
+    trained: dict[str, Recipe] = {}  # by what is trained: what judges a recipe, and at which steps, makes no other one
+    for recipe in recipes:
+        training = replace(recipe.config.training, checkpoints=())
+        what = repr(replace(recipe.config, out="", training=training, probe=replace(recipe.config.probe, baseline="-")))
+        if other := trained.get(what):
             raise UserError(
-                f"recipe {recipe.phase} {recipe.name!r}: is the same as {same[0].phase} {same[0].name}; remove one"
+                f"recipe {recipe.phase} {recipe.name!r}: is the same as {other.phase} {other.name}; remove one"
             )
+        trained[what] = recipe
 
 
 def standard_config(study: StudyConfig, seed: int) -> RunConfig:
@@ -185,6 +188,10 @@ def check_planned(study: StudyConfig) -> None:
             recipe.config.lora.adapted_blocks(blocks)
             named_files(recipe.config)
             check_anchors(recipe.config, sizes)
+            if recipe.config.objective.anchored:  # what it is anchored to would not show what it keeps of others
+                for personas in (SHIPPED, *study.transfer.personas):
+                    sets = load_personas(personas), QuestionSet("", [], "")
+                    check_unmeasured(anchor_sets(recipe.config.objective), sets, "transfer")
         except Unreachable:
             pass  # the measured sets are not here yet; the cell checks this again before it trains
         except UserError as error:

@@ -121,7 +121,7 @@ def open_study(config: StudyConfig, device_type: str, console: Console) -> Study
         made = [name for name in stale if (directory / "cells" / name).is_dir()]
         if made:
             console.say(
-                f"{len(made)} of the cells there are of another version of the code or the data, and will be made again"
+                f"{len(made)} of the cells there are of other code, data or settings than now, and will be made again"
             )
     sweep_temporaries(directory)
     write_text(file, to_toml(config))

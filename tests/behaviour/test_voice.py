@@ -20,6 +20,8 @@ from minipersona.behaviour.voice import Responses, Voice, asked, base_responses,
 from minipersona.chat import load_tokenizer
 from minipersona.config import LoraConfig
 from minipersona.console import Console
+from minipersona.errors import UserError
+from minipersona.files import read_jsonl, rewrite_jsonl
 from minipersona.geometry.prompts import load_personas, load_questions
 from minipersona.model.load import load_model
 from minipersona.model.lora import adapters, apply_lora
@@ -170,6 +172,21 @@ def test_the_base_has_a_voice_which_an_untrained_adapter_leaves_and_a_random_one
     for adapter in adapters(model).values():
         torch.nn.init.normal_(adapter.lora_B, std=0.1)
     assert measure_voice(model, said, QUIET).value != pytest.approx(base.value, rel=1e-2)
+
+
+@pytest.mark.parametrize("tokens", [None, "abc", [], [99999], [True]])
+def test_a_damaged_response_is_refused(tokens: object, tmp_path: Path) -> None:
+    base, tokenizer, file = load_model("tiny", device="cpu"), load_tokenizer("tiny"), tmp_path / "r.jsonl"
+    given = base, tokenizer, {"x": "You are a villain.", "y": "You are a cook."}, ["How are you?"], file, QUIET
+    base_responses(*given, most_tokens=2)
+    rows = read_jsonl(file)
+    base_responses(*given, most_tokens=2)  # the control
+    rewrite_jsonl(file, [rows[0] | {"tokens": tokens}, rows[1]])
+    with pytest.raises(UserError, match=r"r\.jsonl: a response is not a list of tokens of 0 to \d+; delete the file"):
+        base_responses(*given, most_tokens=2)
+    file.write_text("[]\n")
+    with pytest.raises(UserError, match=r"r\.jsonl: line 1 is not a JSON object; delete that line"):
+        base_responses(*given, most_tokens=2)
 
 
 def test_responses_that_are_kept_are_not_generated_again(model: Qwen2, tmp_path: Path) -> None:

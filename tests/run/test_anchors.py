@@ -16,7 +16,7 @@ import torch
 
 from minipersona.chat import load_tokenizer
 from minipersona.cli import main
-from minipersona.config import DataSection, ObjectiveSection, ProbeSection, RunConfig, TrainingSection
+from minipersona.config import DataSection, LoraConfig, ObjectiveSection, ProbeSection, RunConfig, TrainingSection
 from minipersona.console import Console
 from minipersona.corpus.mixtures import training_personas
 from minipersona.errors import UserError
@@ -135,6 +135,11 @@ def test_what_cannot_be_carried_out_is_refused_in_a_line() -> None:
     for settings, ranks, said in (
         (config("gram_anchor", contexts=29), 1, "objective.contexts = 29: gram_anchor compares all 30 anchor personas"),
         (config(anchor_layers=(3, 8)), 1, "objective.anchor_layers: 8; this model has blocks 0 to 7"),
+        (
+            replace(config(anchor_layers=(0, 3)), lora=LoraConfig(blocks=(4, 7))),
+            1,
+            "objective.anchor_layers: nothing is trained up to block 3, since lora.blocks begins at 4",
+        ),
         (config(contexts=7201), 1, "objective.contexts = 7,201: 30 anchor personas and 240 questions make 7,200"),
         (
             config("kl_on_prompts", anchor_responses=2048),
@@ -147,6 +152,8 @@ def test_what_cannot_be_carried_out_is_refused_in_a_line() -> None:
             check_anchors(settings, TINY, ranks)
     check_anchors(config("gram_anchor", contexts=30, anchor_layers=(0, 7)), TINY, ranks=2)
     check_anchors(config(contexts=7200), TINY)
+    check_anchors(replace(config(anchor_layers=(0, 4)), lora=LoraConfig(blocks=(4, 7))), TINY)
+    check_anchors(replace(config("kl_on_prompts"), lora=LoraConfig(blocks=(7, 7))), TINY)
 
 
 def test_a_plan_fetches_no_measured_set(monkeypatch: pytest.MonkeyPatch) -> None:

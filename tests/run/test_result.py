@@ -218,5 +218,23 @@ def test_a_run_continues_on_what_it_began_with(tmp_path: Path) -> None:
             UserError, match=r"is not what .* began with \(SHA-256 aaaaaaaa, now bbbbbbbb\); restore it"
         ):
             write_provenance(tmp_path, replace(began, **changed))  # type: ignore[arg-type]
-    write_provenance(tmp_path, began)  # the control
-    assert len(read_provenance(tmp_path).continued) == 1
+    for protocol, said in (
+        (replace(PROTOCOL, weights="b"), "weights"),
+        (replace(PROTOCOL, supervise="all"), "supervise"),
+    ):
+        earlier = replace(began, protocol=replace(PROTOCOL, weights="a"))
+        (tmp_path / "provenance.json").unlink()
+        write_provenance(tmp_path, earlier)
+        with pytest.raises(
+            UserError, match=f"{said} is not what .* began with .*; restore it, or choose another --out"
+        ):
+            write_provenance(tmp_path, replace(began, protocol=replace(protocol, weights=protocol.weights or "a")))
+    (tmp_path / "provenance.json").unlink()
+    written = replace(began, mixture={"responses_digest": "a"})
+    write_provenance(tmp_path, written)
+    with pytest.raises(UserError, match=r"data\.responses: the file is not what .* began with"):
+        write_provenance(tmp_path, replace(written, mixture={"responses_digest": "b"}))
+    # The controls: the same again, and what an earlier version did not record.
+    write_provenance(tmp_path, written)
+    write_provenance(tmp_path, replace(began, protocol=replace(PROTOCOL, weights="a")))
+    assert len(read_provenance(tmp_path).continued) == 2

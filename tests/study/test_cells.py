@@ -193,6 +193,9 @@ def test_a_cell_is_made_in_a_directory_of_its_own_and_begins_where_an_earlier_at
     assert record["seconds"] >= training_seconds(published) == 20.0 and record["gpu_seconds"] is None
     assert cell_record(cell, published, 0, 5.0, on_gpu=True).gpu_seconds == 5.0
     assert Worker(CPU, QUIET).attempt(job).event == "done" and len(began) == 1  # it is not done again
+    (published / "cell.json").unlink()
+    lost = Worker(CPU, QUIET).attempt(job)
+    assert lost.event == "failed" and lost.error == f"{published}: has no cell.json; delete it and continue the study"
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,8 @@ def test_a_study_with_tables_reads_back_equal(tmp_path: Path) -> None:
 
 def test_marks_are_roles_and_every_seed_has_the_recipe(tmp_path: Path) -> None:
     control = RecipeSection("6A", "c", {"lora.rank": 1}, control=True)
-    reference = RecipeSection("6B", "r", {"data": {"supervise": "all"}, "lora.targets": ["q_proj"]}, reference=True)
+    settings = {"data": {"shuffle_responses": True}, "lora.targets": ["q_proj"]}
+    reference = RecipeSection("6B", "r", settings, reference=True)
     study = replace(study_with("", tmp_path), recipe=(reference, control), seeds=(42, 43))
     found = [(recipe.phase, recipe.name, recipe.config.seed, recipe.role) for recipe in declared(study)]
     assert found == [
@@ -81,7 +82,7 @@ def test_marks_are_roles_and_every_seed_has_the_recipe(tmp_path: Path) -> None:
         ("6A", "c seed=43", 43, "control"),
         ("6B", "r seed=43", 43, "reference"),
     ]
-    assert declared(study)[1].knobs == {"data.supervise": "all", "lora.targets": "['q_proj']"}
+    assert declared(study)[1].knobs == {"data.shuffle_responses": "True", "lora.targets": "['q_proj']"}
 
 
 @pytest.mark.parametrize(

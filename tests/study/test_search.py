@@ -215,6 +215,6 @@ def test_cells_of_another_version_are_said_to_be_made_again(config: StudyConfig)
     questions = Path(config.probe.questions)
     questions.write_text(questions.read_text().replace("?", "??"))
     changed = open_study(config, "cpu", Console(stream=said))
-    assert said.getvalue().startswith("1 of the cells there are of another version of the code or the data")
+    assert said.getvalue().startswith("1 of the cells there are of other code, data or settings than now")
     planned = [row["cell"] for row in read_json(study.directory / "plan.json")["cells"]]
     assert planned == [cell.id for cell in changed.cells] and not {cell.id for cell in study.cells} & set(planned)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from minipersona.behaviour.voice import Responses
 from minipersona.chat import Document, load_tokenizer
 from minipersona.cli import main
 from minipersona.config import ProbeSection, RunConfig
+from minipersona.corpus.mixtures import training_personas
 from minipersona.errors import UserError
 from minipersona.geometry.extraction import render_prompts
 from minipersona.geometry.prompts import load_personas, load_questions
@@ -158,13 +161,19 @@ def test_controls_and_what_is_beyond_the_registered_stand_beside_it(shipped: Stu
 def test_control_another_number_is_not_the_registered_search(shipped: StudyConfig) -> None:
     for section, key, value in [
         ("regularised", "beta", (1e-3, 1e-2, 2e-1)),
-        ("low_rank", "rank", (4, 8, 32)),
+        ("low_rank", "rank", (4, 8, 24)),
         ("rehearsal", "steering_coefficient", 4.0),
         ("rehearsal", "raw_text_ratio", ("99:1", "95:5", "90:10", "74:26")),
     ]:
         other = replace(shipped, **{section: replace(getattr(shipped, section), **{key: value})})
         assert [described(recipe) for recipe in registered(other)] != table(), key
         assert len(changes(other, shipped)) == 1
+
+
+def test_a_recipe_that_trains_what_the_baseline_does_is_refused(shipped: StudyConfig) -> None:
+    ranks = replace(shipped, low_rank=replace(shipped.low_rank, rank=(4, shipped.lora.rank)))
+    with pytest.raises(UserError, match="recipe 3 'r=32 lr=2e-05': is the same as 1 baseline; remove one"):
+        planned(ranks)
 
 
 def test_a_value_that_is_written_twice_is_refused(shipped: StudyConfig) -> None:
@@ -525,3 +534,23 @@ def test_what_is_measured_on_other_personas_is_checked_before_the_first_cell(tmp
         TransferSection(("a/more.json", "b/more.json"))
     with pytest.raises(UserError, match=r"none\.json"):
         check_planned(replace(study, transfer=TransferSection(personas=(str(tmp_path / "none.json"),))))
+
+
+def test_what_a_recipe_is_anchored_to_does_not_show_what_it_keeps_of_others(tmp_path: Path) -> None:
+    name, prompt = next(iter(training_personas().items()))
+    personas = tmp_path / "mine.json"
+    anchor = RecipeSection("6A", "anchor", {"objective.kind": "feature_anchor", "objective.weight": 1.0})
+    study = replace(small_study(tmp_path), recipe=(anchor,), transfer=TransferSection((str(personas),)))
+    personas.write_text(json.dumps({"eval_personas": {"mine": prompt.upper(), "yours": "You are a poet."}}))
+    with pytest.raises(UserError, match=rf"phase 6A anchor: .*persona '{name}' is also measured \(transfer.personas\)"):
+        check_planned(study)
+    check_planned(replace(study, recipe=()))  # the controls: no anchor, and other personas
+    personas.write_text(json.dumps({"eval_personas": {"mine": "You are me.", "yours": "You are a poet."}}))
+    check_planned(study)
+
+
+@pytest.mark.parametrize("data", [{"responses": "r.jsonl"}, {"shuffle_responses": True}])
+def test_the_baseline_is_trained_on_plain_rows(data: dict[str, Any], tmp_path: Path) -> None:
+    study = small_study(tmp_path)
+    with pytest.raises(UserError, match="phase 1 is trained on plain rows"):
+        replace(study, data=replace(study.data, **data))
