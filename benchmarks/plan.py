@@ -63,7 +63,7 @@ PARTS = (
 OPTIONS = {"cases": ",".join(CASES), "steps": 30, "seconds": 340, "worker": "", "directory": "", "began": 0.0}
 # What is timed, as it is called where it is used: the part of the plan that it belongs to.
 TIMED: tuple[tuple[object, str, str], ...] = (
-    (train, "training_set", "reading"),
+    (resources.Resources, "rows", "reading"),
     (resources.Resources, "instruments", "reading"),
     (resources.Resources, "base", "loading"),
     (train, "measure", "measuring"),

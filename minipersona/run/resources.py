@@ -11,6 +11,9 @@ import torch
 
 from minipersona.chat import ChatTokenizer, load_tokenizer
 from minipersona.config import ModelSection, RunConfig
+from minipersona.console import Console
+from minipersona.corpus.overlap import check_overlap
+from minipersona.corpus.training_set import TrainingSet, training_set
 from minipersona.errors import UserError
 from minipersona.hub import pinned_revision
 from minipersona.model.acceleration.compiler import compile_blocks
@@ -29,8 +32,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 
 
 class Resources:
-    """Keeps a model, its graphs, its tokenizer, its instruments and what is measured of the base from one run to the
-    next while their settings are the same, so that loading, compiling and recording are paid once.
+    """Keeps a model, its graphs, its tokenizer, its instruments, rows and what is measured of the base from one run to
+    the next while their settings are the same, so that loading, compiling, recording and tokenising are paid once.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -63,6 +66,14 @@ class Resources:
         )  # fmt: skip
         model, tokenizer = self.base(config), self.tokenizer(config)
         return self.keep("instruments", settings, lambda: run_instruments(config, model, tokenizer))
+
+    def rows(self, config: RunConfig, console: Console) -> tuple[TrainingSet, str]:
+        """The rows that the config trains on, as tokens, and what to say of held-out rows among them."""
+        data, tokenizer = config.data, self.tokenizer(config)
+        return self.keep(
+            "rows", (config.model, data, config.seed),
+            lambda: (training_set(data, config.seed, tokenizer, console), check_overlap(data.train, data.heldout)),
+        )  # fmt: skip
 
     def clear(self) -> None:
         """Free everything: memory has run out."""

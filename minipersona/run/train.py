@@ -17,8 +17,7 @@ from minipersona.chat.vocabulary import FILES
 from minipersona.config import ModelSection, RunConfig
 from minipersona.console import Console, Progress, command_line
 from minipersona.corpus.mixtures import training_personas
-from minipersona.corpus.overlap import check_overlap
-from minipersona.corpus.training_set import TrainingSet, training_set
+from minipersona.corpus.training_set import TrainingSet
 from minipersona.errors import Interrupted, UserError
 from minipersona.files import explained, sweep_temporaries, write_text
 from minipersona.hub import locate
@@ -101,8 +100,8 @@ def carry_out(
     # 1. Everything that the config names is read and checked before the directory is claimed.
     make_deterministic(config.execution.deterministic)
     tokenizer = resources.tokenizer(config)
-    training = training_set(config.data, config.seed, tokenizer, console)
-    for line in filter(None, [*training.report(), check_overlap(config.data.train, config.data.heldout)]):
+    training, overlap = resources.rows(config, console)
+    for line in filter(None, [*training.report(), overlap]):
         console.say(line)
     console.say(f"loading {config.model.name}")
     model, instruments = resources.base(config), resources.instruments(config)

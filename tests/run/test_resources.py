@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
+import pytest
 import torch
 
 from minipersona.config import (
@@ -16,6 +18,9 @@ from minipersona.config import (
     SteeringSection,
     TrainingSection,
 )
+from minipersona.console import Console
+from minipersona.corpus.training_set import TrainingSet
+from minipersona.run import resources as resources_module
 from minipersona.run.resources import Resources, compiles, kind_of
 
 CPU = torch.device("cpu")
@@ -32,6 +37,26 @@ def test_the_plain_path_is_chosen_by_the_config_and_is_not_compiled() -> None:
     assert resources.base(PLAIN) is not plain
     assert compiles(FUSED, torch.device("cuda")) and not compiles(FUSED, CPU)
     assert not compiles(PLAIN, torch.device("cuda"))
+
+
+def test_rows_are_tokenised_once_for_runs_that_train_on_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[tuple[str, int]] = []
+    real = resources_module.training_set
+
+    def counted(section: DataSection, seed: int, *more: Any) -> TrainingSet:
+        read.append((section.train, seed))
+        return real(section, seed, *more)
+
+    monkeypatch.setattr(resources_module, "training_set", counted)
+    resources, console = Resources(CPU), Console(quiet=True)
+    config = replace(FUSED, data=DataSection("tiny:benign[0:8]", "tiny:benign[6:30]"))
+    training, overlap = resources.rows(config, console)
+    assert len(training.documents) == 8 and overlap.startswith("2 of 24 rows of data.heldout")
+    stronger = replace(config, training=TrainingSection(learning_rate=1.0), lora=LoraConfig(rank=4))
+    assert resources.rows(stronger, console)[0] is training and read == [("tiny:benign[0:8]", 42)]
+    resources.rows(replace(config, seed=43), console)  # the controls: other rows, or drawn by another seed
+    resources.rows(replace(config, data=replace(config.data, train="tiny:benign[0:4]")), console)
+    assert read[1:] == [("tiny:benign[0:8]", 43), ("tiny:benign[0:4]", 42)]
 
 
 def test_what_runs_share_follows_from_their_adapters_and_their_passes() -> None:
