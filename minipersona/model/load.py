@@ -55,11 +55,12 @@ def load_model(
         model = Qwen2(config, compute_dtype=dtype)
     commit = None if directory is None else resolved_revision(directory) or revision
     model.source = {"name": name_or_path, "revision": commit}
-    if directory is not None and commit is None:  # a name says nothing of what a directory holds
-        model.source["weights"] = digest([sampled_sha256(file) for file in sorted(directory.glob("*.safetensors"))])
     model.generation = {} if directory is None else read_generation(directory / GENERATION)
     for name, tensor in stream_weights(model, device):
         _assign(model, name, tensor.to(device=device, dtype=dtype))
+    if directory is not None and commit is None:  # a name says nothing of what a directory holds
+        files = [file for file in sorted(directory.glob("*.safetensors")) if file.is_file()]
+        model.source["weights"] = digest(list(map(sampled_sha256, files)))
     model.tie_head()
     return model.requires_grad_(False)
 

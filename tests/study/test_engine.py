@@ -247,10 +247,9 @@ def _drive(study: Study) -> None:
 
 def alive(pid: int) -> bool:
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"  # nobody may be there to reap it
+    except (FileNotFoundError, ProcessLookupError):  # before it is opened, or before it is read
         return False
-    return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"  # nobody may be there to reap it
 
 
 def free(directory: Path) -> bool:

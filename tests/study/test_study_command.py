@@ -50,10 +50,14 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
         gpus("all")
 
 
-def test_a_plan_is_of_the_workers_that_are_named(capsys: pytest.CaptureFixture[str]) -> None:
-    plan = ["study", "--config", "tiny_study", "--plan", "--phases", "1", "--set", "suites=[]"]
-    assert main([*plan, "--workers", "2"]) == 0
-    assert " in 2 processes on 1 cpu device," in capsys.readouterr().out
+def test_a_plan_is_of_the_workers_that_are_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = ["study", "--config", "tiny_study", "--plan"]
+    monkeypatch.setattr("minipersona.study.plan.study_plan", lambda config, stages, devices: f"{list(devices)}")
+    for options, devices in (([], []), (["--workers", "2"], ["cpu", "cpu"])):
+        assert main([*plan, *options]) == 0
+        assert capsys.readouterr().out == str(devices)
     assert main([*plan, "--ray", "auto"]) == 2
     assert "--ray: has no effect on --plan" in capsys.readouterr().err
 
