@@ -64,7 +64,7 @@ class Provenance(Environment):
     config_digest: str
     model: dict[str, str | None]
     data: tuple[DataSource, ...]
-    mixture: dict[str, str | int | float | None]
+    mixture: dict[str, str | int | float | tuple[str, ...] | None]
     anchors: tuple[DataSource, ...] = may_be_missing(())  # personas and questions of an anchored objective
     continued: tuple[Environment, ...] = may_be_missing(())  # of each later start
 

@@ -13,6 +13,7 @@ from minipersona.config import RunConfig
 from minipersona.corpus.mixtures import content_digest, training_personas
 from minipersona.corpus.sources import read_source
 from minipersona.files import append_jsonl
+from minipersona.run.provenance import read_provenance
 from minipersona.settings import difference, load_config
 
 ROOT = Path(__file__).parents[2]
@@ -131,5 +132,5 @@ def test_control_a_persona_that_no_response_is_written_as_is_measured(
     personas.write_text(json.dumps({"eval_personas": {"mine": "You are me.", "chef": CHEF}}))
     values = [*SMALL, f"data.responses={responses}", f"personas={personas}", f"questions={questions}"]
     assert main(["train", "--config", CONFIG, "--out", str(tmp_path / "run"), *settings(*values)]) == 0
-    made_by = json.loads((tmp_path / "run" / "provenance.json").read_text())
-    assert made_by["mixture"]["responses_personas"] == ["pirate"]
+    assert read_provenance(tmp_path / "run").mixture["responses_personas"] == ("pirate",)
+    assert main(["evaluate", "--run", str(tmp_path / "run")]) == 0
