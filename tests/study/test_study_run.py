@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from small_study import CPU, PERSONAS, QUIET, run, small_study, start
 
 from minipersona.cli import main
+from minipersona.corpus.mixtures import training_personas
 from minipersona.errors import UserError
 from minipersona.files import read_json, read_jsonl
 from minipersona.geometry.measures import m1
@@ -32,6 +33,7 @@ from minipersona.records import to_dict
 from minipersona.run.directory import losses_file
 from minipersona.run.losses import load_losses
 from minipersona.run.measurement import Instruments
+from minipersona.run.provenance import read_provenance
 from minipersona.settings import read_toml
 from minipersona.study import transfer
 from minipersona.study.model_jobs import AskVoice
@@ -85,6 +87,19 @@ def cells_of(directory: Path) -> list[Path]:
 
 
 # ---------------------------------------------------------------- what a study leaves
+
+
+def test_phase_4_is_trained_on_the_prompts_of_personas_and_on_responses_in_their_voice(
+    quick: StudyConfig, tmp_path: Path
+) -> None:
+    config = replace(quick, out=str(tmp_path / "study"), suites=())
+    run(config, ("1", "4"))
+    _, prompted, said = cells_of(Path(config.out))
+    assert (prompted.name[:10], said.name[:12]) == ("4A-prompts", "4B-responses")
+    mixtures = [read_provenance(cell).mixture for cell in (prompted, said)]
+    assert mixtures[0]["system_prompts"] == "training_personas" and "responses" not in mixtures[0]
+    personas = mixtures[1]["responses_personas"]
+    assert isinstance(personas, tuple) and set(personas) <= training_personas().keys() and len(personas) > 20
 
 
 def test_every_cell_is_a_run_directory_and_judged_against_the_baseline(finished: StudyConfig) -> None:
