@@ -33,7 +33,8 @@ from minipersona.config import COLLAPSE, SHIPPED, STEERING_RANDOM, ObjectiveSect
 from minipersona.corpus.mixtures import TRAINING_PERSONAS
 from minipersona.errors import Unreachable, UserError, require
 from minipersona.files import data_dir, user_path
-from minipersona.geometry.prompts import QuestionSet, load_personas
+from minipersona.geometry.prompts import load_personas
+from minipersona.geometry.prompts import load_questions as load_asked
 from minipersona.model.load import architecture_offline
 from minipersona.records import unknown_key
 from minipersona.run.anchors import anchor_sets, check_anchors, check_unmeasured
@@ -190,7 +191,7 @@ def check_planned(study: StudyConfig) -> None:
             check_anchors(recipe.config, sizes)
             if recipe.config.objective.anchored:  # what it is anchored to would not show what it keeps of others
                 for personas in (SHIPPED, *study.transfer.personas):
-                    sets = load_personas(personas), QuestionSet("", [], "")
+                    sets = load_personas(personas), load_asked(SHIPPED)
                     check_unmeasured(anchor_sets(recipe.config.objective), sets, "transfer")
         except Unreachable:
             pass  # the measured sets are not here yet; the cell checks this again before it trains

@@ -547,6 +547,11 @@ def test_what_a_recipe_is_anchored_to_does_not_show_what_it_keeps_of_others(tmp_
     check_planned(replace(study, recipe=()))  # the controls: no anchor, and other personas
     personas.write_text(json.dumps({"eval_personas": {"mine": "You are me.", "yours": "You are a poet."}}))
     check_planned(study)
+    # Nor do the shipped questions, at which every recipe that is compared is measured.
+    (tmp_path / "q.txt").write_text("\n".join(load_questions().questions[-2:]))
+    asked = replace(anchor, set={**anchor.set, "objective.anchor_questions": str(tmp_path / "q.txt")})
+    with pytest.raises(UserError, match=r"is also measured \(transfer.questions\)"):
+        check_planned(replace(study, recipe=(asked,)))
 
 
 @pytest.mark.parametrize("data", [{"responses": "r.jsonl"}, {"shuffle_responses": True}])
